@@ -1,0 +1,1 @@
+"""Knarr: Kubernetes written anew in Python."""

@@ -1,0 +1,1 @@
+"""Kubeconfig, REST client, informers, work queue, events, leader election."""

@@ -1,0 +1,1 @@
+"""Life of a cluster on this machine: up, down, status, PKI, kubeconfig, preflight, supervisor."""

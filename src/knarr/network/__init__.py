@@ -1,0 +1,1 @@
+"""Pod network, service proxy, network policy, DNS."""

@@ -1,0 +1,1 @@
+"""RevisionStore: bytes under keys with one revision counter; memory, SQLite, etcd."""

@@ -1,0 +1,1 @@
+"""In-process clusters and fixtures for tests."""
