@@ -1,0 +1,173 @@
+"""What one cluster on this machine is: its name, folders, addresses and ports.
+
+Role: every other module of `knarr.cluster` reads this and nothing else about a cluster. Written once as `cluster.json` in the
+data folder by the first `knarr up`, read by every later command, so that a second `up` is the same cluster.
+Several clusters live side by side: each takes the lowest free slot, and the slot decides ports and address ranges.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+DATA_ROOT = Path("/var/lib/knarr")
+STATE_ROOT = Path("/run/knarr")
+CONFIG_VERSION = 1
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,10}[a-z0-9])?")
+"""Short, because the name becomes part of interface names, which the kernel limits to 15 characters."""
+
+
+class ConfigError(Exception):
+    """The cluster's configuration cannot be used; the text says why and what to do."""
+
+
+@dataclass(slots=True)
+class NodeConfig:
+    """One node that this machine runs."""
+
+    name: str
+    ip: str = ""
+    """Address that the other nodes and the API server reach; "" for the first node means the host's own address."""
+    netns: str = ""
+    """Name of the network namespace that is this node's host; "" is the machine's own."""
+    taints: list[dict[str, str]] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
+    stopped: bool = False
+    """Stopped by `knarr node stop`: kept, but not started with the cluster."""
+
+
+@dataclass(slots=True)
+class ClusterConfig:
+    """A cluster as stored in `cluster.json`."""
+
+    name: str
+    slot: int
+    """0 for the first cluster on this machine; decides every default below."""
+    data_dir: str
+    storage: str = ""
+    """Store address; "" means the embedded SQLite file in data_dir."""
+    api_port: int = 6443
+    kubelet_port: int = 10250
+    service_cidr: str = "10.96.0.0/16"
+    pod_cidr: str = "10.244.0.0/16"
+    node_cidr: str = "172.29.0.0/24"
+    """Addresses of further nodes on this machine; the first is the bridge between them."""
+    node_ports: tuple[int, int] = (30000, 32767)
+    cluster_domain: str = "cluster.local"
+    oci_runtime: str = "runc"
+    controllers: str = "*"
+    nodes: list[NodeConfig] = field(default_factory=list)
+
+    @property
+    def data(self) -> Path:
+        return Path(self.data_dir)
+
+    @property
+    def state(self) -> Path:
+        """Sockets, pid files and namespaces: gone after a reboot, removed by `down`."""
+        return STATE_ROOT / self.name
+
+    @property
+    def pki(self) -> Path:
+        return self.data / "pki"
+
+    @property
+    def logs(self) -> Path:
+        return self.data / "logs"
+
+    @property
+    def store_url(self) -> str:
+        return self.storage or f"sqlite://{self.data / 'store' / 'knarr.db'}"
+
+    def address(self, offset: int) -> str:
+        """The service address at an offset of the range: 1 is the API server, 10 the DNS."""
+        return str(ipaddress.ip_network(self.service_cidr)[offset])
+
+    @property
+    def dns_ip(self) -> str:
+        return self.address(10)
+
+    @property
+    def suffix(self) -> str:
+        """Appended to the names of host objects (interfaces, tables, cgroups); empty for the first cluster."""
+        return "" if self.name == "default" else f"-{self.name}"
+
+    @property
+    def context(self) -> str:
+        """Name of the kubeconfig context, cluster and user."""
+        return "knarr" + self.suffix
+
+    def save(self) -> None:
+        """Write `cluster.json` so that a crash leaves the old or the new one, never half."""
+        self.data.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"version": CONFIG_VERSION, **dataclasses.asdict(self)}, indent=1)
+        temporary = self.data / ".cluster.json.new"
+        temporary.write_text(text)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(self.data / "cluster.json")
+        link = DATA_ROOT / self.name
+        if self.data != link and not link.exists():
+            # `--data-dir` moves the state; the link lets later commands find it by the cluster's name alone.
+            DATA_ROOT.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(self.data)
+
+
+def load(name: str, data_dir: str | None = None) -> ClusterConfig | None:
+    """The stored cluster of that name, None when there is none. Raises ConfigError on a file that cannot be read."""
+    folder = Path(data_dir) if data_dir else DATA_ROOT / name
+    try:
+        raw = json.loads((folder / "cluster.json").read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {folder / 'cluster.json'}: {error}") from error
+    if raw.pop("version", None) != CONFIG_VERSION:
+        raise ConfigError(f"{folder / 'cluster.json'} was written by another version of knarr; `knarr delete` removes it")
+    raw["nodes"] = [NodeConfig(**node) for node in raw["nodes"]]
+    raw["node_ports"] = tuple(raw["node_ports"])
+    return ClusterConfig(**raw)
+
+
+def known_clusters() -> list[ClusterConfig]:
+    """Every cluster that has data on this machine, by name."""
+    if not DATA_ROOT.is_dir():
+        return []
+    found = [load(entry.name) for entry in sorted(DATA_ROOT.iterdir()) if (entry / "cluster.json").is_file()]
+    return [config for config in found if config is not None]
+
+
+def new_cluster(name: str, data_dir: str | None, *, nodes: int = 1, storage: str = "", oci_runtime: str = "runc") -> ClusterConfig:
+    """Defaults for a cluster that does not exist yet. Raises ConfigError on a bad name or when no slot is free."""
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"cluster name {name!r} must be 1 to 12 lower-case letters, digits and '-', starting with a letter or digit")
+    taken = {config.slot for config in known_clusters() if config.name != name}
+    if name == "default":
+        slot = 0
+    else:
+        slot = next((number for number in range(1, 11) if number not in taken), -1)
+        if slot < 0:
+            raise ConfigError("ten clusters exist already; `knarr delete --name NAME` frees one")
+    config = ClusterConfig(name=name, slot=slot, data_dir=os.path.abspath(data_dir) if data_dir else str(DATA_ROOT / name), storage=storage, oci_runtime=oci_runtime)
+    if slot:
+        config.api_port = 6443 + slot
+        config.kubelet_port = 10250 + 20 * slot
+        config.service_cidr = f"10.{96 + slot}.0.0/16"
+        config.pod_cidr = f"10.{244 + slot}.0.0/16"
+        config.node_cidr = f"172.29.{slot}.0/24"
+        config.node_ports = (20000 + 1000 * (slot - 1), 20999 + 1000 * (slot - 1))
+    prefix = "" if name == "default" else name + "-"
+    hosts = ipaddress.ip_network(config.node_cidr)
+    for number in range(1, nodes + 1):
+        config.nodes.append(NodeConfig(f"{prefix}node-{number}") if number == 1 else further_node(config, f"{prefix}node-{number}", str(hosts[number])))
+    return config
+
+
+def further_node(config: ClusterConfig, name: str, ip: str) -> NodeConfig:
+    """A node that is a host of its own on this machine: its network namespace carries its address."""
+    return NodeConfig(name, ip=ip, netns=f"knarr{config.suffix}-{name}")
