@@ -1,0 +1,185 @@
+"""The `knarr` command: one parser, one error boundary; the work is in `knarr.cluster`.
+
+Role: parse, call, print, exit code. Imports stay inside the functions, because most commands need few of them and a shell
+prompt waits for this module. Errors that a user can act on become one line on stderr and exit code 1; usage errors exit 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:  # the one boundary: known classes become one line, anything else is a bug with a traceback
+        if not _is_expected(error):
+            raise
+        print(f"knarr: {error}", file=sys.stderr)
+        return 1
+    return code
+
+
+def _is_expected(error: Exception) -> bool:
+    from knarr.api.errors import StatusError
+    from knarr.cluster.config import ConfigError
+    from knarr.cluster.lifecycle import CommandError
+    from knarr.runtime.cri import RuntimeFault
+
+    return isinstance(error, (CommandError, ConfigError, StatusError, RuntimeFault, PermissionError, ConnectionError))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; every leaf carries its function as `run`."""
+    parser = argparse.ArgumentParser(prog="knarr", description="Kubernetes in Python: a real cluster in about a second")
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        command = verbs.add_parser(name, help=text, description=text)
+        command.add_argument("--name", default="default", help="which cluster (default: default)")
+        command.add_argument("--data-dir", default=None, help="where its state is kept (default: /var/lib/knarr/NAME)")
+        command.set_defaults(run=run)
+        return command
+
+    up = verb("up", run_up, "bring the cluster up")
+    up.add_argument("--nodes", type=int, default=None, help="number of nodes on this machine, for a new cluster")
+    up.add_argument("--storage", default=None, help="store address, for a new cluster (default: an embedded file)")
+    up.add_argument("--oci-runtime", default=None, choices=["runc", "crun"], help="program that makes containers")
+    up.add_argument("--controllers", default=None, help="controllers to run, e.g. *,-deployment")
+    up.add_argument("--no-kubeconfig", action="store_true", help="leave the user's kubeconfig alone")
+    verb("down", run_down, "stop the cluster; its data stays")
+    verb("delete", run_delete, "stop the cluster and remove its data")
+    verb("status", run_status, "show the components and nodes").add_argument("-o", "--output", choices=["text", "json"], default="text")
+    logs = verb("logs", run_logs, "print the log of a component")
+    logs.add_argument("component")
+    logs.add_argument("-f", "--follow", action="store_true")
+    logs.add_argument("--tail", type=int, default=-1, help="only the last N lines")
+    verb("kubeconfig", run_kubeconfig, "merge the cluster's context into the kubeconfig again")
+    verb("preflight", run_preflight, "check what the cluster needs of this machine")
+    verb("version", run_version, "print the version")
+    _add_image(verbs)
+    return parser
+
+
+def _add_image(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    image = verbs.add_parser("image", help="images on the nodes of this machine")
+    actions = image.add_subparsers(metavar="ACTION", required=True)
+    for name, text in (("load", "load images from OCI or docker archives"), ("pull", "pull an image from its registry"), ("ls", "list images"), ("rm", "remove an image")):
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("--name", default="default", help="which cluster (default: default)")
+        action.add_argument("--data-dir", default=None, help="where its state is kept")
+        action.set_defaults(run=run_image, action=name)
+        if name == "load":
+            action.add_argument("archives", nargs="+", help="files, or - for standard input")
+        if name in ("pull", "rm"):
+            action.add_argument("references", nargs="+", metavar="IMAGE")
+        if name == "pull":
+            action.add_argument("--creds", default="", metavar="USER:PASSWORD", help="credentials for the registry")
+
+
+def run_up(options: argparse.Namespace) -> int:
+    from knarr.cluster import lifecycle
+    from knarr.cluster.progress import Progress
+
+    progress = Progress()
+    if options.nodes is not None and not 1 <= options.nodes <= 50:
+        raise lifecycle.CommandError(f"--nodes must be between 1 and 50, not {options.nodes}")
+    try:
+        config = lifecycle.up(
+            lifecycle.UpOptions(
+                name=options.name,
+                data_dir=options.data_dir,
+                nodes=options.nodes,
+                storage=options.storage,
+                oci_runtime=options.oci_runtime,
+                controllers=options.controllers,
+                kubeconfig=not options.no_kubeconfig,
+            ),
+            progress,
+        )
+    finally:
+        progress.clear()
+    print(f"ready: kubectl --context {config.context} get nodes", file=sys.stderr)
+    return 0
+
+
+def run_down(options: argparse.Namespace) -> int:
+    from knarr.cluster import lifecycle
+    from knarr.cluster.progress import Progress
+
+    lifecycle.down(lifecycle.existing(options.name, options.data_dir), Progress())
+    return 0
+
+
+def run_delete(options: argparse.Namespace) -> int:
+    from knarr.cluster import lifecycle
+    from knarr.cluster.progress import Progress
+
+    lifecycle.delete(lifecycle.existing(options.name, options.data_dir), Progress())
+    return 0
+
+
+def run_status(options: argparse.Namespace) -> int:
+    from knarr.cluster import lifecycle, report
+
+    config = lifecycle.existing(options.name, options.data_dir)
+    return report.print_status(config, lifecycle.status(config), as_json=options.output == "json")
+
+
+def run_logs(options: argparse.Namespace) -> int:
+    from knarr.cluster import lifecycle, report
+
+    config = lifecycle.existing(options.name, options.data_dir)
+    return report.print_log(lifecycle.log_path(config, options.component), tail=options.tail, follow=options.follow)
+
+
+def run_kubeconfig(options: argparse.Namespace) -> int:
+    from knarr.cluster import lifecycle
+
+    config = lifecycle.existing(options.name, options.data_dir)
+    path = lifecycle.merge_kubeconfig(config, lifecycle.make_pki(config))
+    print(f"context {config.context} is in {path}", file=sys.stderr)
+    return 0
+
+
+def run_preflight(options: argparse.Namespace) -> int:
+    from knarr.cluster import config as cluster_config, preflight
+
+    config = cluster_config.load(options.name, options.data_dir) or cluster_config.new_cluster(options.name, options.data_dir)
+    findings = preflight.check(config)
+    for finding in findings:
+        print(finding)
+    return 1 if findings else 0
+
+
+def run_version(options: argparse.Namespace) -> int:
+    from importlib.metadata import version
+
+    print(f"knarr {version('knarr')}")
+    return 0
+
+
+def run_image(options: argparse.Namespace) -> int:
+    from knarr.cluster import images, lifecycle
+
+    config = lifecycle.existing(options.name, options.data_dir)
+    if options.action == "load":
+        return images.load(config, options.archives)
+    if options.action == "pull":
+        return images.pull(config, options.references, options.creds)
+    if options.action == "rm":
+        return images.remove(config, options.references)
+    return images.show(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

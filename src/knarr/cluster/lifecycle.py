@@ -1,0 +1,252 @@
+"""up, down, delete, status: the life of one cluster on this machine.
+
+Role: what the commands of the same names do, without any parsing or exit codes. `up` forks the supervisor and waits on a pipe
+for the components' own reports, so nothing polls. Failures are CommandError with one line that says what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from knarr.cluster import addresses, config as cluster_config, host, pki, preflight, supervisor
+from knarr.cluster.config import ClusterConfig
+from knarr.cluster.progress import Progress
+
+UP_SECONDS = 60.0
+DOWN_SECONDS = 30.0
+READY_API, READY_NODE, READY_DNS = "api", "node", "dns"
+
+
+class CommandError(Exception):
+    """A command cannot do what was asked; the text is one line for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpOptions:
+    """What `knarr up` may be told; None keeps what the cluster has, or the default for a new one."""
+
+    name: str = "default"
+    data_dir: str | None = None
+    nodes: int | None = None
+    storage: str | None = None
+    oci_runtime: str | None = None
+    controllers: str | None = None
+    kubeconfig: bool = True
+    """Merge the context into the user's kubeconfig."""
+
+
+def existing(name: str, data_dir: str | None = None) -> ClusterConfig:
+    """The stored cluster of that name. Raises CommandError when there is none."""
+    config = cluster_config.load(name, data_dir)
+    if config is None:
+        known = ", ".join(other.name for other in cluster_config.known_clusters()) or "none"
+        raise CommandError(f"there is no cluster {name!r} here (known: {known}); `knarr up` makes one")
+    return config
+
+
+def is_running(config: ClusterConfig) -> bool:
+    try:
+        supervisor.ask(config, "status")
+    except (ConnectionError, TimeoutError):
+        return False
+    return True
+
+
+def up(options: UpOptions, progress: Progress) -> ClusterConfig:
+    """Bring the cluster up and return when API, nodes and DNS answer; a running one is left as it is.
+
+    Raises:
+      CommandError: preflight, a component's start or the time limit failed; the text names the log to read.
+    """
+    config = cluster_config.load(options.name, options.data_dir)
+    if config is None:
+        config = cluster_config.new_cluster(
+            options.name, options.data_dir, nodes=options.nodes or 1, storage=options.storage or "", oci_runtime=options.oci_runtime or "runc"
+        )
+    elif options.storage is not None and options.storage != config.storage:
+        raise CommandError(f"cluster {config.name!r} keeps its data in {config.store_url}; `knarr delete` first to change that")
+    if options.oci_runtime:
+        config.oci_runtime = options.oci_runtime
+    if options.controllers:
+        config.controllers = options.controllers
+    if is_running(config):
+        progress.done(f"cluster {config.name} is running already")
+        return config
+    if os.geteuid() == 0:
+        host.clean_stale(config)
+    findings = preflight.check(config)
+    if findings:
+        raise CommandError("\n".join(str(finding) for finding in findings))
+    config.save()
+    progress.step("certificates")
+    keys = make_pki(config)
+    if options.kubeconfig:
+        merge_kubeconfig(config, keys)
+    progress.step("starting the API server")
+    reader = _fork_supervisor(config)
+    _wait_ready(config, reader, progress)
+    return config
+
+
+def make_pki(config: ClusterConfig) -> pki.ClusterPKI:
+    """The cluster's certificates, with every name and address of the API server."""
+    domain = config.cluster_domain
+    names = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", f"kubernetes.default.svc.{domain}", "localhost", socket.gethostname().lower()]
+    own = addresses.primary_address()
+    return pki.ensure(config.pki, list(dict.fromkeys([*names, "127.0.0.1", *([own] if own else []), config.address(1), str(node_gateway(config))])))
+
+
+def node_gateway(config: ClusterConfig) -> str:
+    """The address of this machine on the bridge between further nodes."""
+    import ipaddress
+
+    return str(ipaddress.ip_network(config.node_cidr)[-2])
+
+
+def _fork_supervisor(config: ClusterConfig) -> int:
+    """Start the supervisor, detached from this terminal; returns the reading end of its ready pipe."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("0.0.0.0", config.api_port))
+    except OSError as error:
+        raise CommandError(f"port {config.api_port} is taken by {preflight.port_holder(config.api_port)}; stop that process, or use --name") from error
+    listener.listen(1024)
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    config.logs.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() != 0:
+            os._exit(0)
+        os.close(reader)
+        _become_supervisor(config, listener, writer)
+    os.wait()
+    os.close(writer)
+    listener.close()
+    return reader
+
+
+def _become_supervisor(config: ClusterConfig, listener: socket.socket, writer: int) -> None:
+    """The detached process; never returns."""
+    code = 1
+    try:
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDONLY)
+        log = os.open(config.logs / "supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+        os.dup2(null, 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        from knarr.cluster import processes
+
+        supervisor.name_process("knarr-supervisor")
+        processes.supervise(config, listener, writer)
+        code = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait_ready(config: ClusterConfig, reader: int, progress: Progress) -> None:
+    awaited = [READY_API, *(f"{READY_NODE} {node.name}" for node in config.nodes if not node.stopped), READY_DNS]
+    texts = {READY_API: f"API server answers on https://127.0.0.1:{config.api_port}", READY_DNS: "DNS resolves"}
+    deadline = time.monotonic() + UP_SECONDS
+    buffer = b""
+    with os.fdopen(reader, "rb", buffering=0) as pipe:
+        while awaited:
+            progress.step("waiting for " + ", ".join(awaited))
+            ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
+            data = pipe.read(4096) if ready else b""
+            if not data:
+                why = "the supervisor ended" if ready else f"not ready after {UP_SECONDS:.0f} s: {', '.join(awaited)}"
+                raise CommandError(f"{why}; read {config.logs}, or `knarr logs supervisor`, `knarr status`")
+            *lines, buffer = (buffer + data).split(b"\n")
+            for line in (raw.decode() for raw in lines):
+                if line in awaited:
+                    awaited.remove(line)
+                    progress.done(texts.get(line, f"{line} is Ready"))
+
+
+def merge_kubeconfig(config: ClusterConfig, keys: pki.ClusterPKI) -> Path:
+    """Add or replace the cluster's context in the user's kubeconfig; other entries stay as they are."""
+    from knarr.client import kubeconfig
+
+    return kubeconfig.merge_context(
+        kubeconfig.default_path(),
+        config.context,
+        server=f"https://127.0.0.1:{config.api_port}",
+        ca_data=keys.authority.pair.certificate_pem(),
+        client_certificate_data=keys.admin.certificate_pem(),
+        client_key_data=keys.admin.key_pem(),
+    )
+
+
+def down(config: ClusterConfig, progress: Progress) -> None:
+    """Stop every process of the cluster and leave nothing of it on the host; its data stays."""
+    stop_supervisor(config)
+    progress.step("removing containers, mounts, interfaces")
+    host.clean(config)
+    progress.done(f"cluster {config.name} is down")
+
+
+def stop_supervisor(config: ClusterConfig) -> None:
+    """End the supervisor and with it the components; containers go on."""
+    try:
+        pid = int(supervisor.ask(config, "status")["pid"])
+        descriptor = os.pidfd_open(pid)
+    except (ConnectionError, ProcessLookupError):
+        return
+    try:
+        supervisor.ask(config, "stop")
+        ready, _, _ = select.select([descriptor], [], [], DOWN_SECONDS)
+        if not ready:
+            raise CommandError(f"the supervisor (pid {pid}) did not stop within {DOWN_SECONDS:.0f} s; read {config.logs}")
+    finally:
+        os.close(descriptor)
+
+
+def delete(config: ClusterConfig, progress: Progress) -> None:
+    """`down`, and the data and the kubeconfig context as well."""
+    down(config, progress)
+    from knarr.client import kubeconfig
+
+    kubeconfig.remove_context(kubeconfig.default_path(), config.context)
+    shutil.rmtree(config.data, ignore_errors=False)
+    link = cluster_config.DATA_ROOT / config.name
+    if link.is_symlink():
+        link.unlink()
+    with contextlib.suppress(OSError):
+        cluster_config.DATA_ROOT.rmdir()
+    progress.done(f"the data of cluster {config.name} is deleted")
+
+
+def status(config: ClusterConfig) -> dict[str, Any] | None:
+    """What the supervisor knows of its components; None when the cluster is down."""
+    try:
+        result: dict[str, Any] = supervisor.ask(config, "status")
+    except ConnectionError:
+        return None
+    return result
+
+
+def log_path(config: ClusterConfig, component: str) -> Path:
+    """The log file of a component. Raises CommandError naming the ones that exist."""
+    path = config.logs / f"{component}.log"
+    if not path.is_file():
+        names = ", ".join(sorted(entry.stem for entry in config.logs.glob("*.log"))) or "none yet"
+        raise CommandError(f"there is no log of {component!r}; components: {names}")
+    return path
