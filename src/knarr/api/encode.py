@@ -1,0 +1,20 @@
+"""JSON out: the only place where objects become bytes. Called by the API server and the client."""
+
+from typing import Any
+
+import orjson
+
+
+def to_json(value: Any) -> bytes:
+    """Encode a JSON value compactly, in the order of its keys, as UTF-8."""
+    return orjson.dumps(value, option=orjson.OPT_PASSTHROUGH_SUBCLASS)
+
+
+def to_json_sorted(value: Any) -> bytes:
+    """Encode a JSON value with sorted keys: equal values give equal bytes."""
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+
+
+def to_json_pretty(value: Any) -> bytes:
+    """Encode a JSON value with an indentation of two spaces and a final newline, as `?pretty=true` answers."""
+    return orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
