@@ -6,6 +6,7 @@ for the components' own reports, so nothing polls. Failures are CommandError wit
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import select
@@ -17,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from knarr.cluster import addresses, config as cluster_config, host, pki, preflight, supervisor
+from knarr.cluster import addresses, host, pki, preflight, supervisor
+from knarr.cluster import config as cluster_config
 from knarr.cluster.config import ClusterConfig
 from knarr.cluster.progress import Progress
 
@@ -185,13 +187,13 @@ def merge_kubeconfig(config: ClusterConfig, keys: pki.ClusterPKI) -> Path:
     """Add or replace the cluster's context in the user's kubeconfig; other entries stay as they are."""
     from knarr.client import kubeconfig
 
+    def text(data: bytes) -> str:
+        return base64.b64encode(data).decode()
+
     return kubeconfig.merge_context(
-        kubeconfig.default_path(),
         config.context,
-        server=f"https://127.0.0.1:{config.api_port}",
-        ca_data=keys.authority.pair.certificate_pem(),
-        client_certificate_data=keys.admin.certificate_pem(),
-        client_key_data=keys.admin.key_pem(),
+        {"server": f"https://127.0.0.1:{config.api_port}", "certificate-authority-data": text(keys.authority.pair.certificate_pem())},
+        {"client-certificate-data": text(keys.admin.certificate_pem()), "client-key-data": text(keys.admin.key_pem())},
     )
 
 
@@ -224,7 +226,7 @@ def delete(config: ClusterConfig, progress: Progress) -> None:
     down(config, progress)
     from knarr.client import kubeconfig
 
-    kubeconfig.remove_context(kubeconfig.default_path(), config.context)
+    kubeconfig.remove_context(config.context)
     shutil.rmtree(config.data, ignore_errors=False)
     link = cluster_config.DATA_ROOT / config.name
     if link.is_symlink():

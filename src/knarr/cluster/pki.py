@@ -211,7 +211,9 @@ def ensure(folder: Path, api_hosts: Sequence[str]) -> ClusterPKI:
         kubelet_client=authority.issue(folder / "apiserver-kubelet-client", "kube-apiserver-kubelet-client", groups=["system:masters"]),
         front_proxy_client=front_proxy.issue(folder / "front-proxy-client", "front-proxy-client"),
         admin=authority.issue(folder / "admin", "kubernetes-admin", groups=["system:masters"]),
-        controller_manager=authority.issue(folder / "controller-manager", "system:kube-controller-manager"),
+        # Upstream gives every controller a service account of its own with a bootstrap role; here they share one client, so its
+        # certificate needs the union, which is everything.
+        controller_manager=authority.issue(folder / "controller-manager", "system:kube-controller-manager", groups=["system:masters"]),
         scheduler=authority.issue(folder / "scheduler", "system:kube-scheduler"),
         proxy=authority.issue(folder / "kube-proxy", "system:kube-proxy"),
         service_account_key=signing_key,

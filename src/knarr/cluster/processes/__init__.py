@@ -1,0 +1,36 @@
+"""The component processes: what each one is made of, and the order in which the supervisor forks them.
+
+Role: the only place where components are wired to each other's addresses, folders and credentials. Components themselves never
+meet: each gets a Client of its own and finds the rest through the API.
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+
+from knarr.cluster import supervisor
+from knarr.cluster.config import ClusterConfig, NodeConfig
+
+
+def supervise(config: ClusterConfig, listener: socket.socket, announce_fd: int) -> None:
+    """Be the supervisor of a cluster until it is stopped."""
+    # What every component needs is imported before the forks, so that its pages are shared; what only one needs (numpy,
+    # netlink) is imported by that one, at the same time as the others import theirs.
+    import knarr.api.resources
+    import knarr.client.informer
+    import knarr.client.rest  # noqa: F401
+    from knarr.cluster.processes import apiserver, control, node
+
+    boss = supervisor.Supervisor(config, announce_fd)
+    boss.add("apiserver", functools.partial(apiserver.main, config, listener))
+    for entry in config.nodes:
+        if not entry.stopped:
+            boss.add(node_component(entry), functools.partial(node.main, config, entry))
+    boss.add("control", functools.partial(control.main, config))
+    boss.run()
+
+
+def node_component(node: NodeConfig) -> str:
+    """Name of the component that runs a node."""
+    return node.name

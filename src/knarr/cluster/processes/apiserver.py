@@ -1,0 +1,54 @@
+"""The API server's process."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+from knarr.cluster import addresses
+from knarr.cluster.config import ClusterConfig
+from knarr.cluster.processes import common
+from knarr.cluster.supervisor import Announce
+
+
+def main(config: ClusterConfig, listener: socket.socket, announce: Announce) -> None:
+    """Serve the API on the supervisor's socket until stopped."""
+    from knarr.apiserver.config import APIServerConfig
+    from knarr.apiserver.server import APIServer
+
+    pki = config.pki
+    (config.data / "store").mkdir(parents=True, exist_ok=True)
+    settings = APIServerConfig(
+        bind_address="0.0.0.0",
+        port=config.api_port,
+        listen_sock=listener,
+        advertise_address=addresses.primary_address() or "127.0.0.1",
+        store=config.store_url,
+        data_dir=str(config.data / "apiserver"),
+        serving_cert=str(pki / "apiserver.crt"),
+        serving_key=str(pki / "apiserver.key"),
+        client_ca=str(pki / "ca.crt"),
+        service_account_key=str(pki / "sa.key"),
+        service_account_issuer=f"https://kubernetes.default.svc.{config.cluster_domain}",
+        requestheader_client_ca=str(pki / "front-proxy-ca.crt"),
+        requestheader_allowed_names=("front-proxy-client",),
+        proxy_client_cert=str(pki / "front-proxy-client.crt"),
+        proxy_client_key=str(pki / "front-proxy-client.key"),
+        service_cidrs=(config.service_cidr,),
+        node_port_range=config.node_ports,
+        kubelet_client_cert=str(pki / "apiserver-kubelet-client.crt"),
+        kubelet_client_key=str(pki / "apiserver-kubelet-client.key"),
+        kubelet_ca=str(pki / "ca.crt"),
+        cluster_domain=config.cluster_domain,
+    )
+
+    async def serve() -> None:
+        server = APIServer(settings)
+        await server.start()
+        announce("api")
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            await server.stop()
+
+    common.run(serve)

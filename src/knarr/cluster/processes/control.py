@@ -1,0 +1,41 @@
+"""The control plane's second process: controllers and scheduler in one event loop, each with its own client."""
+
+from __future__ import annotations
+
+import asyncio
+
+from knarr.client.rest import Client
+from knarr.cluster.config import ClusterConfig
+from knarr.cluster.processes import common
+from knarr.cluster.supervisor import Announce
+
+
+def main(config: ClusterConfig, announce: Announce) -> None:
+    """Run the controllers and the scheduler until stopped."""
+    from knarr.controllers.config import ControllersConfig
+    from knarr.controllers.manager import ControllerManager
+    from knarr.scheduler.config import SchedulerConfig
+    from knarr.scheduler.scheduler import Scheduler
+
+    pki = config.pki
+    settings = ControllersConfig(
+        enabled=config.controllers,
+        cluster_cidr=config.pod_cidr,
+        service_account_key=str(pki / "sa.key"),
+        root_ca=str(pki / "ca.crt"),
+        ca_cert=str(pki / "ca.crt"),
+        ca_key=str(pki / "ca.key"),
+    )
+
+    async def control() -> None:
+        controllers = Client(common.client_config(config, common.pair(config, "controller-manager"), "kube-controller-manager"))
+        scheduler = Client(common.client_config(config, common.pair(config, "scheduler"), "kube-scheduler"))
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(ControllerManager(controllers, settings).run(), name="controllers")
+                group.create_task(Scheduler(scheduler, SchedulerConfig()).run(), name="scheduler")
+        finally:
+            await controllers.close()
+            await scheduler.close()
+
+    common.run(control)
