@@ -1,0 +1,145 @@
+"""Host ports and the node-side rules of the pod network: one nf_tables table of ours.
+
+Role: used by `podnet`. The table masquerades what pods send out of the cluster, maps host ports to pods, keeps 127.0.0.1 of the
+node from pods, and stops ICMP redirects nowhere else wanted. Host ports are elements of shared maps.
+Invariants: nothing but the table named at construction is touched. A host port is a pair (node-wide) or a triple (one host address).
+Source: cni-plugins portmap (behaviour), kube-proxy nftables masquerading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from ipaddress import ip_address, ip_network
+
+from knarr.network.netlink import NETLINK_NETFILTER, NetlinkSocket
+from knarr.network.nftables import Element, ElementBatch, join, packed_address, port_key, protocol_key, run_script, value
+
+LOOPBACK_MARK = 0x4000
+
+
+def render(table: str, cluster_cidrs: Sequence[str], pod_cidrs: Sequence[str]) -> str:
+    """The table's skeleton as an nft script; replaces an older one of the same name and empties its maps."""
+    lines = [f"table inet {table} {{}}", f"delete table inet {table}", f"table inet {table} {{"]
+    for version, kind in ((4, "ipv4_addr"), (6, "ipv6_addr")):
+        inside = sorted({c for c in (*cluster_cidrs, *pod_cidrs) if ip_network(c).version == version})
+        own = sorted({c for c in pod_cidrs if ip_network(c).version == version})
+        for name, cidrs in (("cluster", inside), ("own", own)):
+            elements = f"elements = {{ {', '.join(cidrs)} }}" if cidrs else ""
+            lines.append(f" set {name}{version} {{ type {kind}; flags interval; auto-merge; {elements} }}")
+        lines.append(f" map port{version} {{ type inet_proto . inet_service : {kind} . inet_service; }}")
+        lines.append(f" map address_port{version} {{ type {kind} . inet_proto . inet_service : {kind} . inet_service; }}")
+        lines.append(f" set self{version} {{ type {kind} . {kind}; }}")
+    lines.append(
+        """
+ chain raw_in {
+  type filter hook prerouting priority raw; policy accept;
+  # The node's loopback is routable towards pods (host ports on 127.0.0.1), so nothing from outside may name it.
+  iif != "lo" ip daddr 127.0.0.0/8 drop
+ }
+ chain host_ports {
+  dnat ip to ip daddr . meta l4proto . th dport map @address_port4
+  dnat ip6 to ip6 daddr . meta l4proto . th dport map @address_port6
+  fib daddr type local dnat ip to meta l4proto . th dport map @port4
+  fib daddr type local dnat ip6 to meta l4proto . th dport map @port6
+ }
+ chain nat_in {
+  type nat hook prerouting priority dstnat - 2; policy accept;
+  meta l4proto { tcp, udp, sctp } jump host_ports
+ }
+ chain nat_output {
+  type nat hook output priority -102; policy accept;
+  meta l4proto { tcp, udp, sctp } jump host_ports
+ }
+ chain nat_out {
+  type nat hook postrouting priority srcnat + 1; policy accept;
+  oif "lo" return
+  ip saddr 127.0.0.0/8 masquerade
+  ct status dnat ip saddr . ip daddr @self4 masquerade
+  ct status dnat ip6 saddr . ip6 daddr @self6 masquerade
+  ip saddr @own4 ip daddr != @cluster4 ip daddr != 224.0.0.0/4 masquerade
+  ip6 saddr @own6 ip6 daddr != @cluster6 ip6 daddr != ff00::/8 masquerade
+ }
+}"""
+    )
+    return "\n".join(lines) + "\n"
+
+
+Port = Sequence[str | int]
+"""protocol, host address ("" for all), host port, pod address, container port."""
+
+
+class HostPorts:
+    """The table in one network namespace. Blocking; called from the pod network's worker thread."""
+
+    def __init__(self, table: str, netns: str | None) -> None:
+        self._table = table
+        self._netns = netns
+        self._netlink: NetlinkSocket | None = None
+        self.ports: dict[tuple[str, str, int, int], Port] = {}
+
+    def install(self, cluster_cidrs: Sequence[str], pod_cidrs: Sequence[str], ports: Iterable[Port]) -> None:
+        """Write the whole table, with the ports of pods that are already there."""
+        run_script(render(self._table, cluster_cidrs, pod_cidrs), self._netns)
+        self.ports = {}
+        self.change(list(ports), ())
+
+    def socket(self) -> NetlinkSocket:
+        """The netfilter socket of the namespace."""
+        if self._netlink is None:
+            from knarr.network.netns import open_netlink
+
+            self._netlink = open_netlink(self._netns, NETLINK_NETFILTER)
+        return self._netlink
+
+    @staticmethod
+    def key_of(port: Port) -> tuple[str, str, int, int]:
+        """Who holds a host port: protocol, host address, number, family."""
+        return (str(port[0]), "" if ip_address(str(port[1] or "0.0.0.0")).is_unspecified else str(port[1]), int(port[2]), 6 if ":" in str(port[3]) else 4)
+
+    def conflict(self, port: Port) -> Port | None:
+        """The port that already holds this place, if any."""
+        return self.ports.get(self.key_of(port))
+
+    def change(self, added: Sequence[Port], removed: Sequence[Port]) -> None:
+        """Add and remove mappings in one transaction."""
+        batch = ElementBatch(self._table)
+        for port in removed:
+            key = self.key_of(port)
+            if self.ports.get(key) == list(port):
+                del self.ports[key]
+                self._element(batch, port, remove=True)
+        for port in added:
+            key = self.key_of(port)
+            if key not in self.ports:
+                self.ports[key] = list(port)
+                self._element(batch, port, remove=False)
+        self._hairpins(batch, added, removed)
+        batch.commit(self.socket())
+
+    def _element(self, batch: ElementBatch, port: Port, *, remove: bool) -> None:
+        protocol, host_ip, number, version = self.key_of(port)
+        parts = [protocol_key(protocol), port_key(number)]
+        name = f"port{version}"
+        if host_ip:
+            parts.insert(0, packed_address(host_ip))
+            name = f"address_port{version}"
+        element = Element(join(parts), value(packed_address(str(port[3])) + port_key(int(port[4]))))
+        if remove:
+            batch.delete(name, [element])
+        else:
+            batch.add(name, [element])
+
+    def _hairpins(self, batch: ElementBatch, added: Sequence[Port], removed: Sequence[Port]) -> None:
+        still = {str(port[3]) for port in self.ports.values()}
+        for address in {str(port[3]) for port in added} & still:
+            packed = packed_address(address)
+            batch.add(f"self{6 if ':' in address else 4}", [Element(packed + packed)])
+        for address in {str(port[3]) for port in removed} - still:
+            packed = packed_address(address)
+            batch.delete(f"self{6 if ':' in address else 4}", [Element(packed + packed)])
+
+    def close(self) -> None:
+        """Close the socket; the table stays."""
+        if self._netlink is not None:
+            self._netlink.close()
+            self._netlink = None
