@@ -104,14 +104,7 @@ def make_pki(config: ClusterConfig) -> pki.ClusterPKI:
     domain = config.cluster_domain
     names = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", f"kubernetes.default.svc.{domain}", "localhost", socket.gethostname().lower()]
     own = addresses.primary_address()
-    return pki.ensure(config.pki, list(dict.fromkeys([*names, "127.0.0.1", *([own] if own else []), config.address(1), str(node_gateway(config))])))
-
-
-def node_gateway(config: ClusterConfig) -> str:
-    """The address of this machine on the bridge between further nodes."""
-    import ipaddress
-
-    return str(ipaddress.ip_network(config.node_cidr)[-2])
+    return pki.ensure(config.pki, list(dict.fromkeys([*names, "127.0.0.1", *([own] if own else []), config.address(1), nodes.gateway(config)])))
 
 
 def _fork_supervisor(config: ClusterConfig) -> int:

@@ -1,0 +1,143 @@
+"""Further nodes on this machine: each is a host of its own, in a network namespace with an address on a bridge between them.
+
+Role: makes and removes what a node needs of the host before its process starts; the process then enters the namespace for good
+(`enter`). The first node is the machine itself and needs nothing. Everything carries the cluster's mark, so that `host.clean`
+finds it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import os
+import subprocess
+from pathlib import Path
+
+from knarr.cluster import addresses
+from knarr.cluster.config import ClusterConfig, ConfigError, NodeConfig, further_node
+
+CLONE_NEWNET = 0x40000000
+NETNS_FOLDER = Path("/run/netns")
+
+
+def node_address(config: ClusterConfig, node: NodeConfig) -> str:
+    """The address under which the cluster knows a node."""
+    return node.ip or addresses.primary_address() or gateway(config)
+
+
+def gateway(config: ClusterConfig) -> str:
+    """This machine's address on the bridge between further nodes."""
+    return str(ipaddress.ip_network(config.node_cidr)[-2])
+
+
+def bridge_name(config: ClusterConfig) -> str:
+    return f"knarr-n{config.slot}"
+
+
+def needs_bridge(config: ClusterConfig) -> bool:
+    """Further nodes need it, and so does a machine without any address of its own."""
+    return any(node.netns for node in config.nodes) or not addresses.primary_address()
+
+
+def _ip(*arguments: str) -> None:
+    command = ["ip", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise OSError(f"{' '.join(command)}: {result.stderr.strip()}")
+
+
+def ensure_bridge(config: ClusterConfig) -> None:
+    """Make the bridge between nodes, with masquerading for what they send to the outside. Idempotent."""
+    from knarr.cluster import host
+
+    name = bridge_name(config)
+    network = ipaddress.ip_network(config.node_cidr)
+    if not Path("/sys/class/net", name).exists():
+        _ip("link", "add", name, "type", "bridge")
+        _ip("link", "set", name, "alias", f"knarr:{config.name}")
+        _ip("address", "add", f"{gateway(config)}/{network.prefixlen}", "dev", name)
+        _ip("link", "set", name, "up")
+    host.set_sysctl(config, "net.ipv4.ip_forward", "1")
+    table = f"knarr{config.suffix}-nodes"
+    rules = f"""
+add table ip {table}
+delete table ip {table}
+add table ip {table}
+add chain ip {table} leave {{ type nat hook postrouting priority 100; policy accept; }}
+add rule ip {table} leave ip saddr {network} ip daddr != {network} ip daddr != {config.pod_cidr} oifname != "{name}" masquerade
+"""
+    subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True, capture_output=True)
+
+
+def ensure_host(config: ClusterConfig, node: NodeConfig) -> None:
+    """Make a further node's namespace and its link to the bridge. Idempotent; nothing for the first node.
+
+    Raises:
+      OSError: the kernel refused, with the command.
+    """
+    if not node.netns:
+        return
+    ensure_bridge(config)
+    path = NETNS_FOLDER / node.netns
+    if not path.exists():
+        _ip("netns", "add", node.netns)
+    index = int(ipaddress.ip_address(node.ip)) - int(ipaddress.ip_network(config.node_cidr)[0])
+    outer = f"knn{config.slot}-{index}"
+    inside = ["-n", node.netns]
+    if not Path("/sys/class/net", outer).exists():
+        _ip("link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", node.netns)
+        _ip("link", "set", outer, "alias", f"knarr:{config.name}")
+        _ip("link", "set", outer, "master", bridge_name(config), "up")
+        prefix = ipaddress.ip_network(config.node_cidr).prefixlen
+        _ip(*inside, "link", "set", "lo", "up")
+        _ip(*inside, "address", "add", f"{node.ip}/{prefix}", "dev", "eth0")
+        _ip(*inside, "link", "set", "eth0", "up")
+        _ip(*inside, "route", "add", "default", "via", gateway(config))
+
+
+def remove_host(node: NodeConfig) -> None:
+    """Remove a further node's namespace; its links go with it."""
+    if node.netns and (NETNS_FOLDER / node.netns).exists():
+        _ip("netns", "delete", node.netns)
+
+
+def enter(node: NodeConfig) -> None:
+    """Put this process, before it has threads, into the node's network namespace.
+
+    Mounts stay shared with the machine: sysfs therefore shows the machine's devices, and what needs a node's own asks netlink.
+    """
+    if not node.netns:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor = os.open(NETNS_FOLDER / node.netns, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if libc.setns(descriptor, CLONE_NEWNET) != 0:
+            error = ctypes.get_errno()
+            raise OSError(error, f"cannot enter {node.netns}: {os.strerror(error)}")
+    finally:
+        os.close(descriptor)
+
+
+def add_node(config: ClusterConfig, name: str | None = None) -> NodeConfig:
+    """Append a further node to the cluster's configuration and save it.
+
+    Raises:
+      ConfigError: the name is taken or the address range is full.
+    """
+    taken = {node.name for node in config.nodes}
+    prefix = "" if config.name == "default" else config.name + "-"
+    number = 2
+    while name is None and f"{prefix}node-{number}" in taken:
+        number += 1
+    wanted = name or f"{prefix}node-{number}"
+    if wanted in taken:
+        raise ConfigError(f"there is a node {wanted!r} already")
+    used = {node.ip for node in config.nodes} | {gateway(config)}
+    free = next((str(address) for address in list(ipaddress.ip_network(config.node_cidr).hosts())[1:] if str(address) not in used), None)
+    if free is None:
+        raise ConfigError(f"no address is left in {config.node_cidr}")
+    node = further_node(config, wanted, free)
+    config.nodes.append(node)
+    config.save()
+    return node
+
