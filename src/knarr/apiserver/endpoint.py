@@ -1,0 +1,135 @@
+"""A served resource: what a path such as /apis/apps/v1/…/deployments leads to.
+
+Made by the registry (built-in kinds) and by the CRD controller (custom ones); looked up by the pipeline. Several endpoints
+may share one store: events in two groups, two versions of a CRD. It holds the forms, so that every request for the same
+Accept header gets the same form object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from knarr.api import errors
+from knarr.api.scheme import Resource
+from knarr.api.types import Object
+from knarr.apiserver import negotiation
+from knarr.apiserver.forms import ConvertedForm, Converter, Form, PartialForm, TableForm
+from knarr.apiserver.negotiation import JSON, PROTOBUF, YAML
+from knarr.apiserver.store import ResourceStore
+
+if TYPE_CHECKING:
+    from knarr.apiserver.registry.base import Strategy
+
+TableFactory = Callable[[Resource], "tuple[list[Object], Callable[[Object], list[object]]]"]
+
+
+class Endpoint:
+    """See the module's docstring.
+
+    Args:
+      store: None for resources that are answered, not stored (reviews, bindings).
+      from_stored, to_stored: Conversion when this version is not the stored one.
+    """
+
+    def __init__(
+        self, resource: Resource, store: ResourceStore | None, strategy: Strategy, *, from_stored: Converter | None = None,
+        to_stored: Converter | None = None, table: TableFactory | None = None, protobuf: bool = True,
+    ) -> None:  # fmt: skip
+        self.resource = resource
+        self.store = store
+        self.strategy = strategy
+        self.from_stored = from_stored
+        self.to_stored = to_stored
+        self.json: Form = Form(resource) if from_stored is None else ConvertedForm(resource, from_stored)
+        self._table = table
+        self._protobuf = protobuf
+        self._forms: dict[tuple[object, ...], Form] = {("json",): self.json}
+        self._by_accept: dict[tuple[str, str, bool], tuple[Form, bool, bool]] = {}
+        self.warnings: tuple[str, ...] = ()
+        """Sent with every answer (deprecated versions)."""
+
+    @property
+    def live_store(self) -> ResourceStore:
+        if self.store is None:
+            raise errors.method_not_supported(self.resource, "get")
+        return self.store
+
+    def form_for(self, accept: str, includes: str = "", *, many: bool = False, watch: bool = False) -> tuple[Form, bool, bool]:
+        """Choose the form for an Accept header.
+
+        Args:
+          includes: The includeObject parameter (Tables).
+          many: The answer is a list (PartialObjectMetadataList may be asked for).
+
+        Returns:
+          (form, as YAML, pretty)
+
+        Raises:
+          StatusError: 406.
+        """
+        key = (accept, includes, many or watch)
+        found = self._by_accept.get(key)
+        if found is None:
+            found = self._choose(accept, includes, many=many, watch=watch)
+            if len(self._by_accept) < 64:
+                self._by_accept[key] = found
+        return found
+
+    def _choose(self, accept: str, includes: str, *, many: bool, watch: bool) -> tuple[Form, bool, bool]:
+        for clause in negotiation.parse_accept(accept):
+            if clause.media_type == PROTOBUF and (self.resource.custom and not clause.as_kind or not self._protobuf):
+                continue
+            if clause.media_type == YAML and watch:
+                continue
+            kind = clause.as_kind
+            if not kind and not clause.as_group and not clause.as_version:
+                form = self.protobuf_form() if clause.media_type == PROTOBUF else self.json
+                return form, clause.media_type == YAML, clause.pretty
+            if clause.as_group != "meta.k8s.io" or clause.as_version not in ("v1", "v1beta1"):
+                continue
+            if kind == "Table" and clause.media_type != PROTOBUF and self._table is not None:
+                return self.table_form(clause.as_version, includes or "Metadata"), clause.media_type == YAML, clause.pretty
+            wanted = "PartialObjectMetadataList" if many and not watch else "PartialObjectMetadata"
+            if kind == wanted:
+                form = self.partial_form(clause.as_version, clause.media_type == PROTOBUF)
+                return form, clause.media_type == YAML, clause.pretty
+        raise errors.not_acceptable(self.media_types(watch))
+
+    def media_types(self, watch: bool = False) -> list[str]:
+        types = [JSON] if watch else [JSON, YAML]
+        if watch:
+            types = [JSON]
+        if not self.resource.custom and self._protobuf:
+            types.append(f"{PROTOBUF};stream=watch" if watch else PROTOBUF)
+        return types
+
+    def table_form(self, version: str, includes: str) -> Form:
+        key = ("table", version, includes)
+        form = self._forms.get(key)
+        if form is None:
+            assert self._table is not None
+            columns, cells = self._table(self.resource)
+            form = self._forms[key] = TableForm(self.resource, version, columns, cells, includes, self.json)
+        return form
+
+    def partial_form(self, version: str, protobuf: bool) -> Form:
+        key = ("partial", version, protobuf)
+        form = self._forms.get(key)
+        if form is None:
+            if protobuf:
+                from knarr.apiserver.protoforms import ProtobufPartialForm
+
+                form = ProtobufPartialForm(self.resource, version)
+            else:
+                form = PartialForm(self.resource, version)
+            self._forms[key] = form
+        return form
+
+    def protobuf_form(self) -> Form:
+        form = self._forms.get(("protobuf",))
+        if form is None:
+            from knarr.apiserver.protoforms import ProtobufForm
+
+            form = self._forms[("protobuf",)] = ProtobufForm(self.resource, self.json)
+        return form

@@ -1,0 +1,117 @@
+"""All stored resources of one API server: one subscription to the revision store, one cache per resource.
+
+Owner: APIServer. Loads everything at start (subscribe first, scan second, drop what the scan already showed), then
+feeds each cache the events under its prefix. Custom resources add a cache while the server runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from knarr.aiokits.log import get_logger
+from knarr.apiserver.cache import FieldsFunction, ResourceCache
+from knarr.storage.protocol import Event, RevisionStore
+
+log = get_logger(__name__)
+
+
+class Storage:
+    """The caches by store prefix ("/registry/<group>/<plural>/")."""
+
+    def __init__(self, store: RevisionStore) -> None:
+        self.store = store
+        self.caches: dict[str, ResourceCache] = {}
+        self._loading: list[Event] | None = []
+        self._loading_caches: dict[str, list[Event]] = {}
+        self._unsubscribe: Any = None
+
+    @property
+    def revision(self) -> int:
+        """The newest revision that every cache has seen."""
+        return self.store.revision
+
+    def add(self, prefix: str, field_names: tuple[str, ...] = (), fields: FieldsFunction | None = None, trigger: str = "") -> ResourceCache:
+        """Return the cache of a prefix, made at first; before `start` it is filled then, later by `load`."""
+        cache = self.caches.get(prefix)
+        if cache is None:
+            cache = self.caches[prefix] = ResourceCache(prefix, field_names, fields)
+            if trigger:
+                cache.trigger = cache.field_index[trigger]
+        return cache
+
+    async def start(self) -> None:
+        """Open the store and fill the caches with what it holds."""
+        await self.store.start()
+        self._unsubscribe = self.store.subscribe(self._on_events)
+        page = await self.store.scan("/registry/")
+        by_prefix: dict[str, list[tuple[str, bytes, int]]] = {}
+        for key, value, revision in page.items:
+            prefix, rest = _split(key)
+            by_prefix.setdefault(prefix, []).append((rest, value, revision))
+        for prefix, cache in self.caches.items():
+            cache.load(by_prefix.get(prefix, []), page.revision)
+        missed, self._loading = self._loading or [], None
+        self._dispatch([event for event in missed if event.revision > page.revision])
+
+    async def add_loaded(self, prefix: str, field_names: tuple[str, ...], fields: FieldsFunction | None) -> ResourceCache:
+        """Return the cache of a prefix that appears while the server runs, filled from the store."""
+        cache = self.caches.get(prefix)
+        if cache is not None:
+            return cache
+        cache = ResourceCache(prefix, field_names, fields)
+        missed = self._loading_caches.setdefault(prefix, [])
+        page = await self.store.scan(prefix)
+        if prefix in self.caches:
+            return self.caches[prefix]
+        cache.load([(item.key[len(prefix):], item.value, item.revision) for item in page.items], page.revision)
+        self.caches[prefix] = cache
+        self._loading_caches.pop(prefix, None)
+        cache.publish([(e.key[len(prefix):], e.value, e.revision) for e in missed if e.revision > page.revision])
+        return cache
+
+    def drop(self, prefix: str) -> None:
+        """Forget a cache (its custom resource is gone); its watchers are closed by the caller."""
+        self.caches.pop(prefix, None)
+
+    def _on_events(self, events: Sequence[Event]) -> None:
+        if self._loading is not None:
+            self._loading.extend(events)
+            return
+        try:
+            self._dispatch(events)
+        except Exception as error:
+            # The store must not be told: the write is durable. But a cache that failed to take it is wrong from now on.
+            log.error("publishing failed", exc_info=error)
+
+    def _dispatch(self, events: Sequence[Event]) -> None:
+        if len(events) == 1:
+            event = events[0]
+            prefix, rest = _split(event.key)
+            cache = self.caches.get(prefix)
+            if cache is not None:
+                cache.publish([(rest, event.value, event.revision)])
+            elif prefix in self._loading_caches:
+                self._loading_caches[prefix].append(event)
+            return
+        by_prefix: dict[str, list[tuple[str, bytes | None, int]]] = {}
+        for event in events:
+            prefix, rest = _split(event.key)
+            if prefix in self._loading_caches:
+                self._loading_caches[prefix].append(event)
+            by_prefix.setdefault(prefix, []).append((rest, event.value, event.revision))
+        for prefix, changes in by_prefix.items():
+            cache = self.caches.get(prefix)
+            if cache is not None:
+                cache.publish(changes)
+
+    async def close(self) -> None:
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+        await self.store.close()
+
+
+def _split(key: str) -> tuple[str, str]:
+    """("/registry/core/pods/", "default/web-1") of "/registry/core/pods/default/web-1"."""
+    end = key.index("/", key.index("/", 10) + 1) + 1
+    return key[:end], key[end:]
