@@ -1,0 +1,1 @@
+"""Knarr's benchmarks: `./run bench` prints a table and writes JSON. Ratios and medians, never pass or fail."""
