@@ -201,7 +201,7 @@ def _refuse_kind(given_version: str, given_kind: str, api_version: str, kind: st
     """A body of another type: meta options are registered everywhere, any other difference is an error."""
     if given_kind == kind and kind in typeinfo._META_KINDS:
         return
-    group, _, version = given_version.rpartition("/")
+    _group, _, version = given_version.rpartition("/")
     try:
         typeinfo.message_name(given_version, given_kind)
     except KeyError:

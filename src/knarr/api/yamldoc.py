@@ -111,7 +111,7 @@ class _Builder:
         result: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            if key_node.tag == _MERGE_TAG or (isinstance(key_node, yaml.ScalarNode) and key_node.value == "<<" and key_not node.style):
+            if key_node.tag == _MERGE_TAG or (isinstance(key_node, yaml.ScalarNode) and key_node.value == "<<" and not key_node.style):
                 self.merge(merged, value_node, depth)
                 continue
             if not isinstance(key_node, yaml.ScalarNode):
