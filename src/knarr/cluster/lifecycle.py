@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from knarr.cluster import addresses, host, pki, preflight, supervisor
+from knarr.cluster import addresses, host, nodes, pki, preflight, supervisor
 from knarr.cluster import config as cluster_config
 from knarr.cluster.config import ClusterConfig
 from knarr.cluster.progress import Progress
