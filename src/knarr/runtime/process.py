@@ -83,8 +83,8 @@ def spawn(
         raise RuntimeFault(f"cannot run {argv[0]}: {error.strerror}") from error
 
 
-async def read_all(fd: int, limit: int = 16 << 20) -> bytes:
-    """Read a pipe to its end (at most limit bytes are kept) and close it."""
+async def read_all(fd: int, limit: int = 16 << 20, *, until: bytes = b"") -> bytes:
+    """Read a pipe to its end, or to the first chunk that holds `until`, and close it; at most limit bytes are kept."""
     parts: list[bytes] = []
     size = 0
     os.set_blocking(fd, False)
@@ -100,6 +100,8 @@ async def read_all(fd: int, limit: int = 16 << 20) -> bytes:
             if size < limit:
                 parts.append(data[: limit - size])
                 size += len(data)
+            if until and until in data:
+                return b"".join(parts)
     finally:
         os.close(fd)
 
