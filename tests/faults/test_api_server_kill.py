@@ -15,6 +15,8 @@ import orjson
 import pytest
 from bench.servers import TOKEN
 
+from tests.faults.server import Server, request
+
 KILLS = 50
 WRITERS = 32
 PATH = "/api/v1/namespaces/default/configmaps"

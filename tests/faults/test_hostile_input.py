@@ -23,9 +23,7 @@ JSON = "application/json"
 MEMORY_LIMIT_BYTES = 400 << 20
 SCHEMA = orjson.loads(resources.files("knarr.api.facts").joinpath("schema.json").read_bytes())
 PROTOBUF = orjson.loads(resources.files("knarr.api.facts").joinpath("protobuf.json").read_bytes())
-MESSAGES = {message["openapi"]: message for message in PROTOBUF.values() if isinstance(message, dict) and "openapi" in message} if "messages" not in PROTOBUF else {
-    message["openapi"]: message for message in PROTOBUF["messages"].values() if "openapi" in message
-}  # fmt: skip
+MESSAGES = {message["openapi"]: message for message in PROTOBUF.values() if "openapi" in message}
 DEFINITIONS = SCHEMA.get("definitions", SCHEMA)
 
 
