@@ -1,0 +1,1 @@
+"""Deployment: rollouts of ReplicaSets. `util` is pure, `replicasets` writes, `controller` decides."""

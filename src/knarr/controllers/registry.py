@@ -1,0 +1,62 @@
+"""Names of all controllers, as upstream's, and where each is made.
+
+A value is "module:callable" below this package; the callable takes a Context. Modules are imported
+only when their controller is enabled.
+"""
+
+from __future__ import annotations
+
+CONTROLLERS: dict[str, str] = {
+    "endpoints-controller": "endpoints:EndpointsController",
+    "endpointslice-controller": "endpointslice:EndpointSliceController",
+    "replicationcontroller-controller": "replicaset:replication_controllers",
+    "namespace-controller": "namespace:NamespaceController",
+    "serviceaccount-controller": "serviceaccount:ServiceAccountController",
+    "root-ca-certificate-publisher-controller": "serviceaccount:RootCAPublisher",
+    "deployment-controller": "deployment.controller:DeploymentController",
+    "replicaset-controller": "replicaset:ReplicaSetController",
+    "node-ipam-controller": "nodeipam:NodeIPAMController",
+}
+
+ALIASES: dict[str, str] = {
+    "serviceaccount-token": "serviceaccount-token-controller",
+    "endpoint": "endpoints-controller",
+    "endpointslice": "endpointslice-controller",
+    "endpointslicemirroring": "endpointslice-mirroring-controller",
+    "replicationcontroller": "replicationcontroller-controller",
+    "podgc": "pod-garbage-collector-controller",
+    "resourcequota": "resourcequota-controller",
+    "namespace": "namespace-controller",
+    "serviceaccount": "serviceaccount-controller",
+    "garbagecollector": "garbage-collector-controller",
+    "daemonset": "daemonset-controller",
+    "job": "job-controller",
+    "deployment": "deployment-controller",
+    "replicaset": "replicaset-controller",
+    "horizontalpodautoscaling": "horizontal-pod-autoscaler-controller",
+    "disruption": "disruption-controller",
+    "statefulset": "statefulset-controller",
+    "cronjob": "cronjob-controller",
+    "csrsigning": "certificatesigningrequest-signing-controller",
+    "csrapproving": "certificatesigningrequest-approving-controller",
+    "csrcleaner": "certificatesigningrequest-cleaner-controller",
+    "ttl": "ttl-controller",
+    "bootstrapsigner": "bootstrap-signer-controller",
+    "tokencleaner": "token-cleaner-controller",
+    "nodeipam": "node-ipam-controller",
+    "nodelifecycle": "node-lifecycle-controller",
+    "persistentvolume-binder": "persistentvolume-binder-controller",
+    "attachdetach": "persistentvolume-attach-detach-controller",
+    "persistentvolume-expander": "persistentvolume-expander-controller",
+    "clusterrole-aggregation": "clusterrole-aggregation-controller",
+    "pvc-protection": "persistentvolumeclaim-protection-controller",
+    "pv-protection": "persistentvolume-protection-controller",
+    "ttl-after-finished": "ttl-after-finished-controller",
+    "root-ca-cert-publisher": "root-ca-certificate-publisher-controller",
+    "ephemeral-volume": "ephemeral-volume-controller",
+    "storage-version-gc": "storageversion-garbage-collector-controller",
+    "resource-claim-controller": "resourceclaim-controller",
+    "legacy-service-account-token-cleaner": "legacy-serviceaccount-token-cleaner-controller",
+}
+
+OFF_BY_DEFAULT = frozenset({"bootstrap-signer-controller", "token-cleaner-controller"})
