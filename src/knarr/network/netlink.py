@@ -187,12 +187,12 @@ class NetlinkSocket:
         results: list[NetlinkError | None] = [None] * len(messages)
         missing = len(messages)
         while missing:
-            for kind, _flags, sequence, body in self._receive():
+            for kind, _flags, sequence, answer in self._receive():
                 index = sequence - first
                 if kind != NLMSG_ERROR or not 0 <= index < len(messages):
                     continue
                 missing -= 1
-                results[index] = decode_error(body, messages[index].what, index)
+                results[index] = decode_error(answer, messages[index].what, index)
         return results
 
     def send(self, *messages: Message, ignore: tuple[int, ...] = ()) -> None:

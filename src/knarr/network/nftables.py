@@ -162,10 +162,24 @@ class ElementBatch:
 
     def __init__(self, table: str) -> None:
         self._table = text(1, table)
+        self._flushes = 0
         self._messages: list[tuple[int, int, bytes, str]] = []
 
     def __bool__(self) -> bool:
         return bool(self._messages)
+
+    def only_flushes(self) -> ElementBatch:
+        """A batch with just the emptied sets of this one."""
+        batch = ElementBatch("")
+        batch._table = self._table
+        batch._messages = self._messages[: self._flushes]
+        batch._flushes = self._flushes
+        return batch
+
+    @property
+    def started_flushed(self) -> bool:
+        """Whether the batch begins by emptying sets."""
+        return self._flushes > 0
 
     def raw(self, kind: int, body: bytes, flags: int = 0, what: str = "") -> None:
         """Add any nf_tables message."""
@@ -173,7 +187,8 @@ class ElementBatch:
 
     def flush(self, set_name: str) -> None:
         """Empty a set or map."""
-        self._messages.append((_DELSETELEM, 0, self._table + text(2, set_name), f"flushing {set_name}"))
+        self._messages.insert(self._flushes, (_DELSETELEM, 0, self._table + text(2, set_name), f"flushing {set_name}"))
+        self._flushes += 1
 
     def add(self, set_name: str, elements: Iterable[Element]) -> None:
         """Add elements; one that is there already with equal data is fine."""
@@ -220,11 +235,11 @@ class ElementBatch:
         failure: NetlinkError | None = None
         last = first + count
         while True:
-            for kind, _flags, sequence, body in netlink.receive():
+            for kind, _flags, sequence, answer in netlink.receive():
                 if kind != NLMSG_ERROR or not first <= sequence <= last:
                     continue
                 index = max(0, sequence - first - 1)
-                error = decode_error(body, self._messages[index][3], index)
+                error = decode_error(answer, self._messages[index][3], index)
                 failure = failure or error
                 # A refusal of the batch as a whole is reported on its first message and nothing else follows.
                 if sequence in (last, first):
@@ -300,7 +315,7 @@ class SetState:
 
 def environment_has_nft() -> bool:
     """Whether the nft program can be found."""
-    return any(os.access(os.path.join(folder, "nft"), os.X_OK) for folder in os.get_exec_path() + ["/usr/sbin", "/sbin"])
+    return any(os.access(os.path.join(folder, "nft"), os.X_OK) for folder in [*os.get_exec_path(), "/usr/sbin", "/sbin"])
 
 
 def join(parts: Sequence[bytes]) -> bytes:

@@ -241,10 +241,10 @@ def delete_fdb(index: int, mac: str, remote: Address) -> Message:
 def add_tbf(index: int, *, rate_bytes: int, burst_bytes: int, latency_seconds: float = 0.025) -> Message:
     """Shape what a link sends with a token bucket."""
     # struct tc_tbf_qopt: two rate specifications, limit, buffer, mtu; times in the kernel's 64 ns psched ticks.
-    ticks = lambda size: min(0xFFFFFFFF, int(size * 1_000_000_000 / rate_bytes / 64))
+    buffer_ticks = min(0xFFFFFFFF, burst_bytes * 1_000_000_000 // rate_bytes // 64)
     limit = int(rate_bytes * latency_seconds) + burst_bytes
     ratespec = struct.pack("=BBHhHI", 0, 1, 0, -1, 0, min(rate_bytes, 0xFFFFFFFF))
-    parms = ratespec + struct.pack("=BBHhHI", 0, 0, 0, 0, 0, 0) + struct.pack("=III", min(limit, 0xFFFFFFFF), ticks(burst_bytes), 0)
+    parms = ratespec + struct.pack("=BBHhHI", 0, 0, 0, 0, 0, 0) + struct.pack("=III", min(limit, 0xFFFFFFFF), buffer_ticks, 0)
     options = [attribute(1, parms), u32(6, burst_bytes)]
     if rate_bytes > 0xFFFFFFFF:
         options.append(attribute(4, struct.pack("=Q", rate_bytes)))

@@ -1,0 +1,100 @@
+"""Connection tracking entries: list UDP flows and delete single ones, over netlink.
+
+Role: the proxy calls `forget_stale` after it has taken UDP endpoints away: UDP has no end of connection, so an entry would send a client's packets to
+an address that nobody, or somebody else, answers at, for as long as the client keeps sending. Blocking; called from a worker thread.
+Source: pkg/proxy/conntrack/cleanup.go; linux/netfilter/nfnetlink_conntrack.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Callable
+from ipaddress import ip_address
+
+from knarr.network.netlink import Message, NetlinkError, NetlinkSocket, attribute, attributes, nested
+
+_SUBSYSTEM = 1 << 8
+_GET, _DELETE = _SUBSYSTEM | 1, _SUBSYSTEM | 2
+_TUPLE_ORIGINAL, _TUPLE_REPLY, _ZONE, _FILTER = 1, 2, 18, 25
+UDP = 17
+
+
+class Flow:
+    """One tracked flow: the original direction's target, the reply's source, and what is needed to delete it."""
+
+    __slots__ = ("family", "original", "reply_address", "reply_port", "source_address", "target_address", "target_port", "zone")
+
+    def __init__(self, family: int, original: bytes, zone: bytes | None) -> None:
+        self.family = family
+        self.original = original
+        self.zone = zone
+        self.source_address = self.target_address = self.reply_address = ""
+        self.target_port = self.reply_port = 0
+
+
+def _tuple(data: memoryview) -> tuple[str, str, int, int, int]:
+    """source, target, protocol, source port, target port."""
+    source = target = ""
+    protocol = source_port = target_port = 0
+    for kind, content in attributes(data):
+        if kind == 1:
+            for inner, packed in attributes(content):
+                if inner in (1, 3):
+                    source = str(ip_address(bytes(packed)))
+                elif inner in (2, 4):
+                    target = str(ip_address(bytes(packed)))
+        elif kind == 2:
+            for inner, packed in attributes(content):
+                if inner == 1:
+                    protocol = packed[0]
+                elif inner == 2:
+                    source_port = struct.unpack(">H", packed)[0]
+                elif inner == 3:
+                    target_port = struct.unpack(">H", packed)[0]
+    return source, target, protocol, source_port, target_port
+
+
+def udp_flows(netlink: NetlinkSocket) -> list[Flow]:
+    """All UDP flows of both families in the socket's namespace."""
+    found: list[Flow] = []
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for body in netlink.dump(_GET, struct.pack("=BBH", family, 0, 0), "listing tracked flows"):
+            fields = dict(attributes(body, 4))
+            original = fields.get(_TUPLE_ORIGINAL)
+            reply = fields.get(_TUPLE_REPLY)
+            if original is None or reply is None or not _is_udp(original):
+                continue
+            flow = Flow(family, bytes(original), bytes(fields[_ZONE]) if _ZONE in fields else None)
+            flow.source_address, flow.target_address, _protocol, _port, flow.target_port = _tuple(original)
+            flow.reply_address, _target, _protocol, flow.reply_port, _port = _tuple(reply)
+            found.append(flow)
+    return found
+
+
+def _is_udp(data: memoryview) -> bool:
+    for kind, content in attributes(data):
+        if kind == 2:
+            return any(inner == 1 and packed[0] == UDP for inner, packed in attributes(content))
+    return False
+
+
+def delete(netlink: NetlinkSocket, flow: Flow) -> None:
+    """Delete one flow; one that has gone meanwhile is fine."""
+    body = struct.pack("=BBH", flow.family, 0, 0) + nested(_TUPLE_ORIGINAL, flow.original)
+    if flow.zone is not None:
+        body += attribute(_ZONE, flow.zone)
+    try:
+        netlink.send(Message(_DELETE, 0, body, "deleting a tracked flow"))
+    except NetlinkError as error:
+        if error.errno != errno.ENOENT:
+            raise
+
+
+def forget_stale(netlink: NetlinkSocket, is_stale: Callable[[Flow], bool]) -> int:
+    """Delete the UDP flows that a predicate calls stale; returns how many."""
+    stale = [flow for flow in udp_flows(netlink) if is_stale(flow)]
+    for flow in stale:
+        delete(netlink, flow)
+    return len(stale)

@@ -1,0 +1,320 @@
+"""The proxy's nf_tables table: its fixed skeleton, and the few chains that pick among N endpoints.
+
+Role: `ruleset` writes both. One shared set of maps serves all Services:
+
+    service  (address . protocol . port) -> chain            what is asked for
+    endpoint (address . protocol . port . index) -> address . port
+    local    the same, only this node's endpoints
+    port, port_endpoint, port_local                          node ports: the same without the address
+
+A chain exists per number of endpoints and manner (`Pick`), not per Service: it draws an index below N and jumps to what the map says. Session
+affinity is one dynamic map from client and frontend to endpoint, read first and refreshed with every connection.
+The rules of these chains are encoded here, because nft's language cannot say "update a map with what another map holds", though the kernel can.
+Invariants: names depend on content alone, so a chain that exists is the right one.
+Source: behaviour of pkg/proxy/nftables/proxier.go.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import ip_network
+
+from knarr.network.netlink import NLM_F_APPEND, NLM_F_CREATE, attribute, be32, nested, text
+from knarr.network.nftables import ElementBatch
+
+MASQUERADE_MARK = 0x4000
+SKELETON_VERSION = 1
+_NEWCHAIN, _NEWRULE = (10 << 8) | 3, (10 << 8) | 6
+_FAMILIES = ((4, "ip", "ipv4_addr", "0.0.0.0"), (6, "ip6", "ipv6_addr", "::"))
+_R = 8
+"""Number of the first 32-bit register."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """One manner of choosing: the name of the chain says it all.
+
+    Attributes:
+      family: 4 or 6.
+      node_port: keyed without address.
+      cluster: how many endpoints cluster-wide; 0 when unused.
+      local: how many on this node; None when the traffic policy is not Local.
+      masquerade: hide the client's address (external traffic under the Cluster policy).
+      affinity_seconds: 0 is off.
+    """
+
+    family: int
+    node_port: bool
+    cluster: int
+    local: int | None = None
+    masquerade: bool = False
+    affinity_seconds: int = 0
+
+    @property
+    def name(self) -> str:
+        """The chain's name."""
+        name = f"{'port' if self.node_port else 'pick'}{self.family}-{self.cluster}"
+        if self.local is not None:
+            name += f"-local{self.local}"
+        if self.masquerade:
+            name += "-masq"
+        if self.affinity_seconds:
+            name += f"-aff{self.affinity_seconds}"
+        return name
+
+
+def skeleton(table: str, pod_cidrs: Sequence[str], node_port_addresses: Sequence[str] = ()) -> str:
+    """The table's script: sets, maps, base chains. Replaces an older table of that name."""
+    out = [f"table inet {table} {{}}", f"delete table inet {table}", f"table inet {table} {{", f" chain {version_chain(pod_cidrs)} {{ }}"]
+    for version, ip, kind, _zero in _FAMILIES:
+        cidrs = [cidr for cidr in pod_cidrs if ip_network(cidr).version == version]
+        elements = f"elements = {{ {', '.join(cidrs)} }};" if cidrs else ""
+        frontend, port = f"{kind} . inet_proto . inet_service", "inet_proto . inet_service"
+        typed, typed_port = f"typeof {ip} daddr . meta l4proto . th dport", "typeof meta l4proto . th dport"
+        target, index = f"{ip} daddr . th dport", "numgen random mod 2"
+        client = f"typeof {ip} saddr"
+        dynamic = "size 262144; flags dynamic,timeout;"
+        out += [
+            f" set pods{version} {{ type {kind}; flags interval; auto-merge; {elements} }}",
+            f" set cluster_ip{version} {{ type {kind}; }}",
+            f" set hairpin{version} {{ type {kind} . {kind}; }}",
+            f" set limited{version} {{ type {frontend}; }}",
+            f" set allowed{version} {{ type {frontend} . {kind}; flags interval; }}",
+            f" map service{version} {{ type {frontend} : verdict; }}",
+            f" map refused{version} {{ type {frontend} : verdict; }}",
+            f" map port{version} {{ type {port} : verdict; }}",
+            f" map refused_port{version} {{ type {port} : verdict; }}",
+            f" map endpoint{version} {{ {typed} . {index} : {target}; }}",
+            f" map local{version} {{ {typed} . {index} : {target}; }}",
+            f" map port_endpoint{version} {{ {typed_port} . {index} : {target}; }}",
+            f" map port_local{version} {{ {typed_port} . {index} : {target}; }}",
+            f" map affinity{version} {{ {client} . {ip} daddr . meta l4proto . th dport : {target}; {dynamic} }}",
+            f" map port_affinity{version} {{ {client} . meta l4proto . th dport : {target}; {dynamic} }}",
+        ]
+    out.append(" chain masquerade_mark { meta mark set meta mark or 0x4000; }")
+    out.append(" chain refuse { reject; }")
+    out.append(" chain lose { drop; }")
+    out.append(" chain services {")
+    for version, ip, _kind, _zero in _FAMILIES:
+        out += [
+            f"  {ip} daddr @cluster_ip{version} {ip} saddr != @pods{version} meta mark set meta mark or 0x4000",
+            f"  {ip} daddr . meta l4proto . th dport vmap @service{version}",
+        ]
+    for version, ip, _kind, _zero in _FAMILIES:
+        cidrs = [cidr for cidr in node_port_addresses if ip_network(cidr).version == version]
+        restriction = f" {ip} daddr {{ {', '.join(cidrs)} }}" if cidrs else ""
+        family = "ipv4" if version == 4 else "ipv6"
+        out.append(f"  meta nfproto {family}{restriction} fib daddr type local meta l4proto . th dport vmap @port{version}")
+    out.append(" }")
+    out.append(_BASE_CHAINS)
+    out.append("}")
+    return "\n".join(out) + "\n"
+
+
+_ENDPOINT_CHECK = """  ct state new ip daddr . meta l4proto . th dport vmap @refused4
+  ct state new ip6 daddr . meta l4proto . th dport vmap @refused6
+  ip daddr @cluster_ip4 reject
+  ip6 daddr @cluster_ip6 reject"""
+
+_SOURCE_CHECK = """  ct state new ip daddr . meta l4proto . th dport @limited4 ip daddr . meta l4proto . th dport . ip saddr != @allowed4 drop
+  ct state new ip6 daddr . meta l4proto . th dport @limited6 ip6 daddr . meta l4proto . th dport . ip6 saddr != @allowed6 drop"""
+
+_BASE_CHAINS = f""" chain source_in {{
+  type filter hook prerouting priority dstnat - 10; policy accept;
+{_SOURCE_CHECK}
+ }}
+ chain source_output {{
+  type filter hook output priority dstnat - 10; policy accept;
+{_SOURCE_CHECK}
+ }}
+ chain nat_in {{
+  type nat hook prerouting priority dstnat; policy accept;
+  jump services
+ }}
+ chain nat_output {{
+  type nat hook output priority dstnat; policy accept;
+  jump services
+ }}
+ chain filter_in {{
+  type filter hook input priority filter; policy accept;
+  ct state new meta nfproto ipv4 meta l4proto . th dport vmap @refused_port4
+  ct state new meta nfproto ipv6 meta l4proto . th dport vmap @refused_port6
+  ct state new ip daddr . meta l4proto . th dport vmap @refused4
+  ct state new ip6 daddr . meta l4proto . th dport vmap @refused6
+ }}
+ chain filter_forward {{
+  type filter hook forward priority filter; policy accept;
+{_ENDPOINT_CHECK}
+ }}
+ chain filter_output {{
+  type filter hook output priority filter; policy accept;
+{_ENDPOINT_CHECK}
+ }}
+ chain nat_out {{
+  type nat hook postrouting priority srcnat; policy accept;
+  oif "lo" return
+  meta mark & 0x4000 != 0 jump hide
+  ct status dnat ip saddr . ip daddr @hairpin4 masquerade fully-random
+  ct status dnat ip6 saddr . ip6 daddr @hairpin6 masquerade fully-random
+ }}
+ chain hide {{
+  meta mark set meta mark xor 0x4000
+  masquerade fully-random
+ }}"""
+
+
+def version_chain(pod_cidrs: Sequence[str]) -> str:
+    """Name of an empty chain that tells which skeleton a table has, so that a restart can keep a fitting one."""
+    code = 0
+    for cidr in pod_cidrs:
+        for byte in cidr.encode():
+            code = (code * 131 + byte) & 0xFFFFFFFF
+    return f"skeleton-{SKELETON_VERSION}-{code:08x}"
+
+
+# Encoded rules
+
+
+def _expression(name: str, *fields: bytes) -> bytes:
+    return nested(1, text(1, name), nested(2, *fields))
+
+
+def _meta_load(key: int, register: int) -> bytes:
+    return _expression("meta", be32(2, key), be32(1, register))
+
+
+def _meta_set(key: int, register: int) -> bytes:
+    return _expression("meta", be32(2, key), be32(3, register))
+
+
+def _payload(base: int, offset: int, length: int, register: int) -> bytes:
+    return _expression("payload", be32(1, register), be32(2, base), be32(3, offset), be32(4, length))
+
+
+def _compare(register: int, data: bytes, *, equal: bool = True) -> bytes:
+    return _expression("cmp", be32(1, register), be32(2, 0 if equal else 1), nested(3, attribute(1, data)))
+
+
+def _numgen(modulus: int, register: int) -> bytes:
+    return _expression("numgen", be32(1, register), be32(2, modulus), be32(3, 1), be32(4, 0))
+
+
+def _lookup(set_name: str, source: int, target: int | None = None, *, inverted: bool = False) -> bytes:
+    fields = [text(1, set_name), be32(2, source)]
+    if target is not None:
+        fields.append(be32(3, target))
+    if inverted:
+        fields.append(be32(5, 1))
+    return _expression("lookup", *fields)
+
+
+def _update(set_name: str, key: int, data: int, seconds: int) -> bytes:
+    timeout = attribute(6, struct.pack(">Q", seconds * 1000))
+    return _expression("dynset", text(1, set_name), be32(3, 1), be32(4, key), be32(5, data), timeout)
+
+
+def _dnat(family: int, address: int, port: int) -> bytes:
+    return _expression("nat", be32(1, 1), be32(2, 2 if family == 4 else 10), be32(3, address), be32(5, port))
+
+
+def _verdict(code: int, chain: str = "") -> bytes:
+    inner = nested(2, be32(1, code & 0xFFFFFFFF), *([text(2, chain)] if chain else []))
+    return _expression("immediate", be32(1, 0), nested(2, inner))
+
+
+_JUMP, _GOTO, _DROP = -3, -4, 0
+
+
+class _Registers:
+    """Register layout of one family: a rule's key grows from the first register on."""
+
+    def __init__(self, family: int) -> None:
+        self.family = family
+        self.words = 1 if family == 4 else 4
+        self.length = 4 * self.words
+        self.source_offset, self.target_offset = (12, 16) if family == 4 else (8, 24)
+
+    def only_family(self) -> bytes:
+        return _meta_load(15, _R) + _compare(_R, bytes((2 if self.family == 4 else 10,)))
+
+    def frontend(self, at: int, node_port: bool) -> tuple[bytes, int]:
+        """Load the frontend's key from register `at`; returns the code and the next free register."""
+        code = b""
+        if not node_port:
+            code = _payload(1, self.target_offset, self.length, at)
+            at += self.words
+        return code + _meta_load(16, at) + _payload(2, 2, 2, at + 1), at + 2
+
+    def client(self, at: int) -> tuple[bytes, int]:
+        return _payload(1, self.source_offset, self.length, at), at + self.words
+
+
+def _choose(pick: Pick, registers: _Registers, map_name: str, count: int, target: int) -> bytes:
+    """Code that leaves a drawn endpoint (address, port) at register `target`."""
+    code, free = registers.frontend(_R, pick.node_port)
+    return registers.only_family() + code + _numgen(count, free) + _lookup(map_name, _R, target)
+
+
+def _pick_rules(pick: Pick, map_name: str, count: int) -> list[bytes]:
+    registers = _Registers(pick.family)
+    words = registers.words
+    if not count:
+        return [_verdict(_DROP)]
+    if not pick.affinity_seconds:
+        return [_choose(pick, registers, map_name, count, _R) + _dnat(pick.family, _R, _R + words)]
+    affinity = f"{'port_' if pick.node_port else ''}affinity{pick.family}"
+    client, after = registers.client(_R)
+    frontend, data = registers.frontend(after, pick.node_port)
+    known = registers.only_family() + client + frontend
+    read = known + _lookup(affinity, _R, data)
+    return [
+        # The endpoint remembered for this client, its time renewed; the rule ends at the look-up when there is none.
+        read + _update(affinity, _R, data, pick.affinity_seconds) + _dnat(pick.family, data, data + words),
+        # Otherwise draw one, remember it (the draw lies where the key of the memory does not), go there.
+        _choose(pick, registers, map_name, count, data)
+        + client
+        + frontend
+        + _update(affinity, _R, data, pick.affinity_seconds)
+        + _dnat(pick.family, data, data + words),
+    ]
+
+
+def _mark_masquerade() -> bytes:
+    mask = nested(4, attribute(1, struct.pack("=I", ~MASQUERADE_MARK & 0xFFFFFFFF)))
+    flip = nested(5, attribute(1, struct.pack("=I", MASQUERADE_MARK)))
+    bitwise = _expression("bitwise", be32(1, _R), be32(2, _R), be32(3, 4), mask, flip)
+    return _meta_load(3, _R) + bitwise + _meta_set(3, _R)
+
+
+def _rules(pick: Pick) -> list[bytes]:
+    prefix = "port_" if pick.node_port else ""
+    if pick.local is None:
+        rules = _pick_rules(pick, f"{prefix}endpoint{pick.family}", pick.cluster)
+        return [_mark_masquerade(), *rules] if pick.masquerade else rules
+    registers = _Registers(pick.family)
+    rules = []
+    if pick.cluster:
+        everywhere = Pick(pick.family, pick.node_port, pick.cluster, None, False, pick.affinity_seconds)
+        client, _after = registers.client(_R)
+        # Pods and the node itself need no load balancer before them: they reach all endpoints.
+        rules.append(registers.only_family() + client + _lookup(f"pods{pick.family}", _R) + _verdict(_GOTO, everywhere.name))
+        local = _expression("fib", be32(1, _R), be32(2, 3), be32(3, 1)) + _compare(_R, struct.pack("=I", 2))
+        rules.append(local + _mark_masquerade() + _verdict(_GOTO, everywhere.name))
+    return rules + _pick_rules(pick, f"{prefix}local{pick.family}", pick.local)
+
+
+def needed(pick: Pick) -> list[Pick]:
+    """The pick and what its rules go to, in the order in which they must be made."""
+    if pick.local is not None and pick.cluster:
+        return [Pick(pick.family, pick.node_port, pick.cluster, None, False, pick.affinity_seconds), pick]
+    return [pick]
+
+
+def add_chain(batch: ElementBatch, table: str, pick: Pick) -> None:
+    """Add a pick's chain with its rules to a batch."""
+    batch.raw(_NEWCHAIN, text(1, table) + text(3, pick.name), NLM_F_CREATE, f"adding chain {pick.name}")
+    for rule in _rules(pick):
+        body = text(1, table) + text(2, pick.name) + nested(4, rule)
+        batch.raw(_NEWRULE, body, NLM_F_CREATE | NLM_F_APPEND, f"adding a rule to {pick.name}")
