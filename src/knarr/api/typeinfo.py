@@ -36,6 +36,28 @@ _META_KINDS = {"DeleteOptions", "ListOptions", "CreateOptions", "UpdateOptions",
                "APIGroup", "APIGroupList", "APIResourceList", "APIVersions"}
 _WITHOUT_TYPE_META = {"PodTemplateSpec", "JobTemplateSpec", "PersistentVolumeClaimTemplate", "ResourceClaimTemplateSpec"}
 
+# Fields whose feature gate is off by default in 1.35: known, so nothing complains, but dropped as upstream's strategies do.
+GATED_OFF: dict[str, frozenset[str]] = {
+    "k8s.io.api.core.v1." + name: frozenset(fields.split())
+    for name, fields in {
+        "TypedObjectReference": "namespace", "VolumeProjection": "clusterTrustBundle podCertificate", "EnvVarSource": "fileKeyRef",
+        "Container": "restartPolicyRules", "EphemeralContainerCommon": "restartPolicyRules", "EphemeralContainer": "restartPolicyRules",
+        "ContainerStatus": "allocatedResourcesStatus stopSignal", "Lifecycle": "stopSignal", "PodSpec": "hostnameOverride",
+        "PodStatus": "extendedResourceClaimStatus",
+    }.items()
+} | {
+    "k8s.io.api.resource.v1." + name: frozenset(fields.split())
+    for name, fields in {
+        "ResourceSliceSpec": "perDeviceNodeSelection sharedCounters",
+        "Device": "consumesCounters nodeName nodeSelector allNodes taints bindsToNode bindingConditions bindingFailureConditions "
+                  "allowMultipleAllocations",
+        "DeviceCapacity": "requestPolicy", "ExactDeviceRequest": "capacity", "DeviceSubRequest": "capacity",
+        "DeviceConstraint": "distinctAttribute", "AllocationResult": "allocationTimestamp",
+        "DeviceRequestAllocationResult": "bindingConditions bindingFailureConditions shareID consumedCapacity",
+        "DeviceClassSpec": "extendedResourceName", "AllocatedDeviceStatus": "shareID",
+    }.items()
+} | {"k8s.io.api.autoscaling.v2.HPAScalingRules": frozenset({"tolerance"})}
+
 INT_RANGES = {"int32": (-(2**31), 2**31 - 1), "int64": (-(2**63), 2**63 - 1)}
 
 
@@ -54,6 +76,14 @@ class State:
 
 
 Handler = Callable[[Any, State], Any]
+
+
+class _KeepEmpty:
+    """Returned by a handler: the value, an empty list or map, stays."""
+
+
+KEEP_EMPTY = _KeepEmpty()
+_JSON_STORED = ("k8s.io.apiextensions_apiserver.", "k8s.io.kube_aggregator.", "k8s.io.apimachinery.")
 
 
 class _Drop:
@@ -321,11 +351,16 @@ def _raw_kept(value: Any, state: State) -> Any:
     return value
 
 
-def _string_list(kept: bool) -> Handler:
+def _gated_off(value: Any, state: State) -> Any:
+    _count_keys(value, state)
+    return DROP
+
+
+def _string_list(empty: Any) -> Handler:
     def handle(value: Any, state: State) -> Any:
         if value.__class__ is list:
             if not value:
-                return value if kept else DROP
+                return empty
             for index, item in enumerate(value):
                 if item.__class__ is not str:
                     if item is not None:
@@ -339,11 +374,11 @@ def _string_list(kept: bool) -> Handler:
     return handle
 
 
-def _list(element: Handler, zero: Callable[[], Any], kept: bool) -> Handler:
+def _list(element: Handler, zero: Callable[[], Any], empty: Any) -> Handler:
     def handle(value: Any, state: State) -> Any:
         if value.__class__ is list:
             if not value:
-                return value if kept else DROP
+                return empty
             for index, item in enumerate(value):
                 result = element(item, state)
                 if result is not item:
@@ -356,11 +391,11 @@ def _list(element: Handler, zero: Callable[[], Any], kept: bool) -> Handler:
     return handle
 
 
-def _string_map(kept: bool) -> Handler:
+def _string_map(empty: Any) -> Handler:
     def handle(value: Any, state: State) -> Any:
         if value.__class__ is dict:
             if not value:
-                return value if kept else DROP
+                return empty
             state.keys += len(value)
             for key, item in value.items():
                 if item.__class__ is not str:
@@ -375,11 +410,11 @@ def _string_map(kept: bool) -> Handler:
     return handle
 
 
-def _map(element: Handler, zero: Callable[[], Any], kept: bool) -> Handler:
+def _map(element: Handler, zero: Callable[[], Any], empty: Any) -> Handler:
     def handle(value: Any, state: State) -> Any:
         if value.__class__ is dict:
             if not value:
-                return value if kept else DROP
+                return empty
             state.keys += len(value)
             for key, item in value.items():
                 result = element(item, state)
@@ -474,26 +509,28 @@ def _element_handler(type_name: str, kept: bool) -> Handler:
     if form == "raw-json":
         return _raw_kept if type_name.endswith(".JSON") else _raw
     if form == "bare-list":
-        return _string_list(kept)
+        return _string_list(None if kept else DROP)
     if form == "schema-or-array":
         schema = pruner(message(type_name).fields["schema"].type)
-        return _schema_or(schema, _list(schema, dict, True))
+        return _schema_or(schema, _list(schema, dict, DROP))
     if form == "schema-or-bool":
         return _schema_or(pruner(message(type_name).fields["schema"].type), _boolean_kept)
     if form == "schema-or-strings":
-        return _schema_or(pruner(message(type_name).fields["schema"].type), _string_list(True))
+        return _schema_or(pruner(message(type_name).fields["schema"].type), _string_list(DROP))
     return _FORMS[form]
 
 
-def _field_handler(one: Field) -> Handler:
+def _field_handler(one: Field, in_json_storage: bool) -> Handler:
     kept = one.pointer or one.keep
     if one.label == "optional":
         return _element_handler(one.type, kept)
+    # What Go keeps of an empty list or map is lost on the way through protobuf storage, except where storage is JSON.
+    empty: Any = DROP if not one.keep else KEEP_EMPTY if in_json_storage else None
     if one.type == "string":
-        return _string_map(one.keep) if one.label == "map" else _string_list(one.keep)
+        return _string_map(empty) if one.label == "map" else _string_list(empty)
     element = _element_handler(one.type, True)
     make = _list if one.label == "repeated" else _map
-    return make(element, zero_of(one.type), one.keep)
+    return make(element, zero_of(one.type), empty)
 
 
 _pruners: dict[str, Handler] = {}
@@ -521,7 +558,12 @@ def pruner(name: str) -> Handler:
 
 
 def _compile(info: Message) -> Handler:
-    handlers: dict[str, Handler] = {key: _field_handler(one) for key, one in info.fields.items()}
+    handlers: dict[str, Handler] = {
+        key: _field_handler(one, info.name.startswith(_JSON_STORED)) for key, one in info.fields.items()
+    }
+    for key in GATED_OFF.get(info.name, ()):
+        if key in handlers:
+            handlers[key] = _gated_off
     if info.type_meta:
         handlers["apiVersion"] = handlers["kind"] = _string
     always = _always(info)
@@ -551,7 +593,7 @@ def _compile(info: Message) -> Handler:
                         dropped = [key]
                     else:
                         dropped.append(key)
-                else:
+                elif result is not KEEP_EMPTY:
                     obj[key] = result
         if dropped is not None:
             for key in dropped:

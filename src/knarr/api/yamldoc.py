@@ -66,7 +66,7 @@ class _Builder:
 
     def __init__(self, strict: bool) -> None:
         self.strict = strict
-        self.resolver = yaml.resolver.Resolver()
+        self.resolver: Any = yaml.resolver.Resolver()
         self.duplicates: list[str] = []
         self.decoded = 0
         self.aliased = 0

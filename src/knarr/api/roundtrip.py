@@ -1,0 +1,94 @@
+"""What upstream's conversion to the internal version and back changes in an object. In place, pure, per kind.
+
+Used by defaulting.py as the last step. Conversions between two served versions of one kind are in conversion.py.
+
+Source: pkg/apis/core/v1/conversion.go, pkg/apis/apps/v1/conversion.go.
+"""
+
+from base64 import b64encode
+from collections.abc import Callable
+
+from knarr.api.types import Object
+
+
+def _pod_spec(spec: Object | None) -> None:
+    if not spec:
+        return
+    account = spec.get("serviceAccountName") or spec.get("serviceAccount")
+    if account:
+        spec["serviceAccountName"] = spec["serviceAccount"] = account
+    # The gate ContainerRestartRules is off: only an init container has a restart policy of its own, Always.
+    for group in ("containers", "initContainers", "ephemeralContainers"):
+        for container in spec.get(group) or ():
+            if "restartPolicy" in container and (group != "initContainers" or container["restartPolicy"] != "Always"):
+                del container["restartPolicy"]
+
+
+def _pod(obj: Object) -> None:
+    _pod_spec(obj.get("spec"))
+    status = obj.get("status")
+    if status:
+        _first_and_all(status, "podIP", "podIPs", "ip")
+        _first_and_all(status, "hostIP", "hostIPs", "ip")
+
+
+def _first_and_all(holder: Object, single: str, plural: str, key: str) -> None:
+    """Keep a single field and a list whose first entry repeats it in step; the single one wins."""
+    first, entries = holder.get(single), holder.get(plural)
+    if first and (not entries or entries[0].get(key) != first):
+        if plural == "hostIPs":
+            return
+        holder[plural] = [{key: first}]
+    elif not first and entries and plural == "podIPs" and entries[0].get(key):
+        holder[single] = entries[0][key]
+
+
+def _node(obj: Object) -> None:
+    spec = obj.get("spec")
+    if spec:
+        first, entries = spec.get("podCIDR"), spec.get("podCIDRs")
+        if first and (not entries or entries[0] != first):
+            spec["podCIDRs"] = [first]
+        elif not first and entries:
+            spec["podCIDR"] = entries[0]
+
+
+def _template(obj: Object) -> None:
+    _pod_spec(((obj.get("spec") or {}).get("template") or {}).get("spec"))
+
+
+def _pod_template(obj: Object) -> None:
+    _pod_spec((obj.get("template") or {}).get("spec"))
+
+
+def _cron_job(obj: Object) -> None:
+    _template((obj.get("spec") or {}).get("jobTemplate") or {})
+
+
+def _stateful_set(obj: Object) -> None:
+    _template(obj)
+    for claim in (obj.get("spec") or {}).get("volumeClaimTemplates") or ():
+        claim["apiVersion"], claim["kind"] = "v1", "PersistentVolumeClaim"
+
+
+def _secret(obj: Object) -> None:
+    texts = obj.pop("stringData", None)
+    if texts:
+        data = obj["data"] = dict(obj.get("data") or {})
+        for key, text in texts.items():
+            data[key] = b64encode(text.encode("utf-8", "surrogatepass")).decode()
+
+
+STEPS: dict[tuple[str, str], tuple[Callable[[Object], None], ...]] = {
+    ("v1", "Pod"): (_pod,),
+    ("v1", "Node"): (_node,),
+    ("v1", "PodTemplate"): (_pod_template,),
+    ("v1", "ReplicationController"): (_template,),
+    ("v1", "Secret"): (_secret,),
+    ("apps/v1", "Deployment"): (_template,),
+    ("apps/v1", "ReplicaSet"): (_template,),
+    ("apps/v1", "DaemonSet"): (_template,),
+    ("apps/v1", "StatefulSet"): (_stateful_set,),
+    ("batch/v1", "Job"): (_template,),
+    ("batch/v1", "CronJob"): (_cron_job,),
+}
