@@ -1,0 +1,179 @@
+"""Connections through Services in a real kernel."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from knarr.network.proxy.model import render_service
+from knarr.network.proxy.table import ProxyTable
+from knarr.network.proxy.topology import NodeView
+
+from .world import Place, World, endpoint_slice, ready, refused, service
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(60)]
+HERE = NodeView("here", "zone-a")
+HTTP = [("http", "TCP", 80)]
+BACK = [("http", "TCP", 8080)]
+
+
+class Proxied:
+    """A world with a proxy table that tests write Services into."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.table = ProxyTable("knt", world.cluster_cidrs, netns=world.node.path)
+        self.table.load({})
+
+    def put(self, svc: dict[str, Any], *slices: dict[str, Any]) -> None:
+        rendered = render_service(svc, slices, HERE)
+        assert not rendered.problems
+        assert self.table.change({svc["metadata"]["name"]: rendered}) == {}
+
+
+@pytest.fixture
+async def world():
+    async with World() as made:
+        proxied = Proxied(made)
+        made.proxy = proxied
+        yield made
+        proxied.table.remove()
+        proxied.table.close()
+
+
+async def ask(place: Place, address: str, port: int, **options: Any) -> tuple[str, str]:
+    return await asyncio.to_thread(lambda: place.ask(address, port, **options))
+
+
+async def test_a_cluster_ip_spreads_over_its_endpoints_and_keeps_the_pods_address(world):
+    a, b, client = await world.pod("a"), await world.pod("b"), await world.pod("client")
+    a.serve("a", 8080), b.serve("b", 8080)
+    world.proxy.put(service("web", "10.96.0.10", HTTP), endpoint_slice("web", BACK, [ready(a.ip), ready(b.ip)]))
+    answers = [await ask(client, "10.96.0.10", 80) for _ in range(30)]
+    assert {name for name, _peer in answers} == {"a", "b"}
+    assert {peer for _name, peer in answers} == {client.ip}
+
+
+async def test_a_pod_reaches_itself_through_its_own_service(world):
+    a = await world.pod("a")
+    a.serve("a", 8080)
+    world.proxy.put(service("web", "10.96.0.10", HTTP), endpoint_slice("web", BACK, [ready(a.ip)]))
+    assert (await ask(a, "10.96.0.10", 80))[0] == "a"
+
+
+async def test_the_node_itself_reaches_a_cluster_ip(world):
+    a = await world.pod("a")
+    a.serve("a", 8080)
+    world.proxy.put(service("web", "10.96.0.10", HTTP), endpoint_slice("web", BACK, [ready(a.ip)]))
+    assert (await ask(world.node, "10.96.0.10", 80))[0] == "a"
+
+
+async def test_a_service_without_endpoints_refuses_at_once_from_pod_and_node(world):
+    client = await world.pod("client")
+    world.proxy.put(service("web", "10.96.0.10", HTTP, node_ports={80: 30080}, type="NodePort"), endpoint_slice("web", BACK, []))
+    for place in (client, world.node):
+        with refused():
+            await ask(place, "10.96.0.10", 80)
+        with refused():
+            await ask(place, world.node.ip, 30080)
+
+
+async def test_a_port_that_a_cluster_ip_lacks_is_refused(world):
+    a, client = await world.pod("a"), await world.pod("client")
+    world.proxy.put(service("web", "10.96.0.10", HTTP), endpoint_slice("web", BACK, [ready(a.ip)]))
+    for place in (client, world.node):
+        with refused():
+            await ask(place, "10.96.0.10", 81)
+
+
+async def test_a_node_port_answers_from_outside_from_the_node_its_loopback_and_pods(world):
+    a, client = await world.pod("a"), await world.pod("client")
+    a.serve("a", 8080)
+    world.proxy.put(service("web", "10.96.0.10", HTTP, type="NodePort", node_ports={80: 30080}), endpoint_slice("web", BACK, [ready(a.ip)]))
+    for place, address in ((world.client, world.node.ip), (world.node, world.node.ip), (world.node, "127.0.0.1"), (client, world.node.ip), (a, world.node.ip)):
+        assert (await ask(place, address, 30080))[0] == "a"
+
+
+async def test_the_local_policy_keeps_the_clients_address_and_drops_without_local_endpoints(world):
+    a = await world.pod("a")
+    a.serve("a", 8080)
+    svc = service("web", "10.96.0.10", HTTP, type="NodePort", node_ports={80: 30080}, externalTrafficPolicy="Local")
+    world.proxy.put(svc, endpoint_slice("web", BACK, [ready(a.ip), ready("10.77.9.9", node="elsewhere")]))
+    answers = [await ask(world.client, world.node.ip, 30080) for _ in range(8)]
+    assert set(answers) == {("a", world.client.ip)}
+    world.proxy.put(svc, endpoint_slice("web", BACK, [ready(a.ip, node="elsewhere")]))
+    with pytest.raises(TimeoutError):
+        await ask(world.client, world.node.ip, 30080, seconds=0.5)
+    # Pods and the node may go through all endpoints.
+    assert (await ask(world.node, world.node.ip, 30080))[0] == "a"
+    assert (await ask(await world.pod("client"), world.node.ip, 30080))[0] == "a"
+
+
+async def test_external_and_balancer_addresses_answer_and_source_ranges_hold(world):
+    a = await world.pod("a")
+    a.serve("a", 8080)
+    svc = service(
+        "web", "10.96.0.10", HTTP, type="LoadBalancer", externalIPs=["172.31.0.1"], loadBalancerSourceRanges=["203.0.113.0/24"],
+        status={"loadBalancer": {"ingress": [{"ip": "172.31.0.2"}]}},
+    )  # fmt: skip
+    world.proxy.put(svc, endpoint_slice("web", BACK, [ready(a.ip)]))
+    assert (await ask(world.client, "172.31.0.1", 80))[0] == "a"
+    with pytest.raises(TimeoutError):
+        await ask(world.client, "172.31.0.2", 80, seconds=0.5)
+    svc["spec"]["loadBalancerSourceRanges"] = ["203.0.113.0/24", "192.168.77.0/24"]
+    world.proxy.put(svc, endpoint_slice("web", BACK, [ready(a.ip)]))
+    assert (await ask(world.client, "172.31.0.2", 80))[0] == "a"
+
+
+@pytest.mark.parametrize("through", ["cluster_ip", "node_port"])
+async def test_session_affinity_holds_a_client_and_lets_go_when_switched_off(world, through):
+    pods = [await world.pod(f"p{number}") for number in range(4)]
+    for number, pod in enumerate(pods):
+        pod.serve(f"p{number}", 8080)
+    client = await world.pod("client")
+    address, port = ("10.96.0.10", 80) if through == "cluster_ip" else (world.node.ip, 30080)
+    plain = service("web", "10.96.0.10", HTTP, type="NodePort", node_ports={80: 30080})
+    sticky = service("web", "10.96.0.10", HTTP, type="NodePort", node_ports={80: 30080}, sessionAffinity="ClientIP")
+    part = endpoint_slice("web", BACK, [ready(pod.ip) for pod in pods])
+    for _round in range(2):
+        world.proxy.put(sticky, part)
+        assert len({await ask(client, address, port) for _ in range(15)}) == 1
+        world.proxy.put(plain, part)
+        assert len(Counter([(await ask(client, address, port))[0] for _ in range(30)])) > 1
+
+
+async def test_internal_traffic_policy_local_uses_only_this_nodes_endpoints(world):
+    a, client = await world.pod("a"), await world.pod("client")
+    a.serve("a", 8080)
+    svc = service("web", "10.96.0.10", HTTP, internalTrafficPolicy="Local")
+    world.proxy.put(svc, endpoint_slice("web", BACK, [ready(a.ip), ready("10.77.9.9", node="elsewhere")]))
+    assert {(await ask(client, "10.96.0.10", 80))[0] for _ in range(8)} == {"a"}
+
+
+async def test_the_table_is_adopted_by_a_restarted_proxy_without_a_gap(world):
+    a, client = await world.pod("a"), await world.pod("client")
+    a.serve("a", 8080)
+    svc, part = service("web", "10.96.0.10", HTTP), endpoint_slice("web", BACK, [ready(a.ip)])
+    world.proxy.put(svc, part)
+    again = ProxyTable("knt", world.cluster_cidrs, netns=world.node.path)
+    again.load({"web": render_service(svc, [part], HERE)})
+    assert (await ask(client, "10.96.0.10", 80))[0] == "a"
+    assert len(again.elements("service4")) == 1
+    again.change({"web": render_service(svc, [], HERE)})
+    with refused():
+        await ask(client, "10.96.0.10", 80)
+    again.close()
+
+
+async def test_two_services_claiming_one_address_are_settled_first_come_and_handed_on(world):
+    a, b = await world.pod("a"), await world.pod("b")
+    a.serve("a", 8080), b.serve("b", 8080)
+    one, two = (service(name, f"10.96.0.{i}", HTTP, externalIPs=["172.31.0.1"]) for i, name in ((1, "one"), (2, "two")))
+    world.proxy.put(one, endpoint_slice("one", BACK, [ready(a.ip)]))
+    world.proxy.put(two, endpoint_slice("two", BACK, [ready(b.ip)]))
+    assert (await ask(world.client, "172.31.0.1", 80))[0] == "a"
+    world.proxy.table.change({"one": render_service({**one, "spec": {"clusterIP": "None"}}, [], HERE)})
+    assert (await ask(world.client, "172.31.0.1", 80))[0] == "b"
