@@ -214,6 +214,15 @@ class Auth(Protocol):
     paths: Mapping[str, PathHandler]
     """Non-resource paths served by auth: /openid/v1/jwks and so on."""
 
+    async def impersonate(self, request: Request, user: UserInfo) -> UserInfo:
+        """Return whom the request acts as (the user itself without Impersonate-* headers; cheap then).
+
+        Raises:
+          StatusError: 403.
+          knarr.apiserver.auth.impersonation.ImpersonationWithoutUser: answer a plain-text 500.
+        """
+        ...
+
     async def start(self) -> None:
         """Called once the stores are loaded, before serving: write bootstrap policy."""
         ...

@@ -1,0 +1,198 @@
+"""The union of all authenticators over a request: client certificate, front proxy, bearer token, anonymous.
+
+Certificates are looked at once per connection; tokens once per ten seconds (service account tokens check what they are bound to
+every time, from memory). A request with credentials that are not good gets 401, never the anonymous user.
+
+Source: kubernetes pkg/kubeapiserver/authenticator/config.go, apiserver pkg/authentication.
+"""
+
+from __future__ import annotations
+
+import binascii
+from base64 import urlsafe_b64decode
+from collections.abc import Sequence
+
+from cryptography import x509
+
+from knarr.aiokits import clock
+from knarr.aiokits.log import get_logger
+from knarr.api.errors import unauthorized
+from knarr.apiserver.attributes import ANONYMOUS, UserInfo
+from knarr.apiserver.auth import users
+from knarr.apiserver.auth.requestheader import RequestHeader
+from knarr.apiserver.auth.serviceaccounts import ServiceAccountTokens
+from knarr.apiserver.auth.tokens import TokenAuthenticator, TokenRefused, TokenUser
+from knarr.apiserver.auth.x509 import CABundle, for_client_auth, in_validity, user_of
+from knarr.http.server import Request
+
+log = get_logger(__name__)
+
+CACHE_SECONDS = 10.0
+_MOST_CACHED = 4000
+_WEBSOCKET_TOKEN = "base64url.bearer.authorization.k8s.io."
+_STATE = "auth.certificate"
+
+
+def with_authenticated(user: UserInfo) -> UserInfo:
+    """Add the group of everybody who has credentials."""
+    if users.AUTHENTICATED in user.groups or users.UNAUTHENTICATED in user.groups:
+        return user
+    return UserInfo(user.name, user.uid, (*user.groups, users.AUTHENTICATED), user.extra)
+
+
+class RequestAuthenticator:
+    """Authenticator of attributes.py."""
+
+    def __init__(
+        self, *, client_ca: CABundle | None, request_header: RequestHeader | None, service_accounts: ServiceAccountTokens,
+        tokens: Sequence[TokenAuthenticator], anonymous_paths: Sequence[str], api_audiences: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self._client_ca = client_ca
+        self._request_header = request_header
+        self._service_accounts = service_accounts
+        self._tokens = tuple(tokens)
+        self._anonymous_paths = frozenset(anonymous_paths)
+        self._api_audiences = api_audiences
+        self._cache: dict[tuple[str, tuple[str, ...]], tuple[float, TokenUser]] = {}
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+    def authenticate_nowait(self, request: Request) -> UserInfo | None:
+        known = self._certificate_user(request)
+        if known is not None:
+            return known
+        token = self._bearer(request)
+        if token is None:
+            return self._anonymous(request)
+        found = self._service_accounts_nowait(token)
+        if found is None:
+            found = self._cached(token, self._api_audiences)
+        return with_authenticated(found.user) if found is not None else None
+
+    async def authenticate(self, request: Request) -> UserInfo | None:
+        known = self._certificate_user(request)
+        if known is not None:
+            return known
+        token = self._bearer(request)
+        if token is None:
+            return self._anonymous(request)
+        try:
+            found = await self.authenticate_token(token, ())
+        except TokenRefused as refusal:
+            log.debug("token refused", reason=str(refusal))
+            return None
+        return found.user if found is not None else None
+
+    def _service_accounts_nowait(self, token: str) -> TokenUser | None:
+        try:
+            return self._service_accounts.check(token, self._api_audiences)
+        except TokenRefused:
+            return None
+
+    def _anonymous(self, request: Request) -> UserInfo | None:
+        paths = self._anonymous_paths
+        return ANONYMOUS if "*" in paths or request.path in paths else None
+
+    def _certificate_user(self, request: Request) -> UserInfo | None:
+        state = request.connection_state
+        if _STATE not in state:
+            state[_STATE] = self._inspect(request)
+        found = state[_STATE]
+        if found is None:
+            return None
+        proxy, user, expires_at = found
+        if clock.now() > expires_at:
+            raise unauthorized()
+        if proxy:
+            named = RequestHeader.user(request)
+            if named is not None:
+                return with_authenticated(named)
+        result: UserInfo | None = user
+        return result
+
+    def _inspect(self, request: Request) -> tuple[bool, UserInfo | None, float] | None:
+        der = request.peer_certificate_der()
+        if der is None:
+            return None
+        leaf = x509.load_der_x509_certificate(der)
+        if not for_client_auth(leaf) or not in_validity(leaf):
+            return None
+        proxy = self._request_header is not None and self._request_header.vouches(leaf)
+        # With one bundle the TLS layer has checked the whole chain, intermediates included; with two the issuer decides.
+        trusted = self._client_ca is not None and (self._request_header is None or self._client_ca.issued(leaf))
+        user = user_of(leaf, der) if trusted else None
+        if not proxy and user is None:
+            return None
+        return proxy, with_authenticated(user) if user is not None else None, leaf.not_valid_after_utc.timestamp()
+
+    @staticmethod
+    def _bearer(request: Request) -> str | None:
+        header = request.headers.get("authorization")
+        if header:
+            parts = header.strip().split(" ", 2)
+            if len(parts) >= 2 and parts[0].lower() == "bearer" and parts[1]:
+                return parts[1]
+        if request.headers.get("upgrade", "").lower() == "websocket":
+            return _websocket_bearer(request)
+        return None
+
+    # -- tokens ------------------------------------------------------------------------------------------------------
+    def _cached(self, token: str, audiences: tuple[str, ...]) -> TokenUser | None:
+        entry = self._cache.get((token, audiences))
+        if entry is None:
+            return None
+        until, found = entry
+        now = clock.now()
+        return found if now < until and (found.expires_at is None or now < found.expires_at) else None
+
+    async def authenticate_token(self, token: str, audiences: tuple[str, ...]) -> TokenUser | None:
+        """Find out whom a token stands for, with the group of authenticated users; no audiences means the API's own.
+
+        Raises:
+          TokenRefused: the token is of a known kind but not good.
+        """
+        audiences = audiences or self._api_audiences
+        refusals: list[str] = []
+        try:
+            found = self._service_accounts.check(token, audiences)
+        except TokenRefused as refusal:
+            found = None
+            refusals.append(str(refusal))
+        if found is None:
+            found = self._cached(token, audiences)
+        for authenticator in self._tokens if found is None else ():
+            try:
+                found = await authenticator.authenticate_token(token, audiences)
+            except TokenRefused as refusal:
+                refusals.append(str(refusal))
+                continue
+            if found is not None:
+                if len(self._cache) >= _MOST_CACHED:
+                    self._cache.clear()
+                self._cache[(token, audiences)] = (clock.now() + CACHE_SECONDS, found)
+                break
+        if found is None:
+            if refusals:
+                raise TokenRefused(refusals[0] if len(refusals) == 1 else f"[{', '.join(refusals)}]")
+            return None
+        # Tokens that know no audiences of their own are good for the API's.
+        granted = found.audiences or tuple(audience for audience in audiences if audience in self._api_audiences)
+        return TokenUser(with_authenticated(found.user), granted, found.expires_at)
+
+
+def _websocket_bearer(request: Request) -> str | None:
+    """Browsers cannot set Authorization on a WebSocket; they offer the token as a subprotocol, which is taken out again."""
+    offered = [protocol.strip() for line in request.header_values("sec-websocket-protocol") for protocol in line.split(",")]
+    tokens = [protocol[len(_WEBSOCKET_TOKEN) :] for protocol in offered if protocol.startswith(_WEBSOCKET_TOKEN)]
+    if not tokens:
+        return None
+    rest = [protocol for protocol in offered if not protocol.startswith(_WEBSOCKET_TOKEN)]
+    if len(tokens) > 1 or not rest:
+        raise unauthorized()
+    try:
+        token = urlsafe_b64decode(tokens[0] + "=" * (-len(tokens[0]) % 4)).decode()
+    except (binascii.Error, UnicodeDecodeError) as error:
+        raise unauthorized() from error
+    request.headers["sec-websocket-protocol"] = ", ".join(rest)
+    request.header_list = [(name, value) for name, value in request.header_list if name != "sec-websocket-protocol"]
+    request.header_list.append(("sec-websocket-protocol", ", ".join(rest)))
+    return token or None

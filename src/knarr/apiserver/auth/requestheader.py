@@ -1,0 +1,44 @@
+"""Users named by a front proxy in X-Remote-* headers; trusted only with the proxy's client certificate.
+
+Source: apiserver pkg/authentication/request/headerrequest.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import unquote
+
+from cryptography import x509
+
+from knarr.apiserver.attributes import UserInfo
+from knarr.apiserver.auth.x509 import CABundle, common_name
+from knarr.http.server import Request
+
+USERNAME_HEADER = "X-Remote-User"
+UID_HEADER = "X-Remote-Uid"
+GROUP_HEADER = "X-Remote-Group"
+EXTRA_PREFIX = "X-Remote-Extra-"
+
+
+class RequestHeader:
+    """Reads the headers of requests whose certificate comes from the proxy CA."""
+
+    def __init__(self, bundle: CABundle, allowed_names: tuple[str, ...]) -> None:
+        self._bundle = bundle
+        self._allowed_names = allowed_names
+
+    def vouches(self, leaf: x509.Certificate) -> bool:
+        return self._bundle.issued(leaf) and (not self._allowed_names or common_name(leaf) in self._allowed_names)
+
+    @staticmethod
+    def user(request: Request) -> UserInfo | None:
+        name = request.headers.get(USERNAME_HEADER.lower(), "")
+        if not name:
+            return None
+        groups = tuple(value for value in request.header_values(GROUP_HEADER.lower()) if value)
+        extra: dict[str, tuple[str, ...]] = {}
+        prefix = EXTRA_PREFIX.lower()
+        for header, value in request.header_list:
+            if header.startswith(prefix):
+                key = unquote(header[len(prefix) :])
+                extra[key] = (*extra.get(key, ()), value)
+        return UserInfo(name, request.headers.get(UID_HEADER.lower(), ""), groups, extra)

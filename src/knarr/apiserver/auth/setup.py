@@ -1,0 +1,125 @@
+"""Builds the API server's authentication and authorization from its configuration; the one place that knows all parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from knarr.api import jwt
+from knarr.apiserver.attributes import PathHandler, ResourceKey, ReviewHandler, Services, UserInfo
+from knarr.apiserver.auth import impersonation
+from knarr.apiserver.auth.authenticate import RequestAuthenticator
+from knarr.apiserver.auth.authorizers import AlwaysAllow, AlwaysDeny, AsyncAuthorizer, SyncAuthorizer, UnionAuthorizer
+from knarr.apiserver.auth.bootstrap import BootstrapPolicy, node_rules
+from knarr.apiserver.auth.escalation import Escalation
+from knarr.apiserver.auth.node import NodeAuthorizer
+from knarr.apiserver.auth.openid import DISCOVERY_PATH, KEYS_PATH, OpenIDMetadata
+from knarr.apiserver.auth.podrefs import NodeReferences
+from knarr.apiserver.auth.rbac import RBAC
+from knarr.apiserver.auth.requestheader import RequestHeader
+from knarr.apiserver.auth.reviews import AccessReviews, IdentityReviews
+from knarr.apiserver.auth.serviceaccounts import Issuer, ServiceAccountTokens, TokenStores
+from knarr.apiserver.auth.tokenrequest import TokenRequests
+from knarr.apiserver.auth.tokens import BootstrapTokens, TokenAuthenticator, TokenFile
+from knarr.apiserver.auth.x509 import CABundle
+from knarr.http.server import Request
+
+RBAC_GROUP = "rbac.authorization.k8s.io"
+
+
+def _issuer(services: Services) -> Issuer:
+    config = services.config
+    if config.service_account_key:
+        signer = jwt.Signer(jwt.load_private_key(Path(config.service_account_key).read_bytes()))
+    else:
+        signer = jwt.Signer(ec.generate_private_key(ec.SECP256R1()))
+    keys = [key for path in config.service_account_key_files for key in jwt.load_public_keys(Path(path).read_bytes())]
+    return Issuer(signer, config.service_account_issuer, keys)
+
+
+class APIServerAuth:
+    """The Auth of attributes.py."""
+
+    def __init__(self, services: Services) -> None:
+        config = services.config
+        self._services = services
+        store = services.store
+        audiences = tuple(config.api_audiences) or (config.service_account_issuer,)
+        stores = TokenStores(store("", "serviceaccounts"), store("", "secrets"), store("", "pods"), store("", "nodes"))
+        issuer = _issuer(services)
+        tokens: list[TokenAuthenticator] = []
+        if config.token_file:
+            tokens.append(TokenFile(config.token_file))
+        tokens.append(BootstrapTokens(stores.secrets))
+        request_header = None
+        if config.requestheader_client_ca:
+            request_header = RequestHeader(CABundle(config.requestheader_client_ca), tuple(config.requestheader_allowed_names))
+        self.authenticator = RequestAuthenticator(
+            client_ca=CABundle(config.client_ca) if config.client_ca else None, request_header=request_header,
+            service_accounts=ServiceAccountTokens(issuer, audiences, stores), tokens=tokens,
+            anonymous_paths=config.anonymous_paths, api_audiences=audiences,
+        )  # fmt: skip
+        roles, role_bindings = store(RBAC_GROUP, "roles"), store(RBAC_GROUP, "rolebindings")
+        cluster_roles, cluster_role_bindings = store(RBAC_GROUP, "clusterroles"), store(RBAC_GROUP, "clusterrolebindings")
+        self.rbac = RBAC(roles, role_bindings, cluster_roles, cluster_role_bindings)
+        self.references = NodeReferences(stores.pods, store("", "persistentvolumeclaims"), store("", "persistentvolumes"))
+        self.authorizer = UnionAuthorizer([self._mode(mode) for mode in config.authorization_modes])
+        self._policy: BootstrapPolicy | None = None
+        if "RBAC" in config.authorization_modes:
+            self._policy = BootstrapPolicy(roles, role_bindings, cluster_roles, cluster_role_bindings, services.tasks)
+        self.escalation = Escalation(self.rbac, self.authorizer) if self._policy is not None else None
+        access = AccessReviews(self.authorizer, self.rbac if self._policy is not None else None)
+        identity = IdentityReviews(self.authenticator, audiences)
+        requests = TokenRequests(issuer, stores, audiences, max_seconds=config.service_account_max_token_seconds)
+        self.reviews: Mapping[ResourceKey, ReviewHandler] = {
+            ResourceKey("authorization.k8s.io", "subjectaccessreviews"): access.subject,
+            ResourceKey("authorization.k8s.io", "selfsubjectaccessreviews"): access.self_subject,
+            ResourceKey("authorization.k8s.io", "localsubjectaccessreviews"): access.local_subject,
+            ResourceKey("authorization.k8s.io", "selfsubjectrulesreviews"): access.self_rules,
+            ResourceKey("authentication.k8s.io", "tokenreviews"): identity.token,
+            ResourceKey("authentication.k8s.io", "selfsubjectreviews"): identity.self_subject,
+            ResourceKey("", "serviceaccounts", "token"): requests.create,
+        }
+        metadata = OpenIDMetadata(issuer, f"{config.service_account_issuer.rstrip('/')}{KEYS_PATH}")
+        self.paths: Mapping[str, PathHandler] = {DISCOVERY_PATH: metadata.configuration, KEYS_PATH: metadata.keys}
+
+    def _mode(self, mode: str) -> SyncAuthorizer | AsyncAuthorizer:
+        store = self._services.store
+        if mode == "RBAC":
+            return self.rbac
+        if mode == "Node":
+            return NodeAuthorizer(
+                self.references, node_rules(), volume_attachments=store("storage.k8s.io", "volumeattachments"),
+                resource_slices=store("resource.k8s.io", "resourceslices"),
+            )  # fmt: skip
+        if mode == "AlwaysAllow":
+            return AlwaysAllow()
+        if mode == "AlwaysDeny":
+            return AlwaysDeny()
+        raise ValueError(f"unknown authorization mode {mode!r}")
+
+    async def impersonate(self, request: Request, user: UserInfo) -> UserInfo:
+        """Return whom the request acts as: the user, or the one that the Impersonate-* headers name.
+
+        Raises:
+          StatusError: 403.
+          ImpersonationWithoutUser: answered as a plain-text 500.
+        """
+        if not impersonation.wants_impersonation(request):
+            return user
+        return await impersonation.impersonated(request, user, self.authorizer)
+
+    async def start(self) -> None:
+        self.references.start()
+        if self._policy is not None:
+            await self._policy.start()
+
+    async def close(self) -> None:
+        return None
+
+
+def build_auth(services: Services) -> APIServerAuth:
+    """Make the API server's Auth. Raises ValueError or OSError for bad key files and unknown modes."""
+    return APIServerAuth(services)
