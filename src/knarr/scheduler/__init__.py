@@ -1,1 +1,4 @@
-"""kube-scheduler."""
+"""The scheduler: queue, node table (arrays), framework, plugins (one module each), preemption.
+
+It meets the other components only through the API. numpy is imported here and nowhere else.
+"""

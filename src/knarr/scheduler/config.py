@@ -1,0 +1,139 @@
+"""Settings of the scheduler, and how they are read from a KubeSchedulerConfiguration.
+
+Source: kube-scheduler config v1 (kubescheduler.config.k8s.io/v1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+_POINTS = ("preEnqueue", "queueSort", "preFilter", "filter", "postFilter", "preScore", "score", "reserve", "permit", "preBind", "bind", "postBind")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """One scheduler name and its plugins."""
+
+    scheduler_name: str = "default-scheduler"
+    """Pods with this spec.schedulerName are this profile's."""
+    enabled: dict[str, int] = field(default_factory=dict)
+    """Plugins beside the default ones, or default ones with another weight (0: the default weight)."""
+    disabled: frozenset[str] = frozenset()
+    """Default plugins left out; "*" leaves all out."""
+    disabled_points: dict[str, frozenset[str]] = field(default_factory=dict)
+    """Plugins left out at single extension points."""
+    plugin_args: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Arguments by plugin name, in wire form."""
+    percentage_of_nodes_to_score: int | None = None
+    """See SchedulerConfig; None: that one."""
+
+
+@dataclass(frozen=True)
+class ExtenderConfig:
+    """An HTTP extender. Source: config v1 Extender."""
+
+    url_prefix: str
+    """E.g. "http://127.0.0.1:8888/scheduler"."""
+    filter_verb: str = ""
+    """Path below the prefix for filtering; empty: it does not filter."""
+    prioritize_verb: str = ""
+    preempt_verb: str = ""
+    bind_verb: str = ""
+    weight: int = 1
+    """Multiplies its scores."""
+    node_cache_capable: bool = False
+    """Send node names instead of whole nodes."""
+    managed_resources: frozenset[str] = frozenset()
+    """Only pods that ask for one of these concern it; empty: all pods."""
+    ignorable: bool = False
+    """Go on without it when it fails."""
+    http_timeout_seconds: float = 5.0
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """All settings."""
+
+    profiles: tuple[ProfileConfig, ...] = (ProfileConfig(),)
+    extenders: tuple[ExtenderConfig, ...] = ()
+    percentage_of_nodes_to_score: int = 0
+    """Stop looking for feasible nodes at this share of all; 0: adaptive, 100: never stop."""
+    pod_initial_backoff_seconds: float = 1.0
+    """First wait of a pod that could not be scheduled."""
+    pod_max_backoff_seconds: float = 10.0
+    """Longest wait."""
+    binders: int = 64
+    """Bindings under way at the same time."""
+    random_seed: int | None = None
+    """Makes tie breaks repeatable; None: random."""
+
+
+def _profile(document: dict[str, Any]) -> ProfileConfig:
+    plugins = document.get("plugins") or {}
+    multi = plugins.get("multiPoint") or {}
+    enabled = {p["name"]: int(p.get("weight") or 0) for p in multi.get("enabled") or ()}
+    points: dict[str, frozenset[str]] = {}
+    for point in _POINTS:
+        part = plugins.get(point) or {}
+        names = {p["name"] for p in part.get("disabled") or ()}
+        if names:
+            points[point] = frozenset(names)
+        for p in part.get("enabled") or ():
+            enabled[p["name"]] = int(p.get("weight") or enabled.get(p["name"], 0))
+    return ProfileConfig(
+        scheduler_name=document.get("schedulerName") or "default-scheduler",
+        enabled=enabled,
+        disabled=frozenset(p["name"] for p in multi.get("disabled") or ()),
+        disabled_points=points,
+        plugin_args={entry["name"]: entry.get("args") or {} for entry in document.get("pluginConfig") or ()},
+        percentage_of_nodes_to_score=document.get("percentageOfNodesToScore"),
+    )
+
+
+def _seconds(value: Any, default: float) -> float:
+    if value is None:
+        return default
+    if isinstance(value, int | float):
+        return float(value)
+    text = str(value)
+    for suffix, factor in (("ms", 0.001), ("s", 1.0), ("m", 60.0)):
+        if text.endswith(suffix):
+            return float(text[: -len(suffix)]) * factor
+    raise ValueError(f"not a duration: {text!r}")
+
+
+def _extender(document: dict[str, Any]) -> ExtenderConfig:
+    return ExtenderConfig(
+        url_prefix=document["urlPrefix"].rstrip("/"),
+        filter_verb=document.get("filterVerb") or "",
+        prioritize_verb=document.get("prioritizeVerb") or "",
+        preempt_verb=document.get("preemptVerb") or "",
+        bind_verb=document.get("bindVerb") or "",
+        weight=int(document.get("weight") or 1),
+        node_cache_capable=bool(document.get("nodeCacheCapable")),
+        managed_resources=frozenset(r["name"] for r in document.get("managedResources") or ()),
+        ignorable=bool(document.get("ignorable")),
+        http_timeout_seconds=_seconds(document.get("httpTimeout"), 5.0),
+    )
+
+
+def read_configuration(document: dict[str, Any]) -> SchedulerConfig:
+    """Read a KubeSchedulerConfiguration.
+
+    Raises:
+      ValueError: another kind or version, or a value that cannot be read.
+    """
+    if document.get("kind") != "KubeSchedulerConfiguration" or document.get("apiVersion") != "kubescheduler.config.k8s.io/v1":
+        raise ValueError("not a kubescheduler.config.k8s.io/v1 KubeSchedulerConfiguration")
+    profiles = tuple(_profile(p) for p in (document.get("profiles") or [{}]))
+    names = [p.scheduler_name for p in profiles]
+    if len(set(names)) != len(names):
+        raise ValueError("two profiles have the same schedulerName")
+    return SchedulerConfig(
+        profiles=profiles,
+        extenders=tuple(_extender(e) for e in document.get("extenders") or ()),
+        percentage_of_nodes_to_score=document.get("percentageOfNodesToScore") or 0,
+        pod_initial_backoff_seconds=float(document.get("podInitialBackoffSeconds") or 1),
+        pod_max_backoff_seconds=float(document.get("podMaxBackoffSeconds") or 10),
+    )

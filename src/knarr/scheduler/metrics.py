@@ -1,0 +1,70 @@
+"""Metrics of the scheduler under upstream's names. Source: pkg/scheduler/metrics."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import generate_latest
+
+_ATTEMPT_BUCKETS = [0.001 * 2**i for i in range(15)]
+_WAIT_BUCKETS = [0.01 * 2**i for i in range(20)]
+
+
+class Metrics:
+    """One registry per scheduler, so that several can live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._attempts = Counter(
+            "scheduler_schedule_attempts", "Attempts to schedule pods, by result.", ["profile", "result"], registry=self.registry
+        )
+        self._attempt_seconds = Histogram(
+            "scheduler_scheduling_attempt_duration_seconds",
+            "Seconds of one scheduling cycle.",
+            ["profile", "result"],
+            buckets=_ATTEMPT_BUCKETS,
+            registry=self.registry,
+        )
+        self._wait_seconds = Histogram(
+            "scheduler_pod_scheduling_sli_duration_seconds",
+            "Seconds from the queue to the binding.",
+            ["attempts"],
+            buckets=_WAIT_BUCKETS,
+            registry=self.registry,
+        )
+        self._attempts_per_pod = Histogram(
+            "scheduler_pod_scheduling_attempts", "Attempts until a pod was bound.", buckets=[1, 2, 4, 8, 16], registry=self.registry
+        )
+        self.preemption_attempts = Counter("scheduler_preemption_attempts", "Preemption attempts.", registry=self.registry)
+        self.preemption_victims = Histogram(
+            "scheduler_preemption_victims", "Victims per preemption.", buckets=[2**i for i in range(7)], registry=self.registry
+        )
+        self.pending_pods = Gauge("scheduler_pending_pods", "Pending pods by queue.", ["queue"], registry=self.registry)
+        self.cache_size = Gauge("scheduler_cache_size", "Nodes, pods and assumed pods.", ["type"], registry=self.registry)
+        # Children are looked up once: the label lookup costs more than the observation.
+        self._children: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+
+    def _observe(self, profile: str, result: str, seconds: float) -> None:
+        pair = self._children.get((profile, result))
+        if pair is None:
+            pair = (self._attempts.labels(profile, result), self._attempt_seconds.labels(profile, result))
+            self._children[profile, result] = pair
+        pair[0].inc()
+        pair[1].observe(seconds)
+
+    def scheduled(self, profile: str, seconds: float) -> None:
+        self._observe(profile, "scheduled", seconds)
+
+    def unschedulable(self, profile: str, seconds: float) -> None:
+        self._observe(profile, "unschedulable", seconds)
+
+    def errors(self, profile: str) -> None:
+        self._observe(profile, "error", 0.0)
+
+    def bound(self, profile: str, seconds: float, attempts: int) -> None:
+        """A pod reached its node, `seconds` after it entered the queue."""
+        self._wait_seconds.labels(str(attempts) if attempts < 15 else "15+").observe(seconds)
+        self._attempts_per_pod.observe(attempts)
+
+    def exposition(self) -> bytes:
+        """Give the text for /metrics."""
+        return bytes(generate_latest(self.registry))
