@@ -278,8 +278,12 @@ class Client:
         field_selector: str = "",
         allow_bookmarks: bool = True,
         timeout_seconds: int | None = None,
+        accept: str = "",
     ) -> AsyncIterator[tuple[str, Object]]:
         """Yield (type, object) per event: ADDED, MODIFIED, DELETED, BOOKMARK; ends when the server ends it.
+
+        Args:
+          accept: another representation, e.g. metadata only; "" for the whole objects.
 
         Raises:
           StatusError: also for an ERROR event, e.g. Expired (410): list again.
@@ -297,7 +301,8 @@ class Client:
             await self._refresh()
         path = res.path(namespace)
         target = f"{path}?{encode_query(query)}"
-        async with self._http.stream("GET", target, self._get_headers) as stream:
+        headers = _override(self._get_headers, {"Accept": accept}) if accept else self._get_headers
+        async with self._http.stream("GET", target, headers) as stream:
             if stream.status >= 400:
                 body = b"".join([chunk async for chunk in stream.iter_chunks()])
                 if stream.status == 401:

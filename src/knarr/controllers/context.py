@@ -150,14 +150,19 @@ class Context:
         self.config = config
         self.informers = informers or Informers(client)
         self._recorders: dict[str, EventRecorder] = {}
+        self._shared: dict[Resource, Informer] = {}
 
     def informer(self, resource: Resource) -> Informer:
         """Give the shared informer of a resource, trimmed as this process needs it."""
-        informer = self.informers.get(resource, transform=_TRIMS.get(resource))
+        informer = self._shared[resource] = self.informers.get(resource, transform=_TRIMS.get(resource))
         if resource is PODS:
             informer.add_index("controller", controller_uid_index)
             informer.add_index("node", node_name_index)
         return informer
+
+    def shared_informer(self, resource: Resource) -> Informer | None:
+        """Give the full informer of a resource if some controller has one already."""
+        return self._shared.get(resource)
 
     @property
     def pods(self) -> Informer:

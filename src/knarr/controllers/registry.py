@@ -15,6 +15,10 @@ CONTROLLERS: dict[str, str] = {
     "root-ca-certificate-publisher-controller": "serviceaccount:RootCAPublisher",
     "deployment-controller": "deployment.controller:DeploymentController",
     "replicaset-controller": "replicaset:ReplicaSetController",
+    "pod-garbage-collector-controller": "podgc:PodGCController",
+    "garbage-collector-controller": "garbagecollector.controller:GarbageCollector",
+    "node-lifecycle-controller": "nodelifecycle:NodeLifecycleController",
+    "taint-eviction-controller": "tainteviction:TaintEvictionController",
     "node-ipam-controller": "nodeipam:NodeIPAMController",
 }
 

@@ -1,0 +1,1 @@
+"""Garbage collection of dependents: `graph` knows who owns whom, `watcher` feeds it, `controller` acts."""
