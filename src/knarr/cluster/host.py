@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from knarr.cluster.config import ClusterConfig
+from knarr.network.sysctl import SysctlRecord
 
 MNT_DETACH = 2
 CGROUPS = Path("/sys/fs/cgroup")
@@ -146,11 +147,12 @@ def remove_mounts(config: ClusterConfig) -> None:
 
 
 def interface_names(config: ClusterConfig) -> list[str]:
-    """Interfaces of this cluster: marked by the network component with an alias, or the node bridge of this module."""
+    """Interfaces of this cluster: the pod network's, by the names it was given, and every one that bears the cluster's mark."""
     found = []
     for entry in Path("/sys/class/net").iterdir():
         with contextlib.suppress(OSError):
-            if (entry / "ifalias").read_text().strip() == f"knarr:{config.name}":
+            own = entry.name == f"knarr{config.slot}" or entry.name.startswith(f"kp{config.slot}-")
+            if own or (entry / "ifalias").read_text().strip() == f"knarr:{config.name}":
                 found.append(entry.name)
     return found
 
@@ -187,24 +189,8 @@ def remove_cgroups(config: ClusterConfig) -> None:
             folder.rmdir()
 
 
-def set_sysctl(config: ClusterConfig, name: str, value: str) -> None:
-    """Set a kernel setting and remember what it was, for `restore_sysctls`."""
-    path = Path("/proc/sys") / name.replace(".", "/")
-    old = path.read_text().strip()
-    if old == value:
-        return
-    record = config.data / "sysctls.json"
-    saved: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
-    saved.setdefault(name, old)
-    record.write_text(json.dumps(saved))
-    path.write_text(value)
-
-
 def restore_sysctls(config: ClusterConfig) -> None:
-    record = config.data / "sysctls.json"
-    if not record.exists():
-        return
-    for name, value in json.loads(record.read_text()).items():
-        with contextlib.suppress(OSError):
-            (Path("/proc/sys") / name.replace(".", "/")).write_text(value)
-    record.unlink()
+    """Give back the kernel settings that the cluster changed on this machine (a further node's go with its namespace)."""
+    records = [config.data / "sysctls.json", *(config.state / node.name / "network" / "sysctls.json" for node in config.nodes if not node.netns)]
+    for record in records:
+        SysctlRecord(record).restore()

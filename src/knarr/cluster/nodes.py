@@ -15,6 +15,7 @@ from pathlib import Path
 
 from knarr.cluster import addresses
 from knarr.cluster.config import ClusterConfig, ConfigError, NodeConfig, further_node
+from knarr.network.sysctl import SysctlRecord
 
 CLONE_NEWNET = 0x40000000
 NETNS_FOLDER = Path("/run/netns")
@@ -48,8 +49,6 @@ def _ip(*arguments: str) -> None:
 
 def ensure_bridge(config: ClusterConfig) -> None:
     """Make the bridge between nodes, with masquerading for what they send to the outside. Idempotent."""
-    from knarr.cluster import host
-
     name = bridge_name(config)
     network = ipaddress.ip_network(config.node_cidr)
     if not Path("/sys/class/net", name).exists():
@@ -57,7 +56,7 @@ def ensure_bridge(config: ClusterConfig) -> None:
         _ip("link", "set", name, "alias", f"knarr:{config.name}")
         _ip("address", "add", f"{gateway(config)}/{network.prefixlen}", "dev", name)
         _ip("link", "set", name, "up")
-    host.set_sysctl(config, "net.ipv4.ip_forward", "1")
+    SysctlRecord(config.data / "sysctls.json").ensure("net/ipv4/ip_forward", "1")
     table = f"knarr{config.suffix}-nodes"
     rules = f"""
 add table ip {table}

@@ -179,7 +179,7 @@ class ClusterPKI:
     admin: KeyPair
     controller_manager: KeyPair
     scheduler: KeyPair
-    proxy: KeyPair
+    network: KeyPair
     service_account_key: Path
 
     def node_client(self, folder: Path, node_name: str) -> KeyPair:
@@ -215,6 +215,7 @@ def ensure(folder: Path, api_hosts: Sequence[str]) -> ClusterPKI:
         # certificate needs the union, which is everything.
         controller_manager=authority.issue(folder / "controller-manager", "system:kube-controller-manager", groups=["system:masters"]),
         scheduler=authority.issue(folder / "scheduler", "system:kube-scheduler"),
-        proxy=authority.issue(folder / "kube-proxy", "system:kube-proxy"),
+        # The node's network parts (service proxy, policy, DNS) share one client: kube-proxy's role by name, the rest by group.
+        network=authority.issue(folder / "network", "system:kube-proxy", groups=["knarr:network"]),
         service_account_key=signing_key,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from knarr.client.rest import Client
+from knarr.cluster import addons
 from knarr.cluster.config import ClusterConfig
 from knarr.cluster.processes import common
 from knarr.cluster.supervisor import Announce
@@ -12,7 +13,7 @@ from knarr.cluster.supervisor import Announce
 
 def main(config: ClusterConfig, announce: Announce) -> None:
     """Run the controllers and the scheduler until stopped."""
-    from knarr.controllers.config import ControllersConfig
+    from knarr.controllers.context import ControllersConfig
     from knarr.controllers.manager import ControllerManager
     from knarr.scheduler.config import SchedulerConfig
     from knarr.scheduler.scheduler import Scheduler
@@ -21,10 +22,11 @@ def main(config: ClusterConfig, announce: Announce) -> None:
     settings = ControllersConfig(
         enabled=config.controllers,
         cluster_cidr=config.pod_cidr,
-        service_account_key=str(pki / "sa.key"),
-        root_ca=str(pki / "ca.crt"),
-        ca_cert=str(pki / "ca.crt"),
-        ca_key=str(pki / "ca.key"),
+        service_cidr=config.service_cidr,
+        service_account_key=(pki / "sa.key").read_bytes(),
+        root_ca=(pki / "ca.crt").read_bytes(),
+        ca_cert=(pki / "ca.crt").read_bytes(),
+        ca_key=(pki / "ca.key").read_bytes(),
     )
 
     async def control() -> None:
@@ -33,6 +35,7 @@ def main(config: ClusterConfig, announce: Announce) -> None:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(ControllerManager(controllers, settings).run(), name="controllers")
+                group.create_task(addons.ensure(controllers, config), name="addons")
                 group.create_task(Scheduler(scheduler, SchedulerConfig()).run(), name="scheduler")
         finally:
             await controllers.close()

@@ -1,0 +1,204 @@
+"""A node's process: container runtime, pod network, kubelet, service proxy and DNS in one event loop.
+
+Order: the runtime finds its containers again, the node is registered, the pod network starts when the control plane has given
+the node its pod CIDR, proxy and DNS run beside. Everything but the runtime meets through the API alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import TYPE_CHECKING
+
+from knarr.aiokits.log import get_logger
+from knarr.api.resources import NODES
+from knarr.api.types import Object
+from knarr.client.informer import Informers
+from knarr.client.rest import Client
+from knarr.cluster import nodes, pki
+from knarr.cluster.config import ClusterConfig, NodeConfig
+from knarr.cluster.processes import common
+from knarr.cluster.supervisor import Announce
+
+if TYPE_CHECKING:
+    from knarr.kubelet.config import KubeletConfig
+    from knarr.network.dns.server import DNSServer
+    from knarr.network.podnet import BridgeNetwork
+    from knarr.network.proxy.service_proxy import ServiceProxy
+    from knarr.runtime.embedded import EmbeddedRuntime
+
+RESOLVE_SECONDS = 0.05
+
+log = get_logger(__name__)
+
+
+def main(config: ClusterConfig, node: NodeConfig, announce: Announce) -> None:
+    """Run one node until stopped; its containers outlive it."""
+    nodes.ensure_host(config, node)
+    nodes.enter(node)
+    common.run(lambda: Node(config, node, announce).run())
+
+
+class Node:
+    """The parts of one node and their wiring."""
+
+    def __init__(self, config: ClusterConfig, node: NodeConfig, announce: Announce) -> None:
+        self.config = config
+        self.node = node
+        self.announce = announce
+        self.address = nodes.node_address(config, node)
+        self.data = config.data / "nodes" / node.name
+        self.state = config.state / node.name
+        self.api_host = nodes.gateway(config) if node.netns else "127.0.0.1"
+
+    def client(self, pair: pki.KeyPair, component: str) -> Client:
+        return Client(common.client_config(self.config, pair, component, host=self.api_host))
+
+    def make_network(self) -> BridgeNetwork:
+        from knarr.network.podnet import BridgeNetwork
+
+        config = self.config
+        return BridgeNetwork(
+            bridge=f"knarr{config.slot}",
+            cluster_cidrs=(config.pod_cidr,),
+            state_dir=self.state / "network",
+            table=f"knarr{config.suffix}-net",
+            link_prefix=f"kp{config.slot}-",
+        )
+
+    def make_runtime(self, network: BridgeNetwork) -> EmbeddedRuntime:
+        from knarr.runtime.embedded import EmbeddedRuntime, RuntimeConfig
+
+        return EmbeddedRuntime(
+            RuntimeConfig(
+                root=str(self.data / "runtime"),
+                state=str(self.state / "runtime"),
+                network=network,
+                cgroup_root=f"/knarr{self.config.suffix}/{self.node.name}",
+                oci_runtime=self.config.oci_runtime,
+                handlers={"runc": "runc"},
+            )
+        )
+
+    async def run(self) -> None:
+        """Until cancelled; a part that fails ends the process, and the supervisor starts it again."""
+        from knarr.cluster.nodeapi import NodeAPI, socket_path
+        from knarr.kubelet.kubelet import Kubelet
+        from knarr.network.dns.server import DNSServer
+        from knarr.network.proxy.service_proxy import ServiceProxy
+
+        authority = pki.Authority(self.config.pki, "ca", "kubernetes")
+        folder = self.data / "pki"
+        own = authority.issue(folder / "kubelet-client", f"system:node:{self.node.name}", groups=["system:nodes"])
+        serving = authority.issue(
+            folder / "kubelet-serving",
+            f"system:node:{self.node.name}",
+            groups=["system:nodes"],
+            hosts=[self.node.name, "localhost", "127.0.0.1", self.address],
+            server=True,
+        )
+        network = self.make_network()
+        runtime = self.make_runtime(network)
+        await runtime.start()
+        api = NodeAPI(runtime, socket_path(self.config, self.node.name))
+        await api.start()
+        kubelet_client = self.client(own, "kubelet")
+        network_client = self.client(common.pair(self.config, "network"), "knarr-network")
+        informers = Informers(network_client)
+        proxy = ServiceProxy(network_client, informers, node_name=self.node.name, table=f"knarr{self.config.suffix}", pod_cidrs=(self.config.pod_cidr,))
+        dns = DNSServer(network_client, informers, node_name=self.node.name, cluster_domain=self.config.cluster_domain, network=network)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(Kubelet(kubelet_client, runtime, runtime, self.kubelet_config(serving)).run(), name="kubelet")
+                group.create_task(self.follow_own_node(informers, network, runtime), name="own-node")
+                group.create_task(proxy.run(), name="proxy")
+                group.create_task(dns.run(), name="dns")
+                group.create_task(self.report_ready(informers, dns, proxy), name="ready")
+        finally:
+            await informers.close()
+            await api.close()
+            await runtime.close()
+            await network.close()
+            await kubelet_client.close()
+            await network_client.close()
+
+    def kubelet_config(self, serving: pki.KeyPair) -> KubeletConfig:
+        from knarr.kubelet.config import KubeletConfig
+
+        config = self.config
+        return KubeletConfig(
+            node_name=self.node.name,
+            node_ip=self.address,
+            root_dir=str(self.data / "kubelet"),
+            pod_logs_dir=str(self.data / "pod-logs"),
+            static_pod_path=str(self.data / "manifests"),
+            cluster_dns=(config.dns_ip,),
+            cluster_domain=config.cluster_domain,
+            port=10250 if self.node.netns else config.kubelet_port,
+            serving_cert=str(serving.certificate),
+            serving_key=str(serving.key),
+            client_ca=str(config.pki / "ca.crt"),
+            cgroup_root=f"/knarr{config.suffix}/{self.node.name}",
+            node_labels=dict(self.node.labels),
+            node_taints=tuple(self.node.taints),
+        )
+
+    async def follow_own_node(self, informers: Informers, network: BridgeNetwork, runtime: EmbeddedRuntime) -> None:
+        """Give the pod network its CIDRs as soon as the node has them, and again should they change."""
+        wake = asyncio.Event()
+        seen: dict[str, list[str]] = {}
+
+        def changed(obj: Object) -> None:
+            cidrs = obj.get("spec", {}).get("podCIDRs") or []
+            if cidrs and seen.get("cidrs") != cidrs:
+                seen["cidrs"] = cidrs
+                wake.set()
+
+        own = informers.get(NODES, field_selector=f"metadata.name={self.node.name}")
+        own.add_handler(on_add=changed, on_update=lambda _, new: changed(new))
+        await informers.start()
+        while True:
+            await wake.wait()
+            wake.clear()
+            await network.set_pod_cidrs(seen["cidrs"])
+            freed = await network.recover([sandbox.id for sandbox in await runtime.list_pod_sandboxes()])
+            if freed:
+                log.info("freed the network of sandboxes that are gone", count=len(freed))
+
+    async def report_ready(self, informers: Informers, dns: DNSServer, proxy: ServiceProxy) -> None:
+        """Tell `up` when the API shows this node Ready, and when a name resolves through the cluster's DNS address."""
+        ready = asyncio.Event()
+
+        def changed(obj: Object) -> None:
+            if any(condition["type"] == "Ready" and condition["status"] == "True" for condition in obj.get("status", {}).get("conditions", ())):
+                ready.set()
+
+        own = informers.get(NODES, field_selector=f"metadata.name={self.node.name}")
+        own.add_handler(on_add=changed, on_update=lambda _, new: changed(new))
+        await informers.start()
+        await ready.wait()
+        self.announce(f"node {self.node.name}")
+        await proxy.wait_synced()
+        await wait_resolves(self.config)
+        self.announce("dns")
+
+
+async def wait_resolves(config: ClusterConfig) -> None:
+    """Until the cluster's DNS service answers for the API server's name: asked as a pod would, through the service address."""
+    from dnslib import DNSRecord
+
+    name = f"kubernetes.default.svc.{config.cluster_domain}"
+    question = bytes(DNSRecord.question(name).pack())
+    loop = asyncio.get_running_loop()
+    while True:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+            try:
+                await loop.sock_connect(sock, (config.dns_ip, 53))
+                await loop.sock_sendall(sock, question)
+                async with asyncio.timeout(RESOLVE_SECONDS):
+                    answer = DNSRecord.parse(await loop.sock_recv(sock, 4096))
+                if any(str(record.rdata) == config.address(1) for record in answer.rr):
+                    return
+            except (OSError, TimeoutError) as error:
+                log.debug("DNS does not answer yet", error=str(error))
+        await asyncio.sleep(RESOLVE_SECONDS)
