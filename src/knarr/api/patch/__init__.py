@@ -1,0 +1,248 @@
+"""Patches of the three kinds that are not apply: JSON patch, merge patch, strategic merge patch.
+
+`apply_patch` is what the API server calls: patch bytes and the current object in, the new object out, checked and in
+canonical form (not defaulted), with upstream's statuses. The current object is not changed.
+
+Source: apiserver endpoints/handlers/patch.go.
+"""
+
+from typing import Any
+
+import orjson
+
+from knarr.api import decode, explain, typeinfo
+from knarr.api.errors import FieldError, StatusError, bad_request, invalid, too_large, unsupported_media_type
+from knarr.api.meta import deep_copy
+from knarr.api.patch import json_patch, merge_patch, strategic
+from knarr.api.scheme import Resource
+from knarr.api.types import Object
+
+JSON_PATCH = "application/json-patch+json"
+MERGE_PATCH = "application/merge-patch+json"
+STRATEGIC_MERGE_PATCH = "application/strategic-merge-patch+json"
+APPLY_PATCH = "application/apply-patch+yaml"
+
+MAX_JSON_PATCH_OPERATIONS = 10_000
+
+
+def patch_type(content_type: str, *, custom: bool = False) -> str:
+    """The media type of a patch.
+
+    Args:
+      custom: A custom resource: strategic merge patches are not for these.
+
+    Raises:
+      StatusError: 415, not a patch type.
+    """
+    plain = content_type.partition(";")[0].strip().lower()
+    known = [JSON_PATCH, MERGE_PATCH, *(() if custom else (STRATEGIC_MERGE_PATCH,)), APPLY_PATCH]
+    if plain not in known:
+        raise unsupported_media_type(known)
+    return plain
+
+
+def rejected_by_patch() -> StatusError:
+    """422 without details, which upstream answers when a JSON patch cannot be applied."""
+    return StatusError(422, "Invalid", "the server rejected our request due to an error in our request")
+
+
+def apply_patch(
+    resource: "Resource | tuple[str, str]", current: Object, body: bytes, content_type: str, field_validation: str = decode.WARN,
+) -> tuple[Object, list[str]]:
+    """Apply a patch to an object.
+
+    Args:
+      resource: The Resource, or (api_version, kind) for a subresource's kind such as Scale.
+      current: The object in the resource's version, in canonical form.
+      content_type: One of the three patch types.
+
+    Returns:
+      (new object, warnings). A custom object comes back unpruned, but with typed metadata.
+
+    Raises:
+      StatusError: as upstream: 400 unreadable patch, 415 not a patch type, 422 not applicable or of wrong type.
+    """
+    custom = isinstance(resource, Resource) and resource.custom
+    api_version, kind = (resource.api_version, resource.kind) if isinstance(resource, Resource) else resource
+    strict = field_validation in (decode.WARN, decode.STRICT)
+    warnings: list[str] = []
+    match patch_type(content_type, custom=custom):
+        case "application/json-patch+json":
+            patched, warnings = _json(current, body, strict)
+        case "application/merge-patch+json":
+            patched, warnings = _merge(current, body, strict)
+        case "application/strategic-merge-patch+json":
+            return _strategic(api_version, kind, current, body, field_validation)
+        case other:
+            raise unsupported_media_type([other])
+    warnings += _check(api_version, kind, patched, custom)
+    if warnings and field_validation == decode.STRICT:
+        raise _invalid_patch(_json_text(patched), f"strict decoding error: {', '.join(warnings)}")
+    return patched, warnings if strict else []
+
+
+def _json(current: Object, body: bytes, strict: bool) -> tuple[Object, list[str]]:
+    try:
+        operations = decode.parse_json(body)
+    except ValueError as error:
+        raise bad_request(f"error decoding patch: {error}" if strict else str(error)) from None
+    warnings: list[str] = []
+    if strict:
+        warnings = _strict_operations(operations, body)
+    if operations is None:
+        operations = []
+    if not isinstance(operations, list):
+        word = explain._json_word(operations)
+        raise bad_request(f"json: cannot unmarshal {word} into Go value of type jsonpatch.Patch")
+    if len(operations) > MAX_JSON_PATCH_OPERATIONS:
+        raise too_large(f"The allowed maximum operations in a JSON patch is {MAX_JSON_PATCH_OPERATIONS}, got {len(operations)}")
+    try:
+        patched = json_patch.apply(deep_copy(current), operations)
+    except json_patch.JSONPatchError:
+        raise rejected_by_patch() from None
+    if not isinstance(patched, dict):
+        word = explain._json_word(patched)
+        raise _invalid_patch(_json_text(patched), f"couldn't get version/kind; json parse error: json: cannot unmarshal {word}")
+    return patched, warnings
+
+
+_OPERATION_KEYS = {"op": str, "path": str, "from": str, "value": object}
+
+
+def _strict_operations(operations: Any, body: bytes) -> list[str]:
+    """What a strict reader has to say about the operations themselves."""
+    if operations is None:
+        return []
+    if not isinstance(operations, list):
+        word = explain._json_word(operations)
+        raise bad_request(f"error decoding patch: json: cannot unmarshal {word} into Go value of type []handlers.jsonPatchOp")
+    found: list[str] = []
+    for index, operation in enumerate(explain.parse_with_duplicates(body)):
+        if operation is None:
+            continue
+        if not isinstance(operation, dict):
+            word = explain._json_word(operation)
+            raise bad_request(f"error decoding patch: json: cannot unmarshal {word} into Go value of type handlers.jsonPatchOp")
+        for key, value in operation.items():
+            expected = _OPERATION_KEYS.get(key)
+            if expected is None:
+                found.append(f'json patch unknown field "[{index}].{key}"')
+                continue
+            if value is not None and not isinstance(value, expected):
+                word = explain._json_word(value)
+                raise bad_request(f"error decoding patch: json: cannot unmarshal {word} into Go struct field jsonPatchOp.{key} of type string")
+            if getattr(operation, "repeated", {}).get(key):
+                found.append(f'json patch duplicate field "[{index}].{key}"')
+    return found
+
+
+def _merge(current: Object, body: bytes, strict: bool) -> tuple[Object, list[str]]:
+    try:
+        patch = decode.parse_json(body)
+    except ValueError as error:
+        raise bad_request(f"error decoding patch: {error}" if strict else "Invalid JSON Patch") from None
+    warnings: list[str] = []
+    if strict:
+        if patch is not None and not isinstance(patch, dict):
+            word = explain._json_word(patch)
+            raise bad_request(f"error decoding patch: json: cannot unmarshal {word} into Go value of type map[string]interface {{}}")
+        warnings = _duplicates(body)
+    if patch is None:
+        raise bad_request("Invalid JSON Patch")
+    if not isinstance(patch, dict):
+        if not isinstance(patch, list):
+            raise bad_request("Invalid JSON Patch")
+        raise _invalid_patch(_json_text(patch), "couldn't get version/kind; json parse error: json: cannot unmarshal array")
+    return merge_patch.apply(deep_copy(current), patch), warnings
+
+
+def _duplicates(body: bytes) -> list[str]:
+    findings = explain.Findings()
+    explain.explain_untyped(explain.parse_with_duplicates(body), findings)
+    return findings.strict
+
+
+def _strategic(api_version: str, kind: str, current: Object, body: bytes, field_validation: str) -> tuple[Object, list[str]]:
+    try:
+        patch = decode.parse_json(body)
+    except ValueError as error:
+        raise bad_request(str(error)) from None
+    strict = field_validation in (decode.WARN, decode.STRICT)
+    if patch is not None and not isinstance(patch, dict):
+        word = explain._json_word(patch)
+        raise bad_request(f"json: cannot unmarshal {word} into Go value of type map[string]interface {{}}")
+    warnings = _duplicates(body) if strict else []
+    shown = _go_map(patch)
+    try:
+        patched = strategic.apply(deep_copy(current), patch or {}, api_version, kind)
+    except strategic.StrategicPatchError as error:
+        if error.code == 422:
+            raise rejected_by_patch() from None
+        raise StatusError(error.code, "BadRequest" if error.code == 400 else "", str(error)) from None
+    type_error, unknown = _problems(api_version, kind, patched)
+    if type_error:
+        raise _invalid_patch(shown, type_error)
+    warnings += unknown if strict else []
+    if warnings and field_validation == decode.STRICT:
+        raise _invalid_patch(shown, f"strict decoding error: {', '.join(warnings)}")
+    return patched, warnings
+
+
+def _check(api_version: str, kind: str, patched: Object, custom: bool) -> list[str]:
+    """Prune a patched object in place; its unknown fields.
+
+    Raises:
+      StatusError: 422, wrong types.
+    """
+    if custom:
+        try:
+            return decode.check_metadata(patched)
+        except StatusError as error:
+            raise _invalid_patch(_json_text(patched), error.message) from None
+    if patched.get("kind", kind) != kind or patched.get("apiVersion", api_version) != api_version:
+        given = f"{patched.get('apiVersion')}, Kind={patched.get('kind')}"
+        raise _invalid_patch(_json_text(patched), f"unable to decode {given} into {kind}")
+    shown = _json_text(patched)
+    type_error, unknown = _problems(api_version, kind, patched)
+    if type_error:
+        raise _invalid_patch(shown, type_error)
+    return unknown
+
+
+def _problems(api_version: str, kind: str, obj: Object) -> tuple[str, list[str]]:
+    """(type error or "", unknown fields); obj is pruned in place."""
+    name = typeinfo.message_name(api_version, kind)
+    info = typeinfo.message(name)
+    copy = orjson.dumps(obj)
+    meta: Object = {} if info.type_meta else {key: obj.pop(key) for key in ("apiVersion", "kind") if key in obj}
+    state = typeinfo.State()
+    try:
+        typeinfo.pruner(name)(obj, state)
+    except typeinfo.Mismatch:
+        return explain.explain(orjson.loads(copy), name).type_error or "wrong type", []
+    obj.update(meta)
+    obj.setdefault("apiVersion", api_version)
+    obj.setdefault("kind", kind)
+    return "", explain.explain(orjson.loads(copy), name).strict if state.unknown else []
+
+
+def _invalid_patch(shown: str, why: str) -> StatusError:
+    return invalid("", "", [FieldError("FieldValueInvalid", "patch", why, shown)])
+
+
+def _json_text(value: Any) -> str:
+    return orjson.dumps(value).decode()
+
+
+def _go_map(value: Any) -> str:
+    """A patch as Go's %+v shows a map."""
+    match value:
+        case dict():
+            return f"map[{' '.join(f'{k}:{_go_map(v)}' for k, v in sorted(value.items()))}]"
+        case list():
+            return f"[{' '.join(_go_map(v) for v in value)}]"
+        case None:
+            return "<nil>"
+        case bool():
+            return "true" if value else "false"
+    return str(value)
