@@ -7,9 +7,11 @@ Role: `ruleset` writes both. One shared set of maps serves all Services:
     local    the same, only this node's endpoints
     port, port_endpoint, port_local                          node ports: the same without the address
 
-A chain exists per number of endpoints and manner (`Pick`), not per Service: it draws an index below N and jumps to what the map says. Session
-affinity is one dynamic map from client and frontend to endpoint, read first and refreshed with every connection.
-The rules of these chains are encoded here, because nft's language cannot say "update a map with what another map holds", though the kernel can.
+A chain exists per number of endpoints and manner (`Pick`), not per Service: it draws an index below N and goes where the map says. Session
+affinity is one dynamic map from client and frontend to endpoint: read before drawing, written (and its time renewed) in a hook behind the translation, where
+the packet itself names the chosen endpoint.
+The rules of these chains are encoded here, so that chains and elements change in one transaction, and because nft's language has no
+concatenation with a tracked connection's original port. `nft list` shows all of them.
 Invariants: names depend on content alone, so a chain that exists is the right one.
 Source: behaviour of pkg/proxy/nftables/proxier.go.
 """
@@ -21,11 +23,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_network
 
-from knarr.network.netlink import NLM_F_APPEND, NLM_F_CREATE, attribute, be32, nested, text
+from knarr.network.netlink import NLM_F_APPEND, NLM_F_CREATE, attribute, be32, nested, text, u8
 from knarr.network.nftables import ElementBatch
 
 MASQUERADE_MARK = 0x4000
-SKELETON_VERSION = 1
+AFFINITY_MARK = 0x2000
+SKELETON_VERSION = 2
 _NEWCHAIN, _NEWRULE = (10 << 8) | 3, (10 << 8) | 6
 _FAMILIES = ((4, "ip", "ipv4_addr", "0.0.0.0"), (6, "ip6", "ipv6_addr", "::"))
 _R = 8
@@ -74,7 +77,6 @@ def skeleton(table: str, pod_cidrs: Sequence[str], node_port_addresses: Sequence
         frontend, port = f"{kind} . inet_proto . inet_service", "inet_proto . inet_service"
         typed, typed_port = f"typeof {ip} daddr . meta l4proto . th dport", "typeof meta l4proto . th dport"
         target, index = f"{ip} daddr . th dport", "numgen random mod 2"
-        client = f"typeof {ip} saddr"
         dynamic = "size 262144; flags dynamic,timeout;"
         out += [
             f" set pods{version} {{ type {kind}; flags interval; auto-merge; {elements} }}",
@@ -90,10 +92,10 @@ def skeleton(table: str, pod_cidrs: Sequence[str], node_port_addresses: Sequence
             f" map local{version} {{ {typed} . {index} : {target}; }}",
             f" map port_endpoint{version} {{ {typed_port} . {index} : {target}; }}",
             f" map port_local{version} {{ {typed_port} . {index} : {target}; }}",
-            f" map affinity{version} {{ {client} . {ip} daddr . meta l4proto . th dport : {target}; {dynamic} }}",
-            f" map port_affinity{version} {{ {client} . meta l4proto . th dport : {target}; {dynamic} }}",
+            f" map affinity{version} {{ typeof {ip} saddr . {ip} daddr . meta l4proto . th dport : {target}; {dynamic} }}",
+            f" map sticky{version} {{ type {frontend} : verdict; }}",
+            f" map port_sticky{version} {{ type {port} : verdict; }}",
         ]
-    out.append(" chain masquerade_mark { meta mark set meta mark or 0x4000; }")
     out.append(" chain refuse { reject; }")
     out.append(" chain lose { drop; }")
     out.append(" chain services {")
@@ -126,7 +128,7 @@ _BASE_CHAINS = f""" chain source_in {{
 {_SOURCE_CHECK}
  }}
  chain source_output {{
-  type filter hook output priority dstnat - 10; policy accept;
+  type filter hook output priority -110; policy accept;
 {_SOURCE_CHECK}
  }}
  chain nat_in {{
@@ -134,8 +136,19 @@ _BASE_CHAINS = f""" chain source_in {{
   jump services
  }}
  chain nat_output {{
-  type nat hook output priority dstnat; policy accept;
+  type nat hook output priority -100; policy accept;
   jump services
+ }}
+ chain learn_in {{
+  type filter hook prerouting priority dstnat + 10; policy accept;
+  meta mark & 0x2000 != 0 jump learn
+ }}
+ chain learn_output {{
+  type filter hook output priority -90; policy accept;
+  meta mark & 0x2000 != 0 jump learn
+ }}
+ chain learn {{
+  meta mark set meta mark xor 0x2000
  }}
  chain filter_in {{
   type filter hook input priority filter; policy accept;
@@ -215,6 +228,11 @@ def _update(set_name: str, key: int, data: int, seconds: int) -> bytes:
     return _expression("dynset", text(1, set_name), be32(3, 1), be32(4, key), be32(5, data), timeout)
 
 
+def _original(key: int, register: int) -> bytes:
+    """Load what the connection's first packet said before it was translated."""
+    return _expression("ct", be32(2, key), be32(1, register), u8(3, 0))
+
+
 def _dnat(family: int, address: int, port: int) -> bytes:
     return _expression("nat", be32(1, 1), be32(2, 2 if family == 4 else 10), be32(3, address), be32(5, port))
 
@@ -262,37 +280,64 @@ def _pick_rules(pick: Pick, map_name: str, count: int) -> list[bytes]:
     words = registers.words
     if not count:
         return [_verdict(_DROP)]
+    draw = _choose(pick, registers, map_name, count, _R) + _dnat(pick.family, _R, _R + words)
     if not pick.affinity_seconds:
-        return [_choose(pick, registers, map_name, count, _R) + _dnat(pick.family, _R, _R + words)]
-    affinity = f"{'port_' if pick.node_port else ''}affinity{pick.family}"
+        return [draw]
     client, after = registers.client(_R)
-    frontend, data = registers.frontend(after, pick.node_port)
-    known = registers.only_family() + client + frontend
-    read = known + _lookup(affinity, _R, data)
-    return [
-        # The endpoint remembered for this client, its time renewed; the rule ends at the look-up when there is none.
-        read + _update(affinity, _R, data, pick.affinity_seconds) + _dnat(pick.family, data, data + words),
-        # Otherwise draw one, remember it (the draw lies where the key of the memory does not), go there.
-        _choose(pick, registers, map_name, count, data)
-        + client
-        + frontend
-        + _update(affinity, _R, data, pick.affinity_seconds)
-        + _dnat(pick.family, data, data + words),
-    ]
+    frontend, _free = registers.frontend(after, False)
+    remembered = registers.only_family() + client + frontend + _lookup(f"affinity{pick.family}", _R, _R) + _dnat(pick.family, _R, _R + words)
+    # A look-up without result ends its rule, not the chain.
+    return [_mark(AFFINITY_MARK), remembered, draw]
 
 
-def _mark_masquerade() -> bytes:
-    mask = nested(4, attribute(1, struct.pack("=I", ~MASQUERADE_MARK & 0xFFFFFFFF)))
-    flip = nested(5, attribute(1, struct.pack("=I", MASQUERADE_MARK)))
+def _mark(bit: int) -> bytes:
+    mask = nested(4, attribute(1, struct.pack("=I", ~bit & 0xFFFFFFFF)))
+    flip = nested(5, attribute(1, struct.pack("=I", bit)))
     bitwise = _expression("bitwise", be32(1, _R), be32(2, _R), be32(3, 4), mask, flip)
     return _meta_load(3, _R) + bitwise + _meta_set(3, _R)
+
+
+_CT_PROTO_DESTINATION, _CT_SOURCE, _CT_DESTINATION = 12, {4: 19, 6: 21}, {4: 20, 6: 22}
+
+
+def learn_name(family: int, seconds: int) -> str:
+    """Chain that remembers a client's endpoint for so long."""
+    return f"learn{family}-{seconds}"
+
+
+def _original_frontend(registers: _Registers, at: int, *, address: bool) -> tuple[bytes, int]:
+    code = b""
+    if address:
+        code = _original(_CT_DESTINATION[registers.family], at)
+        at += registers.words
+    return code + _meta_load(16, at) + _original(_CT_PROTO_DESTINATION, at + 1), at + 2
+
+
+def add_learning(batch: ElementBatch, table: str) -> None:
+    """Complete a fresh skeleton: the rules that find how long a frontend's clients are remembered."""
+    for family in (4, 6):
+        registers = _Registers(family)
+        for prefix, address in (("", True), ("port_", False)):
+            key, _free = _original_frontend(registers, _R, address=address)
+            _add_rule(batch, table, "learn", registers.only_family() + key + _lookup(f"{prefix}sticky{family}", _R, 0))
+
+
+def add_learn_chain(batch: ElementBatch, table: str, family: int, seconds: int) -> None:
+    """Add the chain that remembers: (client, frontend) as first sent, the endpoint as the packet says now."""
+    registers = _Registers(family)
+    name = learn_name(family, seconds)
+    client = _original(_CT_SOURCE[family], _R)
+    frontend, data = _original_frontend(registers, _R + registers.words, address=True)
+    chosen = _payload(1, registers.target_offset, registers.length, data) + _payload(2, 2, 2, data + registers.words)
+    _add_chain(batch, table, name)
+    _add_rule(batch, table, name, registers.only_family() + client + frontend + chosen + _update(f"affinity{family}", _R, data, seconds))
 
 
 def _rules(pick: Pick) -> list[bytes]:
     prefix = "port_" if pick.node_port else ""
     if pick.local is None:
         rules = _pick_rules(pick, f"{prefix}endpoint{pick.family}", pick.cluster)
-        return [_mark_masquerade(), *rules] if pick.masquerade else rules
+        return [_mark(MASQUERADE_MARK), *rules] if pick.masquerade else rules
     registers = _Registers(pick.family)
     rules = []
     if pick.cluster:
@@ -301,7 +346,7 @@ def _rules(pick: Pick) -> list[bytes]:
         # Pods and the node itself need no load balancer before them: they reach all endpoints.
         rules.append(registers.only_family() + client + _lookup(f"pods{pick.family}", _R) + _verdict(_GOTO, everywhere.name))
         local = _expression("fib", be32(1, _R), be32(2, 3), be32(3, 1)) + _compare(_R, struct.pack("=I", 2))
-        rules.append(local + _mark_masquerade() + _verdict(_GOTO, everywhere.name))
+        rules.append(local + _mark(MASQUERADE_MARK) + _verdict(_GOTO, everywhere.name))
     return rules + _pick_rules(pick, f"{prefix}local{pick.family}", pick.local)
 
 
@@ -314,7 +359,15 @@ def needed(pick: Pick) -> list[Pick]:
 
 def add_chain(batch: ElementBatch, table: str, pick: Pick) -> None:
     """Add a pick's chain with its rules to a batch."""
-    batch.raw(_NEWCHAIN, text(1, table) + text(3, pick.name), NLM_F_CREATE, f"adding chain {pick.name}")
+    _add_chain(batch, table, pick.name)
     for rule in _rules(pick):
-        body = text(1, table) + text(2, pick.name) + nested(4, rule)
-        batch.raw(_NEWRULE, body, NLM_F_CREATE | NLM_F_APPEND, f"adding a rule to {pick.name}")
+        _add_rule(batch, table, pick.name, rule)
+
+
+def _add_chain(batch: ElementBatch, table: str, name: str) -> None:
+    batch.raw(_NEWCHAIN, text(1, table) + text(3, name), NLM_F_CREATE, f"adding chain {name}")
+
+
+def _add_rule(batch: ElementBatch, table: str, chain: str, rule: bytes) -> None:
+    body = text(1, table) + text(2, chain) + nested(4, rule)
+    batch.raw(_NEWRULE, body, NLM_F_CREATE | NLM_F_APPEND, f"adding a rule to {chain}")

@@ -16,7 +16,7 @@ from typing import Any
 
 from knarr.api.types import Object
 from knarr.network.nftables import PROTOCOLS, goto, number_key, packed_address, port_key, protocol_key, value
-from knarr.network.proxy.chains import Pick, needed
+from knarr.network.proxy.chains import Pick, learn_name, needed
 from knarr.network.proxy.topology import Backends, Endpoint, NodeView, categorise, collect
 
 ElementKey = tuple[str, bytes]
@@ -41,7 +41,9 @@ class Rendered:
     udp: dict[UdpFlow, frozenset[tuple[str, int]]] = field(default_factory=dict)
     """UDP frontends and the endpoints that may answer there."""
     sticky: dict[ElementKey, frozenset[bytes]] = field(default_factory=dict)
-    """Frontends with session affinity, by affinity map and frontend key, and the endpoint data that may be remembered."""
+    """Frontends with session affinity, by map and key, and the endpoint data that may be remembered."""
+    memories: set[tuple[int, int]] = field(default_factory=set)
+    """Families and times of the chains that remember clients."""
     health_port: int = 0
     local_endpoints: int = 0
     problems: list[str] = field(default_factory=list)
@@ -164,7 +166,9 @@ def _watch_flows(out: Rendered, port: _Port, address: str, number: int, key: byt
     if port.protocol == "UDP":
         out.udp[address, number] = frozenset(places)
     if port.affinity_seconds:
-        name = f"{'' if address else 'port_'}affinity{port.version}"
+        name = f"{'' if address else 'port_'}sticky{port.version}"
+        out.elements[name, key] = goto(learn_name(port.version, port.affinity_seconds))
+        out.memories.add((port.version, port.affinity_seconds))
         out.sticky[name, key] = frozenset(packed_address(ip) + port_key(target) for ip, target in places)
 
 

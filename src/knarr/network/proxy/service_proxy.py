@@ -338,11 +338,14 @@ def _forget(table: ProxyTable, flows: dict[UdpFlow, frozenset[tuple[str, int]]])
 
 def _forget_clients(table: ProxyTable, sticky: dict[tuple[str, bytes], frozenset[bytes]]) -> None:
     """Make session affinity forget clients that were sent to endpoints which are gone."""
-    for set_name in {name for name, _key in sticky}:
+    for version in {name[-1] for name, _key in sticky}:
+        length = 4 if version == "4" else 16
         stale = []
-        for key, data in table.elements(set_name):
-            address = 4 if set_name.endswith("4") else 16
-            allowed = sticky.get((set_name, key[address:]))
+        for key, data in table.elements(f"affinity{version}"):
+            frontend = key[length:]
+            allowed = sticky.get((f"sticky{version}", frontend))
+            if allowed is None and (f"service{version}", frontend) not in table.rendered_keys():
+                allowed = sticky.get((f"port_sticky{version}", frontend[length:]))
             if allowed is not None and data not in allowed:
                 stale.append(key)
-        table.delete_elements(set_name, stale)
+        table.delete_elements(f"affinity{version}", stale)

@@ -7,12 +7,12 @@ second gets it when the first lets go.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from knarr.network.netlink import NETLINK_NETFILTER, NetlinkSocket, attributes, cstring
 from knarr.network.netns import open_netlink
 from knarr.network.nftables import Element, ElementBatch, StateMismatch, delete_table, read_elements, run_script, table_exists
-from knarr.network.proxy.chains import Pick, add_chain, skeleton, version_chain
+from knarr.network.proxy.chains import Pick, add_chain, add_learn_chain, add_learning, learn_name, skeleton, version_chain
 from knarr.network.proxy.model import ElementKey, Rendered
 
 _GETCHAIN = (10 << 8) | 4
@@ -51,6 +51,9 @@ class ProxyTable:
         keep = self._fitting()
         if not keep:
             run_script(skeleton(self.name, self._pod_cidrs, self._node_port_addresses), self._netns)
+            completion = ElementBatch(self.name)
+            add_learning(completion, self.name)
+            completion.commit(self.socket())
         self._chains = self._read_chains()
         self._owners, self._shared, self._waiting, self.rendered = {}, {}, {}, {}
         batch = ElementBatch(self.name)
@@ -114,10 +117,18 @@ class ProxyTable:
         new_chains = [pick for pick in plan.picks if pick.name not in self._chains]
         for pick in _ordered(new_chains):
             add_chain(batch, self.name, pick)
+        new_memories = [memory for memory in plan.memories if learn_name(*memory) not in self._chains]
+        for memory in new_memories:
+            add_learn_chain(batch, self.name, *memory)
         plan.write(batch)
         batch.commit(self.socket())
         self._chains.update(pick.name for pick in new_chains)
+        self._chains.update(learn_name(*memory) for memory in new_memories)
         plan.remember()
+
+    def rendered_keys(self) -> Collection[ElementKey]:
+        """All elements that belong to some Service."""
+        return self._owners.keys()
 
     def elements(self, set_name: str) -> list[tuple[bytes, bytes]]:
         """Read a set or map back from the kernel."""
@@ -150,7 +161,7 @@ _SETS = [
     for version in (4, 6)
     for name in (
         "service", "port", "refused", "refused_port", "endpoint", "local", "port_endpoint", "port_local",
-        "cluster_ip", "hairpin", "limited", "allowed", "affinity", "port_affinity",
+        "cluster_ip", "hairpin", "limited", "allowed", "affinity", "sticky", "port_sticky",
     )
 ]  # fmt: skip
 
@@ -173,6 +184,7 @@ class _Plan:
         self._waiting_changes: dict[ElementKey, list[str]] = {}
         self._replaced: dict[str, Rendered] = {}
         self.picks: set[Pick] = set()
+        self.memories: set[tuple[int, int]] = set()
 
     def _owner(self, key: ElementKey) -> str | None:
         if key in self._owner_changes:
@@ -183,6 +195,7 @@ class _Plan:
         old = self._table.rendered.get(service, EMPTY)
         self._replaced[service] = new
         self.picks |= new.picks
+        self.memories |= new.memories
         for key, data in old.elements.items():
             if new.elements.get(key) != data and self._owner(key) == service:
                 self._removed[key] = data
@@ -217,6 +230,7 @@ class _Plan:
                     self._owner_changes[key] = service
                     self._added[key] = data
                     self.picks |= rendered.picks
+                    self.memories |= rendered.memories
                     break
 
     def write(self, batch: ElementBatch) -> None:
