@@ -96,7 +96,8 @@ def _with_user_namespace(plan: NamespacePlan) -> None:
     options = {"user": "--user", "net": "--net", "ipc": "--ipc", "uts": "--uts"}
     argv = ["unshare", *(options[kind] for kind in kinds), "sh", "-c", "echo; read x"]
     child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-    assert child.stdin is not None and child.stdout is not None
+    assert child.stdin is not None
+    assert child.stdout is not None
     try:
         if child.stdout.readline() != b"\n":
             raise RuntimeFault("the kernel does not allow user namespaces here")

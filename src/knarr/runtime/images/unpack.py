@@ -103,7 +103,8 @@ class _Plain:
 def _zstd(source: _Slice, head: bytes) -> IO[bytes]:
     """Decompress zstd with the zstd program; the returned stream ends with an error if the data is damaged."""
     child = subprocess.Popen(["zstd", "-dcq"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert child.stdin is not None and child.stdout is not None
+    assert child.stdin is not None
+    assert child.stdout is not None
     import threading
 
     def feed() -> None:
@@ -254,7 +255,6 @@ def unpack(directory: str, path: str, offset: int, length: int, limit: int) -> d
         os.umask(0)
         # tarfile and codecs import lazily; nothing may be needed from the file system after the change of root.
         "x".encode("idna" if False else "utf-8")
-        import encodings.latin_1
         import shutil  # noqa: F401
 
         os.chroot(directory)

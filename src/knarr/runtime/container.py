@@ -1,0 +1,572 @@
+"""Containers: create, start, stop, remove, and finding them again after a restart.
+
+Role: the life of a container between image store, sandbox, conmon and the OCI runtime. Callers: embedded.py, execs.py, stats.py.
+As in containerd, create only prepares (root file system, specification); the process is made by start, so a command that does
+not exist is a failed *start*: exit code 128, reason StartError.
+Invariants: state is derived from three times (created, started, finished); a record is on disk before the thing it describes
+is made; conmon's end is watched before the process is let go; after the end the OCI runtime's state, the groups and the mount
+are dropped at once, the writable layer and the record stay until remove.
+Longer than others because start, end and recovery share the same few lines of state and are one another's proof.
+Source: containerd internal/cri/server/container_{create,start,stop,remove}.go, restart.go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from knarr.aiokits.log import get_logger
+from knarr.aiokits.tasks import Tasks
+from knarr.runtime import conmon, disk, process, records, users
+from knarr.runtime.cgroups import Cgroups
+from knarr.runtime.conmon import Conmon, ConmonOptions, CreateFault, Held
+from knarr.runtime.cri import (
+    ContainerConfig,
+    ContainerEvent,
+    ContainerState,
+    ContainerStatus,
+    LinuxResources,
+    NotFound,
+    RuntimeFault,
+)
+from knarr.runtime.events import Events
+from knarr.runtime.images.store import ImageStore, StoredImage
+from knarr.runtime.roots import Roots
+from knarr.runtime.runc import Runc, RuncFault
+from knarr.runtime.sandbox import Sandbox, Sandboxes
+from knarr.runtime.spec import SpecInput, build, resources
+from knarr.runtime.undo import Undo
+from knarr.runtime.workers import Workers
+
+log = get_logger(__name__)
+_KILL_SECONDS = 30.0
+_EXIT_CANNOT_START, _EXIT_UNKNOWN = 128, 255
+
+
+@dataclass(slots=True)
+class Container:
+    """One container as it is recorded."""
+
+    id: str
+    sandbox_id: str
+    config: ContainerConfig
+    image_id: str
+    image_ref: str
+    chain: list[str]
+    created_at_ns: int
+    log_path: str = ""
+    cgroup: str = ""
+    stop_signal: str = ""
+    user: users.User | None = None
+    complete: bool = False
+    held: Held | None = None
+    started_at_ns: int = 0
+    finished_at_ns: int = 0
+    exit_code: int = 0
+    reason: str = ""
+    message: str = ""
+    cleaned: bool = False
+    """The OCI runtime's state, groups and mount are gone."""
+    spec_process: dict[str, Any] = field(default_factory=dict)
+    """Template for exec: user, environment, directory, capabilities."""
+
+    @property
+    def state(self) -> ContainerState:
+        if self.finished_at_ns:
+            return ContainerState.EXITED
+        return ContainerState.RUNNING if self.started_at_ns else ContainerState.CREATED
+
+
+@dataclass(slots=True)
+class _Live:
+    """What a container needs in memory only."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the end is recorded."""
+    dropped: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when nothing of a run is left in the kernel."""
+
+
+class Containers:
+    """See the module."""
+
+    def __init__(
+        self, root: str, state: str, *, sandboxes: Sandboxes, images: ImageStore, roots: Roots, conmon_: Conmon, runc: Runc,
+        cgroups: Cgroups, events: Events, workers: Workers, tasks: Tasks, oom_score_floor: int,
+    ) -> None:  # fmt: skip
+        self._root, self._state = os.path.join(root, "containers"), os.path.join(state, "containers")
+        self._sandboxes, self._images, self._roots = sandboxes, images, roots
+        self._conmon, self._runc, self._cgroups, self._events = conmon_, runc, cgroups, events
+        self._workers, self._tasks, self._oom_score_floor = workers, tasks, oom_score_floor
+        self._containers: dict[str, Container] = {}
+        self._live: dict[str, _Live] = {}
+        self.by_sandbox: dict[str, set[str]] = {}
+
+    # Facts
+
+    def get(self, container_id: str) -> Container:
+        """Find by id; raises NotFound."""
+        container = self._containers.get(container_id)
+        if container is None or not container.complete:
+            raise NotFound(f'container "{container_id}": not found')
+        return container
+
+    def running(self, container_id: str) -> Container:
+        """Find one that runs; raises NotFound, RuntimeFault."""
+        container = self.get(container_id)
+        if container.state is not ContainerState.RUNNING:
+            raise RuntimeFault(f'container "{container_id}" is in {container.state.value} state')
+        return container
+
+    def all(self) -> list[Container]:
+        return [container for container in self._containers.values() if container.complete]
+
+    def of_sandbox(self, sandbox_id: str) -> list[Container]:
+        return [self._containers[item] for item in self.by_sandbox.get(sandbox_id, ()) if item in self._containers]
+
+    def bundle(self, container_id: str) -> str:
+        return os.path.join(self._state, container_id)
+
+    def directory(self, container_id: str) -> str:
+        return os.path.join(self._root, container_id)
+
+    def status(self, container: Container) -> ContainerStatus:
+        config, user = container.config, container.user
+        return ContainerStatus(
+            container.id, container.sandbox_id, config.metadata, container.state, container.created_at_ns, container.started_at_ns,
+            container.finished_at_ns, container.exit_code, config.image, container.image_id, container.image_ref,
+            container.reason, container.message, container.exit_code - 128 if 128 < container.exit_code < 160 else 0,
+            container.held.container.pid if container.held and container.state is ContainerState.RUNNING else 0,
+            config.labels, config.annotations, config.mounts, container.log_path, config.resources,
+            (user.uid, user.gid, list(user.groups)) if user else None, container.stop_signal,
+        )  # fmt: skip
+
+    def list(self, labels: Mapping[str, str] | None, sandbox_id: str | None) -> list[ContainerStatus]:
+        wanted = (labels or {}).items()
+        chosen = self.all() if sandbox_id is None else [item for item in self.of_sandbox(sandbox_id) if item.complete]
+        return [self.status(item) for item in chosen if all(item.config.labels.get(key) == value for key, value in wanted)]
+
+    # Create
+
+    async def create(self, sandbox: Sandbox, config: ContainerConfig) -> Container:
+        """Prepare a container; on failure nothing is left."""
+        if not sandbox.ready:
+            raise RuntimeFault(f'sandbox "{sandbox.id}" is not ready')
+        image = self._images.get(config.image)
+        container = Container(
+            os.urandom(32).hex(), sandbox.id, config, image.id, image.digests[0] if image.digests else image.id, list(image.chain), time.time_ns()
+        )
+        if config.log_path and sandbox.config.log_directory:
+            container.log_path = os.path.join(sandbox.config.log_directory, config.log_path)
+        container.cgroup = f"{self._sandboxes.cgroup_parent(sandbox)}/{container.id}"
+        async with Undo(self._tasks, f"container {container.id[:13]}") as undo:
+            self._register(container)
+            undo.add(lambda: self._forget(container))
+            self._images.hold(container.id, container.chain)
+            await self._workers.run(lambda: self._make_directories(container))
+            layers = [layer.number for layer in self._images.layers_of(image)]
+            prepared = await self._roots.prepare(sandbox, config, layers, self.directory(container.id), self.bundle(container.id), image)
+            await self._workers.run(lambda: self._write_spec(container, sandbox, image, prepared.image_mounts, prepared.volume_dirs))
+            container.complete = True
+            await self._save(container)
+        self._publish("CREATED", container)
+        return container
+
+    def _register(self, container: Container) -> None:
+        self._containers[container.id] = container
+        self._live[container.id] = _Live()
+        self.by_sandbox.setdefault(container.sandbox_id, set()).add(container.id)
+
+    def _make_directories(self, container: Container) -> None:
+        os.makedirs(self.directory(container.id), 0o711)
+        os.makedirs(self.bundle(container.id), 0o711)
+        disk.write_record(os.path.join(self.directory(container.id), "container.json"), records.to_record(container))
+
+    def _write_spec(
+        self, container: Container, sandbox: Sandbox, image: StoredImage, image_mounts: dict[str, str], volume_dirs: dict[str, str]
+    ) -> None:
+        config, bundle = container.config, self.bundle(container.id)
+        image_config: dict[str, Any] = self._images.config(image).get("config") or {}
+        rootfs = os.path.join(bundle, "rootfs")
+        container.user = users.resolve(rootfs, str(image_config.get("User") or ""), config.security)
+        container.stop_signal = config.stop_signal or str(image_config.get("StopSignal") or "")
+        paths = self._sandboxes.namespace_paths(sandbox)
+        self._choose_pid_namespace(paths, config)
+        directory = self._sandboxes.directory(sandbox.id)
+        document = build(
+            SpecInput(
+                id=container.id,
+                config=config,
+                image=image_config,
+                rootfs=rootfs,
+                user=container.user,
+                hostname=sandbox.config.hostname or os.uname().nodename,
+                namespace_paths=paths,
+                shm_path=self._sandboxes.shm_path(sandbox) if "ipc" in paths else "",
+                resolv_conf=os.path.join(directory, "resolv.conf"),
+                hostname_file=os.path.join(directory, "hostname"),
+                cgroups_path=container.cgroup,
+                cgroup_version=self._cgroups.version,
+                user_mappings=sandbox.config.namespaces.user_mappings,
+                image_mounts=image_mounts,
+                volume_dirs=volume_dirs,
+                oom_score_floor=self._oom_score_floor,
+            )
+        )
+        container.spec_process = document["process"]
+        with open(os.path.join(bundle, "config.json"), "wb") as file:
+            file.write(orjson.dumps(document))
+
+    def _choose_pid_namespace(self, paths: dict[str, str], config: ContainerConfig) -> None:
+        wanted = config.security.namespaces
+        if wanted.pid == "TARGET":
+            target = self.running(wanted.target_id)
+            if target.sandbox_id not in self.by_sandbox or target.held is None:
+                raise RuntimeFault(f'target container "{wanted.target_id}" does not run')
+            paths["pid"] = f"/proc/{target.held.container.pid}/ns/pid"
+        elif wanted.pid != "POD":
+            paths.pop("pid", None)
+
+    # Start
+
+    async def start(self, container: Container) -> None:
+        """Let the container run. A failure makes it EXITED with StartError and is raised."""
+        async with self._live[container.id].lock:
+            if container.state is not ContainerState.CREATED:
+                raise RuntimeFault(f'container "{container.id}" is in {container.state.value} state')
+            if not self._sandboxes.get(container.sandbox_id).ready:
+                raise RuntimeFault(f'sandbox "{container.sandbox_id}" is not ready')
+            try:
+                async with Undo(self._tasks, f"start {container.id[:13]}") as undo:
+                    undo.add(lambda: self._kill_leftovers(container))
+                    await self._start(container)
+            except RuntimeFault as error:
+                message = f"failed to create task: {error}" if isinstance(error, CreateFault) else str(error)
+                await self._failed(container, message)
+                raise RuntimeFault(message) from error
+        self._publish("STARTED", container)
+
+    async def _start(self, container: Container) -> None:
+        config, bundle = container.config, self.bundle(container.id)
+        options = ConmonOptions(
+            container.id, config.metadata.name, bundle, container.log_path, tty=config.tty, stdin=config.stdin, stdin_once=config.stdin_once
+        )
+        if container.log_path:
+            await self._workers.run(lambda: os.makedirs(os.path.dirname(container.log_path), exist_ok=True))
+        try:
+            container.held = await self._conmon.create(options)
+        except CreateFault as error:
+            raise CreateFault(f"OCI runtime create failed: {error}") from error
+        await self._save(container)
+        # Watched before it is let go: a process that ends at once must not be missed.
+        self._watch(container)
+        try:
+            await self._runc.start(container.id, f"{bundle}/runc.log")
+        except RuncFault as error:
+            raise CreateFault(f"OCI runtime start failed: {error}") from error
+        container.started_at_ns = time.time_ns()
+        if container.finished_at_ns:
+            container.started_at_ns = min(container.started_at_ns, container.finished_at_ns)
+        await self._save(container)
+
+    async def _failed(self, container: Container, message: str) -> None:
+        container.held = None
+        container.started_at_ns = 0
+        container.finished_at_ns = time.time_ns()
+        container.exit_code, container.reason, container.message = _EXIT_CANNOT_START, "StartError", message
+        container.cleaned = True
+        await self._save(container)
+        live = self._live[container.id]
+        live.ended.set()
+        live.dropped.set()
+        self._publish("STOPPED", container)
+
+    async def _kill_leftovers(self, container: Container) -> None:
+        """Take back a start that did not come to its end: conmon, process, groups, mount."""
+        if container.held is not None:
+            process.kill(container.held.conmon.pid, container.held.conmon.started, signal.SIGKILL)
+            container.held = None
+        else:
+            await self._workers.run(lambda: kill_strays(container.id))
+        await self._drop(container)
+
+    # The end
+
+    def _watch(self, container: Container) -> None:
+        self._tasks.spawn(self._until_end(container), f"container {container.id[:13]}")
+
+    async def _until_end(self, container: Container) -> None:
+        held = container.held
+        if held is None:
+            return
+        await self._conmon.wait(held.conmon)
+        if container.held is not held:
+            return  # the start was taken back, and with it this watch
+        found = self._conmon.exit_file(container.id)
+        if found is None:
+            found = await self._orphaned(container, held)
+        container.exit_code, container.finished_at_ns = found
+        if container.started_at_ns:
+            container.finished_at_ns = max(container.finished_at_ns, container.started_at_ns)
+        self._explain(container)
+        await self._save(container)
+        live = self._live.get(container.id)
+        if live is not None:
+            live.ended.set()
+        if container.started_at_ns:
+            self._publish("STOPPED", container)
+        if live is not None:
+            async with live.lock:
+                if container.held is held:
+                    if not container.started_at_ns:
+                        container.started_at_ns = container.finished_at_ns
+                    await self._drop(container)
+
+    async def _orphaned(self, container: Container, held: Held) -> tuple[int, int]:
+        """conmon died without an exit file: nobody holds the process's streams any more, so it is ended too."""
+        code = _EXIT_UNKNOWN
+        if process.kill(held.container.pid, held.container.started, signal.SIGKILL):
+            code = 128 + signal.SIGKILL
+            await self._conmon.wait(held.container)
+        container.message = "the process that held the container's streams (conmon) was killed"
+        return code, time.time_ns()
+
+    def _explain(self, container: Container) -> None:
+        if self._cgroups.oom_kills(container.cgroup) > 0 and container.exit_code != 0:
+            container.reason = "OOMKilled"
+        else:
+            container.reason = "Completed" if container.exit_code == 0 else "Error"
+
+    async def _drop(self, container: Container) -> None:
+        """Drop what the run left in the kernel: the OCI runtime's state, processes in shared namespaces, groups, the mounts."""
+        try:
+            await self._runc.delete(container.id)
+        except RuntimeFault as error:
+            log.warning("the OCI runtime could not delete", container=container.id, error=error)
+            await self._workers.run(lambda: (self._cgroups.kill(container.cgroup), self._cgroups.remove(container.cgroup)))
+        await self._workers.run(lambda: self._roots.unmount(self.bundle(container.id)))
+        container.cleaned = True
+        if container.complete and container.id in self._containers:
+            await self._save(container)
+        if (live := self._live.get(container.id)) is not None:
+            live.dropped.set()
+
+    # Stop, remove, update
+
+    async def stop(self, container: Container, timeout_seconds: float, signal_name: str = "") -> None:
+        """Stop signal, then KILL after the timeout; returns when the end is recorded. Idempotent."""
+        live = self._live[container.id]
+        if container.state is not ContainerState.RUNNING or container.held is None:
+            return
+        pid, started = container.held.container.pid, container.held.container.started
+        if timeout_seconds > 0:
+            process.kill(pid, started, signal_number(signal_name or container.stop_signal))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_seconds):
+                    await live.ended.wait()
+                    return
+        process.kill(pid, started, signal.SIGKILL)
+        try:
+            async with asyncio.timeout(_KILL_SECONDS):
+                await live.ended.wait()
+        except TimeoutError:
+            # Its process is gone but a child in a shared PID namespace may still hold conmon; or it hangs in the kernel.
+            await self._workers.run(lambda: self._cgroups.kill(container.cgroup))
+            process.kill(container.held.conmon.pid, container.held.conmon.started, signal.SIGKILL)
+            try:
+                async with asyncio.timeout(_KILL_SECONDS):
+                    await live.ended.wait()
+            except TimeoutError as error:
+                raise RuntimeFault(f'container "{container.id}" does not end: its process {pid} hangs in the kernel') from error
+
+    async def wait_ended(self, container: Container) -> int:
+        """Wait for the recorded end; returns the exit code."""
+        live = self._live.get(container.id)
+        if live is not None and not container.finished_at_ns:
+            await live.ended.wait()
+        return container.exit_code
+
+    async def wait_dropped(self, containers: list[Container]) -> None:
+        """Wait until nothing of these containers' runs is left in the kernel."""
+        for container in containers:
+            live = self._live.get(container.id)
+            if live is not None and container.held is not None:
+                await live.dropped.wait()
+
+    async def remove(self, container: Container) -> None:
+        """Kill if it runs, and forget. Idempotent."""
+        live = self._live.get(container.id)
+        if live is None:
+            return
+        await self.stop(container, 0)
+        if container.held is not None:
+            await live.dropped.wait()
+        async with live.lock:
+            if container.id not in self._containers:
+                return
+            await self._forget(container)
+        self._publish("DELETED", container)
+
+    async def _forget(self, container: Container) -> None:
+        """Remove every trace."""
+        bundle, directory = self.bundle(container.id), self.directory(container.id)
+
+        def clean() -> None:
+            self._roots.unmount(bundle)
+            self._roots.unmount(directory)
+            # The record goes first: without it the rest is a leftover, whatever happens now.
+            disk.remove_tree(os.path.join(directory, "container.json"))
+            self._conmon.forget(container.id)
+            disk.remove_tree(bundle)
+            disk.remove_tree(directory)
+
+        await self._workers.run(clean)
+        await self._images.release(container.id)
+        self._containers.pop(container.id, None)
+        self._live.pop(container.id, None)
+        if (siblings := self.by_sandbox.get(container.sandbox_id)) is not None:
+            siblings.discard(container.id)
+            if not siblings:
+                del self.by_sandbox[container.sandbox_id]
+
+    async def update(self, container: Container, wanted: LinuxResources) -> None:
+        """Change limits of a running or created container."""
+        async with self._live[container.id].lock:
+            if container.state is ContainerState.EXITED:
+                raise RuntimeFault(f'container "{container.id}" is in EXITED state')
+            if container.state is ContainerState.RUNNING:
+                document = resources(wanted, self._cgroups.version)
+                await self._runc.update(container.id, document, self.bundle(container.id))
+            else:
+                path = os.path.join(self.bundle(container.id), "config.json")
+                await self._workers.run(lambda: _change_resources(path, resources(wanted, self._cgroups.version)))
+            _merge_resources(container.config.resources, wanted)
+            await self._save(container)
+
+    def reopen_log(self, container: Container) -> None:
+        """Let conmon open its log file anew, after it was moved away."""
+        if container.state is not ContainerState.RUNNING:
+            raise RuntimeFault(f'container "{container.id}" is not running')
+        if not conmon.control(self.bundle(container.id), 2):
+            raise RuntimeFault(f'container "{container.id}": conmon does not answer')
+
+    # Recovery
+
+    async def recover(self) -> None:
+        """Find everything again after a restart, including ends that happened meanwhile; half-made containers are removed."""
+        await self._workers.run(lambda: (os.makedirs(self._root, 0o711, exist_ok=True), os.makedirs(self._state, 0o711, exist_ok=True)))
+        names = await self._workers.run(lambda: os.listdir(self._root))
+        for container_id in names:
+            try:
+                await self._recover_one(container_id)
+            except (OSError, RuntimeFault) as error:
+                log.error("container could not be recovered", container=container_id, error=error)
+        for container_id in await self._workers.run(lambda: os.listdir(self._state)):
+            if container_id not in self._containers:
+                await self._remove_stray(container_id)
+
+    async def _remove_stray(self, container_id: str) -> None:
+        await self._workers.run(lambda: kill_strays(container_id))
+        with contextlib.suppress(RuntimeFault):
+            await self._runc.delete(container_id)
+        for path in (self.bundle(container_id), self.directory(container_id)):
+            await self._workers.run(lambda path=path: (self._roots.unmount(path), disk.remove_tree(path)))  # type: ignore[misc]
+        self._conmon.forget(container_id)
+
+    async def _recover_one(self, container_id: str) -> None:
+        path = os.path.join(self.directory(container_id), "container.json")
+        try:
+            record = await self._workers.run(lambda: disk.read_record(path))
+            container = records.from_record(Container, record) if record is not None else None
+        except (disk.BadRecord, TypeError, ValueError, KeyError) as error:
+            log.warning("unreadable container record", container=container_id, error=error)
+            container = None
+        if container is None or not container.complete:
+            await self._remove_stray(container_id)
+            return
+        self._register(container)
+        self._images.hold(container.id, container.chain)
+        live = self._live[container.id]
+        if container.finished_at_ns:
+            live.ended.set()
+            if not container.cleaned:
+                await self._drop(container)
+            live.dropped.set()
+        elif container.held is not None and container.started_at_ns:
+            self._watch(container)
+        else:
+            await self._recover_starting(container)
+
+    async def _recover_starting(self, container: Container) -> None:
+        """Killed while it was being started: adopt it if the process was let go, else take the start back."""
+        state = await self._runc.state(container.id)
+        if container.held is not None and state is not None and state.get("status") != "created":
+            container.started_at_ns = time.time_ns()
+            self._watch(container)
+            return
+        if container.held is not None or state is not None or os.path.exists(f"{self.bundle(container.id)}/conmon.pid"):
+            await self._kill_leftovers(container)
+            await self._failed(container, "the start was interrupted by a restart of the node")
+        elif not os.path.ismount(os.path.join(self.bundle(container.id), "rootfs")):
+            # The machine was restarted between create and start.
+            await self._failed(container, "the container was created before the machine was restarted")
+
+    async def _save(self, container: Container) -> None:
+        record, path = records.to_record(container), os.path.join(self.directory(container.id), "container.json")
+        await self._workers.run(lambda: disk.write_record(path, record))
+
+    def _publish(self, kind: Any, container: Container) -> None:
+        self._events.publish(ContainerEvent(kind, container.id, container.sandbox_id, time.time_ns()))
+
+
+def signal_number(name: str) -> int:
+    """TERM, SIGTERM, 15 or RTMIN+3; unknown names mean TERM."""
+    text = name.upper().removeprefix("SIG")
+    if text.isdigit():
+        return int(text)
+    base, sign, offset = text.partition("+") if "+" in text else text.partition("-")
+    number = getattr(signal, f"SIG{base}", None)
+    if number is None:
+        return int(signal.SIGTERM)
+    return int(number) + (int(offset) if sign == "+" and offset.isdigit() else -int(offset) if offset.isdigit() else 0)
+
+
+def kill_strays(container_id: str) -> None:
+    """Kill conmon and runc processes that name this container on their command line. Blocks; only for recovery."""
+    needle = container_id.encode()
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        with contextlib.suppress(OSError), open(f"/proc/{entry}/cmdline", "rb") as file:
+            words = file.read().split(b"\0")
+            if needle in words and os.path.basename(words[0]) in (b"conmon", b"runc", b"crun"):
+                os.kill(int(entry), signal.SIGKILL)
+
+
+def _change_resources(path: str, wanted: dict[str, Any]) -> None:
+    with open(path, "rb") as file:
+        document = orjson.loads(file.read())
+    for key, value in wanted.items():
+        if isinstance(value, dict):
+            document["linux"]["resources"].setdefault(key, {}).update(value)
+        else:
+            document["linux"]["resources"][key] = value
+    with open(f"{path}.new", "wb") as out:
+        out.write(orjson.dumps(document))
+    os.replace(f"{path}.new", path)
+
+
+def _merge_resources(current: LinuxResources, wanted: LinuxResources) -> None:
+    for name in LinuxResources.__slots__:
+        value = getattr(wanted, name)
+        if value:
+            setattr(current, name, value)

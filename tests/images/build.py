@@ -1,0 +1,90 @@
+"""Small images for tests, from static binaries of Debian: no registry, no network.
+
+`busybox()` has every busybox applet, with bash as `sh` (as the recorded runs had); `pause()` is a program that only waits.
+Archives are cached per content of the binaries. Run as a program to write them to a folder:
+`python -m tests.images.build DIRECTORY`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.images import oci
+from tests.images.debian import cache_folder
+
+BUSYBOX, BASH = Path("/usr/bin/busybox"), Path("/usr/bin/bash-static")
+_VERSION = "2"
+
+
+def _cached(name: str, sources: list[Path], make: Callable[[Path], None]) -> Path:
+    digest = hashlib.sha256(_VERSION.encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    path = cache_folder() / f"{name}-{digest.hexdigest()[:16]}.tar"
+    if not path.exists():
+        temporary = path.with_suffix(f".{os.getpid()}.new")
+        make(temporary)
+        temporary.replace(path)
+    return path
+
+
+def busybox_root(folder: Path) -> None:
+    """Fill a folder with a root file system: busybox, bash as sh, users root, nobody and `test` (uid 1000, groups 2000 and 3000)."""
+    for name in ("bin", "etc", "tmp", "proc", "sys", "dev", "root", "home/test", "var", "usr/bin", "usr/sbin", "sbin"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "tmp").chmod(0o1777)
+    shutil.copy(BUSYBOX, folder / "bin/busybox")
+    shutil.copy(BASH, folder / "bin/bash")
+    (folder / "bin/bash").chmod(0o755)
+    for applet in subprocess.run([str(BUSYBOX), "--list"], check=True, capture_output=True, text=True).stdout.split():
+        link = folder / "bin" / applet
+        if not link.is_symlink() and not link.exists():
+            link.symlink_to("bash" if applet == "sh" else "busybox")
+    (folder / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\ntest:x:1000:1000::/home/test:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")
+    (folder / "etc/group").write_text("root:x:0:\ntest:x:1000:\nextra:x:2000:test\nmore:x:3000:test,root\nnobody:x:65534:\n")
+    # A setuid copy shows whether no_new_privs and the unpacker's modes are right.
+    shutil.copy(BUSYBOX, folder / "usr/bin/suid-id")
+    (folder / "usr/bin/suid-id").chmod(0o4755)
+
+
+def busybox(names: tuple[str, ...] = ("docker.io/library/busybox:latest",)) -> Path:
+    """Path of an archive with the busybox image."""
+
+    def make(path: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            busybox_root(Path(folder))
+            os.chmod(folder, 0o755)
+            layer = oci.layer_from_folder(Path(folder))
+        oci.write_archive(path, [(names, [layer], oci.ImageConfig(cmd=["sh"]))])
+
+    return _cached("busybox-" + hashlib.sha256(repr(names).encode()).hexdigest()[:8], [BUSYBOX, BASH], make)
+
+
+def pause(names: tuple[str, ...] = ("registry.k8s.io/pause:3.10.1",)) -> Path:
+    """Path of an archive with an image that only waits, and ends on SIGTERM."""
+
+    def make(path: Path) -> None:
+        script = b"#!/bin/busybox sh\ntrap 'exit 0' TERM INT\nwhile :; do /bin/busybox sleep 3600 & wait $!; done\n"
+        layer = oci.layer_from_files({"bin/busybox": (BUSYBOX.read_bytes(), 0o755), "pause": (script, 0o755)})
+        oci.write_archive(path, [(names, [layer], oci.ImageConfig(entrypoint=["/pause"]))])
+
+    return _cached("pause-" + hashlib.sha256(repr(names).encode()).hexdigest()[:8], [BUSYBOX], make)
+
+
+def main() -> None:
+    target = Path(sys.argv[1])
+    target.mkdir(parents=True, exist_ok=True)
+    for archive in (busybox(), pause()):
+        shutil.copy(archive, target / archive.name)
+        print(target / archive.name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The life of sandboxes and containers on the embedded runtime, with real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from pathlib import Path
+
+import pytest
+
+from knarr.runtime.cri import ContainerState, NotFound, RuntimeFault, SandboxState
+from tests.runtime.conftest import Bench, processes_naming
+
+
+async def test_a_container_runs_and_its_exit_code_and_log_are_there(bench: Bench) -> None:
+    code, log = await bench.output("sh", "-c", "echo hello; echo error >&2; exit 3")
+    assert code == 3
+    assert sorted(log.splitlines()) == ["error", "hello"]
+
+
+async def test_reasons_are_completed_for_zero_and_error_for_others(bench: Bench) -> None:
+    good, bad = await bench.run("true"), await bench.run("false")
+    assert (await bench.ended(good)).reason == "Completed"
+    assert (await bench.ended(bad)).reason == "Error"
+
+
+async def test_state_goes_from_created_over_running_to_exited(bench: Bench) -> None:
+    sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox())
+    container_id = await bench.runtime.create_container(sandbox_id, bench.container("sleep", "1000"))
+    assert (await bench.runtime.container_status(container_id)).state is ContainerState.CREATED
+    await bench.runtime.start_container(container_id)
+    status = await bench.runtime.container_status(container_id)
+    assert status.state is ContainerState.RUNNING
+    assert status.pid > 0
+    await bench.runtime.stop_container(container_id, 0)
+    status = await bench.runtime.container_status(container_id)
+    assert (status.state, status.exit_code, status.signal) == (ContainerState.EXITED, 137, 9)
+    assert status.created_at_ns < status.started_at_ns < status.finished_at_ns
+
+
+async def test_a_stop_signal_is_honoured_before_the_timeout(bench: Bench) -> None:
+    container_id = await bench.run("sh", "-c", "trap 'exit 7' TERM; echo up; while :; do sleep 0.05; done")
+    await _log_has(bench, container_id, "up")
+    begin = time.monotonic()
+    await bench.runtime.stop_container(container_id, 10)
+    assert time.monotonic() - begin < 2
+    assert (await bench.runtime.container_status(container_id)).exit_code == 7
+
+
+async def test_an_own_stop_signal_is_sent(bench: Bench) -> None:
+    container_id = await bench.run("sh", "-c", "trap 'exit 9' USR1; echo up; while :; do sleep 0.05; done", stop_signal="SIGUSR1")
+    await _log_has(bench, container_id, "up")
+    await bench.runtime.stop_container(container_id, 10)
+    assert (await bench.runtime.container_status(container_id)).exit_code == 9
+
+
+async def test_a_command_that_does_not_exist_is_a_start_error_with_code_128(bench: Bench) -> None:
+    sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox())
+    container_id = await bench.runtime.create_container(sandbox_id, bench.container("no-such-command"))
+    with pytest.raises(RuntimeFault, match=r'exec: "no-such-command": executable file not found in \$PATH'):
+        await bench.runtime.start_container(container_id)
+    status = await bench.runtime.container_status(container_id)
+    assert (status.state, status.exit_code, status.reason) == (ContainerState.EXITED, 128, "StartError")
+    assert "executable file not found" in status.message
+    assert status.started_at_ns == 0
+
+
+async def test_stop_and_remove_are_idempotent(bench: Bench) -> None:
+    container_id = await bench.run("sleep", "1000")
+    sandbox_id = (await bench.runtime.container_status(container_id)).sandbox_id
+    for _ in range(2):
+        await bench.runtime.stop_container(container_id, 0)
+    for _ in range(2):
+        await bench.runtime.remove_container(container_id)
+    for _ in range(2):
+        await bench.runtime.stop_pod_sandbox(sandbox_id)
+    assert (await bench.runtime.pod_sandbox_status(sandbox_id)).state is SandboxState.NOTREADY
+    for _ in range(2):
+        await bench.runtime.remove_pod_sandbox(sandbox_id)
+    with pytest.raises(NotFound):
+        await bench.runtime.pod_sandbox_status(sandbox_id)
+
+
+async def test_stopping_a_sandbox_kills_its_containers(bench: Bench) -> None:
+    container_id = await bench.run("sleep", "1000")
+    sandbox_id = (await bench.runtime.container_status(container_id)).sandbox_id
+    await bench.runtime.stop_pod_sandbox(sandbox_id)
+    assert (await bench.runtime.container_status(container_id)).state is ContainerState.EXITED
+
+
+async def test_events_come_in_order(bench: Bench) -> None:
+    events = bench.runtime.events()
+    container_id = await bench.run("true")
+    await bench.ended(container_id)
+    await bench.runtime.remove_container(container_id)
+    seen = []
+    async for event in events:
+        seen.append(event.type)
+        if event.type == "DELETED":
+            break
+    assert seen == ["CREATED", "STARTED", "STOPPED", "DELETED"]
+
+
+async def test_containers_of_a_pod_share_network_ipc_and_host_name_but_not_processes(bench: Bench) -> None:
+    sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox())
+    links = []
+    for name in ("a", "b"):
+        _, log = await bench.output("sh", "-c", "hostname; readlink /proc/self/ns/net /proc/self/ns/ipc; echo $$", sandbox_id=sandbox_id, name=name)
+        links.append(log)
+    assert links[0] == links[1]
+    assert links[0].startswith("pod\n")
+    assert links[0].endswith("\n1\n")
+
+
+async def test_a_failing_network_leaves_no_sandbox(bench: Bench) -> None:
+    bench.network.failure = RuntimeFault("no addresses left")
+    with pytest.raises(RuntimeFault, match="no addresses left"):
+        await bench.runtime.run_pod_sandbox(bench.sandbox())
+    assert await bench.runtime.list_pod_sandboxes() == []
+    assert list((bench.folder / "state/sandboxes").iterdir()) == []
+    assert list((bench.folder / "root/sandboxes").iterdir()) == []
+
+
+async def test_a_start_cancelled_at_any_moment_leaves_nothing_running(bench: Bench) -> None:
+    sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox())
+    for delay in (0.0, 0.005, 0.01, 0.02, 0.03):
+        container_id = await bench.runtime.create_container(sandbox_id, bench.container("sleep", "1000", name=f"d{delay}"))
+        task = asyncio.ensure_future(bench.runtime.start_container(container_id))
+        await asyncio.sleep(delay)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await bench.runtime.remove_container(container_id)
+        assert processes_naming(container_id) == []
+
+
+async def test_thirty_containers_start_eight_at_a_time(bench: Bench) -> None:
+    slots = asyncio.Semaphore(8)
+
+    async def one() -> None:
+        async with slots:
+            await bench.run("sleep", "1000")
+
+    begin = time.monotonic()
+    await asyncio.gather(*(one() for _ in range(30)))
+    assert time.monotonic() - begin < 6
+    assert len(await bench.runtime.list_containers()) == 30
+
+
+async def _log_has(bench: Bench, container_id: str, text: str) -> None:
+    path = Path((await bench.runtime.container_status(container_id)).log_path)
+    async with asyncio.timeout(5):
+        while text not in path.read_text():
+            await asyncio.sleep(0.01)
