@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass, field
 
 
@@ -13,6 +14,8 @@ class APIServerConfig:
     """Address to listen on; "0.0.0.0" or "::" for all."""
     port: int = 6443
     """TCP port; 0 lets the kernel choose (then APIServer.port tells)."""
+    listen_sock: socket.socket | None = None
+    """A socket already bound and listening (the supervisor's, which survives restarts of the server); None binds one."""
     advertise_address: str = ""
     """Address put into the endpoints of the kubernetes Service; "" means the bind address."""
     store: str = "memory://"

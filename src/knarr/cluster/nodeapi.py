@@ -79,8 +79,11 @@ class NodeAPI:
         elif verb == "images/pull":
             auth = [AuthConfig(username=arguments["username"], password=arguments["password"])] if arguments.get("username") else []
 
-            def progress(done: int, total: int) -> None:
-                say(done=done, total=total)
+            layers: dict[str, tuple[int, int]] = {}
+
+            def progress(digest: str, done: int, total: int) -> None:
+                layers[digest] = (done, total)
+                say(done=sum(part for part, _ in layers.values()), total=sum(whole for _, whole in layers.values()))
 
             image_id = await self._runtime.pull_image(arguments["image"], auth, progress=progress)
             say(pulled=arguments["image"], id=image_id)
