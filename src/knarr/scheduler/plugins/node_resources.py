@@ -176,7 +176,7 @@ class NodeResourcesFit(Plugin):
         if self._strategy == "MostAllocated":
             return np.minimum(used, have) * MAXIMUM_SCORE // have
         utilization = np.where(used > have, 100, used * 100 // have)
-        return self._broken_line(utilization)
+        return self._broken_line(np.asarray(utilization, dtype=np.int64))
 
     def _broken_line(self, at: Ints) -> Ints:
         """Evaluate the configured function between its points, in whole numbers truncated toward zero."""

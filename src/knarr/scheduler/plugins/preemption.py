@@ -61,9 +61,18 @@ def start_time(pod: Pod) -> float:
     return clock.parse_rfc3339(text) if text else clock.now()
 
 
-def importance(info: PodInfo) -> tuple[int, float]:
-    """Sort key, the most important pod first: higher priority, then longer running."""
-    return -info.priority, start_time(info.pod)
+def by_importance(pods: Sequence[PodInfo]) -> list[PodInfo]:
+    """Sort, the most important pod first: higher priority, then longer running, then placed later."""
+    present = clock.now()
+
+    def key(entry: tuple[int, PodInfo]) -> tuple[int, float, int]:
+        index, info = entry
+        text = (info.pod.get("status") or {}).get("startTime")
+        if text:
+            return -info.priority, clock.parse_rfc3339(text), index
+        return -info.priority, present, -index
+
+    return [info for _, info in sorted(enumerate(pods), key=key)]
 
 
 class Budgets:
@@ -222,8 +231,7 @@ class _Trial:
             reasons = self._refused(info, first=True)
             if reasons:
                 return reasons
-            potential.sort(key=importance)
-            violating, fine = self._budgets.split(potential)
+            violating, fine = self._budgets.split(by_importance(potential))
             victims: list[PodInfo] = []
             violations = 0
             for group in (violating, fine):
@@ -235,7 +243,8 @@ class _Trial:
                         removed.append(victim)
                         victims.append(victim)
                         violations += group is violating
-            victims.sort(key=importance)
+            if violating and fine:
+                victims = by_importance(victims)
             if not victims:
                 return [NO_VICTIMS]
             return Candidate(info.name, victims, violations)
