@@ -83,8 +83,12 @@ def trim_pod(pod: Object) -> Object:
         for container in spec.get(group) or ():
             for name in _CONTAINER_FIELDS:
                 container.pop(name, None)
-    for name in ("imagePullSecrets", "securityContext", "dnsConfig", "hostAliases", "readinessGates", "affinity", "topologySpreadConstraints"):
+    for name in ("imagePullSecrets", "securityContext", "dnsConfig", "hostAliases", "readinessGates", "topologySpreadConstraints"):
         spec.pop(name, None)
+    affinity = spec.pop("affinity", None)
+    # Before it is bound, only its affinity tells which node a daemon's pod is meant for.
+    if affinity and "nodeName" not in spec and any(ref["kind"] == "DaemonSet" for ref in meta.get("ownerReferences") or ()):
+        spec["affinity"] = {"nodeAffinity": affinity.get("nodeAffinity")}
     return pod
 
 

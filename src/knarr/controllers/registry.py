@@ -13,6 +13,8 @@ CONTROLLERS: dict[str, str] = {
     "namespace-controller": "namespace:NamespaceController",
     "serviceaccount-controller": "serviceaccount:ServiceAccountController",
     "root-ca-certificate-publisher-controller": "serviceaccount:RootCAPublisher",
+    "daemonset-controller": "daemonset.controller:DaemonSetController",
+    "statefulset-controller": "statefulset.controller:StatefulSetController",
     "deployment-controller": "deployment.controller:DeploymentController",
     "replicaset-controller": "replicaset:ReplicaSetController",
     "pod-garbage-collector-controller": "podgc:PodGCController",
