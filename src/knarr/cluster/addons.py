@@ -1,7 +1,6 @@
-"""Objects that every knarr cluster has beside upstream's own: what the node's network parts may read, and the DNS Service.
+"""Objects that every knarr cluster has beside upstream's own: what the node's network parts may read and write.
 
-Role: applied by the control process at each start; an object that a user has changed keeps the change unless it is ours to hold
-(roles). Deleting the kube-dns Service's selector-less slices and applying CoreDNS' own manifest replaces our DNS by CoreDNS.
+Role: applied by the control process at each start.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ from typing import Any
 
 from knarr.aiokits.log import get_logger
 from knarr.api.errors import StatusError
-from knarr.api.resources import CLUSTER_ROLE_BINDINGS, CLUSTER_ROLES, SERVICES
+from knarr.api.resources import CLUSTER_ROLE_BINDINGS, CLUSTER_ROLES
 from knarr.api.scheme import Resource
 from knarr.api.types import Object
 from knarr.client.rest import Client
-from knarr.cluster.config import ClusterConfig
 from knarr.http.errors import HTTPError
 
 log = get_logger(__name__)
@@ -26,13 +24,14 @@ READ = ["get", "list", "watch"]
 WRITE = ["create", "delete", "patch", "update"]
 NETWORK_RULES: list[dict[str, Any]] = [
     {"apiGroups": [""], "resources": ["endpoints", "namespaces", "nodes", "pods", "services"], "verbs": READ},
+    {"apiGroups": [""], "resources": ["services"], "verbs": ["create"]},
     {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": [*READ, *WRITE]},
     {"apiGroups": ["networking.k8s.io"], "resources": ["networkpolicies", "servicecidrs", "ingresses", "ingressclasses"], "verbs": READ},
     {"apiGroups": ["", "events.k8s.io"], "resources": ["events"], "verbs": ["create", "patch", "update"]},
 ]
 
 
-async def ensure(client: Client, config: ClusterConfig) -> None:
+async def ensure(client: Client) -> None:
     """Create what is missing and correct the roles; tries until the API server takes it.
 
     Cancellation: leaves some objects made; the next start makes the rest.
@@ -46,31 +45,11 @@ async def ensure(client: Client, config: ClusterConfig) -> None:
         "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": NETWORK_GROUP},
         "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "Group", "name": NETWORK_GROUP}],
     }
-    await _apply(client, CLUSTER_ROLES, role, replace=True)
-    await _apply(client, CLUSTER_ROLE_BINDINGS, binding, replace=True)
-    await _apply(client, SERVICES, dns_service(config), replace=False)
+    await _apply(client, CLUSTER_ROLES, role)
+    await _apply(client, CLUSTER_ROLE_BINDINGS, binding)
 
 
-def dns_service(config: ClusterConfig) -> Object:
-    """kube-dns as clusters name it everywhere, without a selector: the nodes' DNS servers are its endpoints."""
-    ports = [("dns", "UDP", 53), ("dns-tcp", "TCP", 53), ("metrics", "TCP", 9153)]
-    return {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": {
-            "name": "kube-dns",
-            "namespace": "kube-system",
-            "labels": {"k8s-app": "kube-dns", "kubernetes.io/cluster-service": "true", "kubernetes.io/name": "KnarrDNS"},
-        },
-        "spec": {
-            "clusterIP": config.dns_ip,
-            "internalTrafficPolicy": "Cluster",
-            "ports": [{"name": name, "protocol": protocol, "port": port, "targetPort": port} for name, protocol, port in ports],
-        },
-    }
-
-
-async def _apply(client: Client, resource: Resource, wanted: Object, *, replace: bool) -> None:
+async def _apply(client: Client, resource: Resource, wanted: Object) -> None:
     name, namespace = wanted["metadata"]["name"], wanted["metadata"].get("namespace")
     while True:
         try:
@@ -80,10 +59,9 @@ async def _apply(client: Client, resource: Resource, wanted: Object, *, replace:
             except StatusError as error:
                 if error.reason != "AlreadyExists":
                     raise
-            if replace:
-                current = await client.get(resource, name, namespace)
-                if any(current.get(field) != wanted[field] for field in wanted if field not in ("apiVersion", "kind", "metadata")):
-                    await client.update(resource, {**wanted, "metadata": {**wanted["metadata"], "resourceVersion": current["metadata"]["resourceVersion"]}})
+            current = await client.get(resource, name, namespace)
+            if any(current.get(field) != wanted[field] for field in wanted if field not in ("apiVersion", "kind", "metadata")):
+                await client.update(resource, {**wanted, "metadata": {**wanted["metadata"], "resourceVersion": current["metadata"]["resourceVersion"]}})
             return
         except (StatusError, HTTPError, OSError) as error:
             log.warning("add-on not applied yet", kind=wanted["kind"], name=name, error=str(error))

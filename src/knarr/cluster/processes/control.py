@@ -35,7 +35,7 @@ def main(config: ClusterConfig, announce: Announce) -> None:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(ControllerManager(controllers, settings).run(), name="controllers")
-                group.create_task(addons.ensure(controllers, config), name="addons")
+                group.create_task(addons.ensure(controllers), name="addons")
                 group.create_task(Scheduler(scheduler, SchedulerConfig()).run(), name="scheduler")
         finally:
             await controllers.close()

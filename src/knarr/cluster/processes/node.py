@@ -22,7 +22,6 @@ from knarr.cluster.supervisor import Announce
 
 if TYPE_CHECKING:
     from knarr.kubelet.config import KubeletConfig
-    from knarr.network.dns.server import DNSServer
     from knarr.network.podnet import BridgeNetwork
     from knarr.network.proxy.service_proxy import ServiceProxy
     from knarr.runtime.embedded import EmbeddedRuntime
@@ -49,6 +48,7 @@ class Node:
         self.address = nodes.node_address(config, node)
         self.data = config.data / "nodes" / node.name
         self.state = config.state / node.name
+        self.network_started = asyncio.Event()
         self.api_host = nodes.gateway(config) if node.netns else "127.0.0.1"
 
     def client(self, pair: pki.KeyPair, component: str) -> Client:
@@ -84,7 +84,6 @@ class Node:
         """Until cancelled; a part that fails ends the process, and the supervisor starts it again."""
         from knarr.cluster.nodeapi import NodeAPI, socket_path
         from knarr.kubelet.kubelet import Kubelet
-        from knarr.network.dns.server import DNSServer
         from knarr.network.proxy.service_proxy import ServiceProxy
 
         authority = pki.Authority(self.config.pki, "ca", "kubernetes")
@@ -106,14 +105,13 @@ class Node:
         network_client = self.client(common.pair(self.config, "network"), "knarr-network")
         informers = Informers(network_client)
         proxy = ServiceProxy(network_client, informers, node_name=self.node.name, table=f"knarr{self.config.suffix}", pod_cidrs=(self.config.pod_cidr,))
-        dns = DNSServer(network_client, informers, node_name=self.node.name, cluster_domain=self.config.cluster_domain, network=network)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(Kubelet(kubelet_client, runtime, runtime, self.kubelet_config(serving)).run(), name="kubelet")
                 group.create_task(self.follow_own_node(informers, network, runtime), name="own-node")
                 group.create_task(proxy.run(), name="proxy")
-                group.create_task(dns.run(), name="dns")
-                group.create_task(self.report_ready(informers, dns, proxy), name="ready")
+                group.create_task(self.serve_dns(network_client, informers, network), name="dns")
+                group.create_task(self.report_ready(informers, proxy), name="ready")
         finally:
             await informers.close()
             await api.close()
@@ -161,11 +159,23 @@ class Node:
             await wake.wait()
             wake.clear()
             await network.set_pod_cidrs(seen["cidrs"])
+            self.network_started.set()
             freed = await network.recover([sandbox.id for sandbox in await runtime.list_pod_sandboxes()])
             if freed:
                 log.info("freed the network of sandboxes that are gone", count=len(freed))
 
-    async def report_ready(self, informers: Informers, dns: DNSServer, proxy: ServiceProxy) -> None:
+    async def serve_dns(self, client: Client, informers: Informers, network: BridgeNetwork) -> None:
+        """Answer on the node's address in the pod network, once there is one, and tell the cluster."""
+        from knarr.network.dns import DNSPublisher, DNSServer
+
+        await self.network_started.wait()
+        server = DNSServer(informers, listen=network.gateways, cluster_domain=self.config.cluster_domain)
+        publisher = DNSPublisher(client, informers, node_name=self.node.name, addresses=network.gateways, cluster_ips=(self.config.dns_ip,))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(server.run(), name="dns-server")
+            group.create_task(publisher.run(), name="dns-publisher")
+
+    async def report_ready(self, informers: Informers, proxy: ServiceProxy) -> None:
         """Tell `up` when the API shows this node Ready, and when a name resolves through the cluster's DNS address."""
         ready = asyncio.Event()
 
