@@ -26,7 +26,6 @@ UdpFlow = tuple[str, int]
 
 SERVICE_PROXY_NAME = "service.kubernetes.io/service-proxy-name"
 HEADLESS = "service.kubernetes.io/headless"
-SERVICE_NAME = "kubernetes.io/service-name"
 REFUSE, LOSE = goto("refuse"), goto("lose")
 
 

@@ -26,8 +26,9 @@ from knarr.client.informer import Informers
 from knarr.client.rest import Client
 from knarr.network import conntrack
 from knarr.network.nftables import NftError, StateMismatch
+from knarr.network.objects import object_key, slice_service
 from knarr.network.proxy.health import HealthServers, ServiceHealth
-from knarr.network.proxy.model import SERVICE_NAME, Rendered, UdpFlow, render_service
+from knarr.network.proxy.model import Rendered, UdpFlow, render_service
 from knarr.network.proxy.table import EMPTY, ProxyTable
 from knarr.network.proxy.topology import NodeView
 
@@ -35,13 +36,6 @@ log = get_logger(__name__)
 T = TypeVar("T")
 
 _ZONE = "topology.kubernetes.io/zone"
-
-
-def slice_service(obj: Object) -> list[str]:
-    """Index function: the Service an EndpointSlice belongs to, as "namespace/name"."""
-    meta = obj["metadata"]
-    name = (meta.get("labels") or {}).get(SERVICE_NAME)
-    return [f"{meta.get('namespace', '')}/{name}"] if name else []
 
 
 class ServiceProxy:
@@ -138,7 +132,7 @@ class ServiceProxy:
         self._wake.set()
 
     def _service_seen(self, obj: Object) -> None:
-        self._mark([f"{obj['metadata'].get('namespace', '')}/{obj['metadata']['name']}"])
+        self._mark([object_key(obj)])
 
     def _slice_seen(self, obj: Object) -> None:
         self._mark(slice_service(obj))
@@ -159,7 +153,7 @@ class ServiceProxy:
             self._mark(self._all_keys())
 
     def _all_keys(self) -> list[str]:
-        return [f"{obj['metadata'].get('namespace', '')}/{obj['metadata']['name']}" for obj in self._services.list()]
+        return [object_key(obj) for obj in self._services.list()]
 
     def _render(self, key: str) -> Rendered:
         namespace, _slash, name = key.partition("/")

@@ -1,0 +1,378 @@
+"""The cluster's DNS server: UDP and TCP, answers of the cluster domain from informers, the rest forwarded.
+
+Role: cluster runs one per node, on the node's pod gateway address; the kube-dns Service leads pods there (`publish`). Hot path: the
+raw question (all but its id) is looked up among answers given since the last change of the cluster; a hit costs no parsing at all.
+Invariants: cached answers are dropped with every change of a Service, EndpointSlice or Namespace, so none is staler than the informers. Memory is bounded: the answer cache
+is emptied when full, TCP connections and questions in flight are limited. Before the informers are synced every cluster name is SERVFAIL, never a wrong NXDOMAIN.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from knarr.aiokits.log import get_logger
+from knarr.aiokits.tasks import Tasks
+from knarr.api.resources import ENDPOINT_SLICES, NAMESPACES, SERVICES
+from knarr.api.types import Object
+from knarr.client.informer import Informers
+from knarr.network.dns.forward import Forwarder, HostResolvers, Overloaded, Unanswered
+from knarr.network.dns.metrics import MetricsServer
+from knarr.network.dns.records import ClusterZone, Resolved, service_addresses, slice_addresses
+from knarr.network.dns.wire import (
+    AAAA,
+    CNAME,
+    FORMERR,
+    IN,
+    OUR_UDP_BYTES,
+    REFUSED,
+    SERVFAIL,
+    SRV,
+    A,
+    Query,
+    Record,
+    WireError,
+    build_answer,
+    encode_name,
+    error_answer,
+    lifetimes,
+    parse_query,
+    skip_name,
+)
+from knarr.network.objects import slice_service
+
+log = get_logger(__name__)
+
+_MAXIMUM_ANSWERS = 20_000
+_MAXIMUM_CONNECTIONS = 1_000
+_TCP_IDLE_SECONDS = 10
+_BURST = 64
+_CHAIN = 8
+_BARE_OPT_BYTES = 11
+
+
+_Address = tuple[str, int] | tuple[str, int, int, int]
+
+
+class DNSServer:
+    """See the module.
+
+    Args:
+      informers: Shared informers of the node process.
+      listen: Addresses to serve, e.g. ["10.244.0.1"].
+      cluster_domain: e.g. "cluster.local".
+      upstreams: Servers for other names; None reads the host's resolv.conf and follows its changes.
+      stub_domains: Domains with servers of their own.
+      metrics_port: Serves /metrics on the same addresses; 0 does not.
+    """
+
+    def __init__(
+        self,
+        informers: Informers,
+        *,
+        listen: Sequence[str],
+        port: int = 53,
+        cluster_domain: str = "cluster.local",
+        upstreams: Sequence[str] | None = None,
+        upstream_port: int = 53,
+        stub_domains: Mapping[str, Sequence[str]] | None = None,
+        metrics_port: int = 9153,
+        ready_port: int = 0,
+        ttl_seconds: int = 5,
+        avoid: Sequence[str] = (),
+    ) -> None:
+        self._informers = informers
+        self._services = informers.get(SERVICES)
+        self._slices = informers.get(ENDPOINT_SLICES)
+        self._namespaces = informers.get(NAMESPACES)
+        self._services.add_index("address", service_addresses)
+        self._slices.add_index("address", slice_addresses)
+        self._slices.add_index("service", slice_service)
+        self.zone = ClusterZone(self._services, self._slices, self._namespaces, domain=cluster_domain, ttl_seconds=ttl_seconds)
+        self._listen = list(listen)
+        self._port = port
+        resolvers = HostResolvers([*listen, *avoid])
+        self.forwarder = Forwarder((lambda: list(upstreams)) if upstreams is not None else resolvers.current, stub_domains, port=upstream_port)
+        self._metrics_port, self._ready_port = metrics_port, ready_port
+        self._answers: dict[bytes, list[bytes]] = {}
+        self._turn = 0
+        self._sockets: list[socket.socket] = []
+        self._servers: list[asyncio.Server] = []
+        self._web = MetricsServer(self._render_metrics, lambda: self.ready)
+        self._tasks = Tasks()
+        self._connections = 0
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the cluster's names can be answered."""
+        return self._services.synced and self._slices.synced and self._namespaces.synced
+
+    @property
+    def port(self) -> int:
+        """The port in use (useful when 0 was asked for)."""
+        return int(self._sockets[0].getsockname()[1]) if self._sockets else self._port
+
+    async def start(self) -> None:
+        """Listen, then follow the cluster. Raises OSError when an address or port cannot be had; nothing listens then."""
+        for informer in (self._services, self._slices, self._namespaces):
+            informer.add_handler(self._changed, self._updated, self._changed)
+        try:
+            for address in self._listen:
+                await self._open(address)
+            await self._web.listen(self._listen, self._metrics_port, self._ready_port)
+        except OSError:
+            await self.close()
+            raise
+        await self._informers.start()
+
+    async def run(self) -> None:
+        """Start, serve until cancelled, close."""
+        await self.start()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            await self.close()
+
+    async def _open(self, address: str) -> None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        udp = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        self._sockets.append(udp)
+        if family == socket.AF_INET6:
+            udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        udp.bind((address, self._port))
+        port = udp.getsockname()[1]
+        self._servers.append(await asyncio.start_server(self._connection, address, port, family=family))
+        asyncio.get_running_loop().add_reader(udp.fileno(), self._readable, udp)
+
+    async def close(self) -> None:
+        """Stop serving."""
+        loop = asyncio.get_running_loop()
+        for udp in self._sockets:
+            if udp.fileno() >= 0:
+                loop.remove_reader(udp.fileno())
+            udp.close()
+        self._sockets = []
+        for server in self._servers:
+            server.close()
+        self._servers = []
+        await self._web.close()
+        await self._tasks.close()
+        await self.forwarder.close()
+
+    def _changed(self, _obj: Object) -> None:
+        if self._answers:
+            self._answers = {}
+
+    def _updated(self, old: Object, new: Object) -> None:
+        # Leases and resource versions change all the time; only these parts make names.
+        if any(old.get(part) != new.get(part) for part in ("spec", "endpoints", "ports")):
+            self._changed(new)
+
+    def _readable(self, udp: socket.socket) -> None:
+        answers = self._answers
+        for _ in range(_BURST):
+            try:
+                data, address = udp.recvfrom(4096)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                log.debug("receiving a question failed", error=str(error))
+                return
+            variants = answers.get(data[2:])
+            if variants is not None:
+                self._turn += 1
+                self.counts["hits"] += 1
+                self._send(udp, data[:2] + variants[self._turn % len(variants)], address)
+            else:
+                self._question(udp, data, address)
+                answers = self._answers
+
+    @staticmethod
+    def _send(udp: socket.socket, answer: bytes, address: _Address) -> None:
+        try:
+            udp.sendto(answer, address)
+        except OSError as error:
+            # A full buffer or a client gone: datagrams may be lost, the client asks again.
+            log.debug("sending an answer failed", error=str(error))
+
+    def _question(self, udp: socket.socket, data: bytes, address: _Address) -> None:
+        try:
+            query = parse_query(data)
+        except WireError:
+            refusal = error_answer(data, FORMERR)
+            if refusal is not None:
+                self._send(udp, refusal, address)
+            return
+        limit = min(query.udp_bytes, OUR_UDP_BYTES)
+        answer = self._immediate(query, data, limit)
+        if answer is not None:
+            self._send(udp, answer, address)
+        elif len(self._tasks) >= _MAXIMUM_CONNECTIONS:
+            self._send(udp, build_answer(query, REFUSED, authoritative=False), address)
+        else:
+            self._tasks.spawn(self._answer_later(udp, query, data, limit, address), "dns: forwarded question")
+
+    async def _answer_later(self, udp: socket.socket, query: Query, data: bytes, limit: int, address: _Address) -> None:
+        answer = await self._forwarded(query, data, limit)
+        if udp.fileno() >= 0:
+            self._send(udp, answer, address)
+
+    def _immediate(self, query: Query, data: bytes, limit: int) -> bytes | None:
+        """An answer that needs nobody else; None when resolvers have to be asked."""
+        self.counts[f"type {query.type}"] += 1
+        if query.klass != IN or query.flags & 0x7800:
+            return build_answer(query, REFUSED, authoritative=False)
+        name = query.name
+        found: Resolved | None
+        if self.zone.owns(name):
+            if not self.ready:
+                self.counts["code 2"] += 1
+                return build_answer(query, SERVFAIL, authoritative=False)
+            found = self.zone.resolve(name, query.type)
+        elif name.endswith(".arpa"):
+            found = self.zone.reverse(name, query.type)
+        else:
+            found = None
+        if found is None:
+            return self.forwarder.cached(query, data)
+        for _ in range(_CHAIN):
+            if not found.follow or not self.zone.owns(found.follow):
+                break
+            # An ExternalName that points at another Service: the answer holds the whole chain.
+            further = self.zone.resolve(found.follow, query.type)
+            found = Resolved(further.code, found.answers + further.answers, further.additionals, further.follow)
+        if found.follow and query.type in (A, AAAA):
+            return None
+        return self._write(query, data, found, limit)
+
+    def _write(self, query: Query, data: bytes, found: Resolved, limit: int) -> bytes:
+        self.counts[f"code {found.code}"] += 1
+        authorities = [self.zone.soa()] if found.negative else []
+        answers = found.answers
+        # Clients take the first address: each of these answers begins with another one.
+        turns = min(len(answers), 8) if query.type in (A, AAAA, SRV) and len(answers) > 1 and answers[0].type != CNAME else 1
+        variants = [
+            build_answer(query, found.code, answers[turn:] + answers[:turn], authorities, found.additionals, limit_bytes=limit)
+            for turn in range(turns)
+        ]
+        # EDNS options (cookies) differ with every question; such a question never comes again.
+        if limit <= OUR_UDP_BYTES and len(data) <= 12 + len(query.question) + _BARE_OPT_BYTES:
+            if len(self._answers) >= _MAXIMUM_ANSWERS:
+                self._answers = {}
+            self._answers[data[2:]] = [variant[2:] for variant in variants]
+        self._turn += 1
+        return variants[self._turn % turns]
+
+    async def _forwarded(self, query: Query, data: bytes, limit: int) -> bytes:
+        if self.zone.owns(query.name):
+            return await self._external(query, limit)
+        try:
+            answer = await self.forwarder.ask(query, data)
+        except Overloaded:
+            return build_answer(query, REFUSED, authoritative=False)
+        except Unanswered:
+            return build_answer(query, SERVFAIL, authoritative=False)
+        if len(answer) > limit:
+            return build_answer(query, answer[3] & 0xF, [Record(query.name, query.type, 0, b"\0" * 65000)], authoritative=False, limit_bytes=limit)
+        return answer
+
+    async def _external(self, query: Query, limit: int) -> bytes:
+        """An ExternalName's address: our CNAMEs, then what resolvers say about the last of them."""
+        found = self.zone.resolve(query.name, query.type)
+        chain = list(found.answers)
+        target = found.follow
+        for _ in range(_CHAIN):
+            if not self.zone.owns(target):
+                break
+            further = self.zone.resolve(target, query.type)
+            chain += further.answers
+            if not further.follow:
+                break
+            target = further.follow
+        try:
+            outside = struct.pack(">HHHHHH", query.id, 0x0100, 1, 0, 0, 0) + encode_name(target) + struct.pack(">HH", query.type, IN)
+            answer = await self.forwarder.ask(parse_query(outside), outside)
+            chain += _answer_records(answer, target)
+        except (Unanswered, Overloaded, WireError) as error:
+            log.debug("target of an external name was not resolved", name=query.name, target=target, error=str(error))
+        return build_answer(query, 0, chain, limit_bytes=limit)
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._connections >= _MAXIMUM_CONNECTIONS:
+            writer.close()
+            return
+        self._connections += 1
+        try:
+            while True:
+                async with asyncio.timeout(_TCP_IDLE_SECONDS):
+                    length = struct.unpack(">H", await reader.readexactly(2))[0]
+                    data = await reader.readexactly(length)
+                answer = await self._answer_tcp(data)
+                if answer is None:
+                    return
+                writer.write(struct.pack(">H", len(answer)) + answer)
+                async with asyncio.timeout(_TCP_IDLE_SECONDS):
+                    await writer.drain()
+        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
+            return
+        finally:
+            self._connections -= 1
+            writer.close()
+
+    async def _answer_tcp(self, data: bytes) -> bytes | None:
+        try:
+            query = parse_query(data)
+        except WireError:
+            return error_answer(data, FORMERR)
+        answer = self._immediate(query, data, 65535)
+        return answer if answer is not None else await self._forwarded(query, data, 65535)
+
+    def _render_metrics(self) -> dict[str, int]:
+        counts = dict(self.counts)
+        counts["forward hits"] = self.forwarder.hits
+        counts["forward misses"] = self.forwarder.misses
+        counts["forward failures"] = self.forwarder.failures
+        counts["answers cached"] = len(self._answers)
+        return counts
+
+
+def _answer_records(message: bytes, owner: str) -> list[Record]:
+    """The address and CNAME records of an upstream answer, their names written out."""
+    lifetimes(message)
+    questions, count = struct.unpack_from(">HH", message, 4)
+    offset = 12
+    for _ in range(questions):
+        offset = skip_name(message, offset) + 4
+    found = []
+    for _ in range(count):
+        name = _read_name(message, offset) or owner
+        offset = skip_name(message, offset)
+        kind, _klass, ttl, length = struct.unpack_from(">HHIH", message, offset)
+        start = offset + 10
+        if kind == CNAME:
+            found.append(Record(name, CNAME, ttl, encode_name(_read_name(message, start))))
+        elif kind in (A, AAAA):
+            found.append(Record(name, kind, ttl, message[start : start + length]))
+        offset = start + length
+    return found
+
+
+def _read_name(message: bytes, offset: int) -> str:
+    labels: list[str] = []
+    for _ in range(128):
+        if offset >= len(message):
+            raise WireError("name runs out of the message")
+        length = message[offset]
+        if length == 0:
+            return ".".join(labels)
+        if length >= 0xC0:
+            offset = struct.unpack_from(">H", message, offset)[0] & 0x3FFF
+            continue
+        labels.append(message[offset + 1 : offset + 1 + length].decode("latin-1").lower())
+        offset += length + 1
+    raise WireError("name without end")
