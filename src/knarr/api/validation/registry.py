@@ -1,0 +1,81 @@
+"""Which rules hold for which kind.
+
+A kind without an entry is checked by its metadata alone, names as DNS subdomains.
+Source: the strategies under pkg/registry, registry/rest/create.go and update.go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from knarr.api.errors import FieldError
+from knarr.api.scheme import Resource
+from knarr.api.validation.metadata import Errors, validate_generic_meta, validate_object_meta, validate_object_meta_update
+from knarr.api.validation.strings import Rule, dns_subdomain
+
+Object = dict[str, Any]
+Create = Callable[[Object, Errors], None]
+Update = Callable[[Object, Object, Errors, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Rules of one kind.
+
+    create: checks everything but the metadata. update: checks what may change and what may not;
+    None means that `create` must hold for the new object and nothing more. `update` gets the
+    subresource as its last argument. `own_metadata`: the functions check metadata themselves.
+    """
+
+    create: Create | None = None
+    update: Update | None = None
+    name: Rule = dns_subdomain
+    own_metadata: bool = False
+
+
+_DEFAULT = Kind()
+KINDS: dict[tuple[str, str], Kind] = {}
+
+
+def create_errors(resource: Resource, obj: Object) -> list[FieldError]:
+    """See validate_create. The generic check comes last and only for objects that their kind's rules accept."""
+    kind = KINDS.get((resource.group, resource.plural), _DEFAULT)
+    errors: Errors = []
+    metadata = obj.get("metadata") or {}
+    if not kind.own_metadata:
+        validate_object_meta(metadata, resource.namespaced, kind.name, errors)
+    if kind.create is not None:
+        kind.create(obj, errors)
+    if not errors:
+        validate_generic_meta(metadata, resource.namespaced, errors)
+    return errors
+
+
+def update_errors(resource: Resource, new: Object, old: Object, subresource: str) -> list[FieldError]:
+    """See validate_update."""
+    kind = KINDS.get((resource.group, resource.plural), _DEFAULT)
+    errors: Errors = []
+    new_metadata, old_metadata = new.get("metadata") or {}, old.get("metadata") or {}
+    validate_generic_meta(new_metadata, resource.namespaced, errors)
+    validate_object_meta_update(new_metadata, old_metadata, errors)
+    if kind.update is not None:
+        kind.update(new, old, errors, subresource)
+    elif kind.create is not None and not subresource:
+        kind.create(new, errors)
+    return _distinct(errors)
+
+
+def _distinct(errors: list[FieldError]) -> list[FieldError]:
+    """The generic rules and the kind's own report some faults twice; once is enough."""
+    if len(errors) < 2:
+        return errors
+    seen: set[str] = set()
+    result = []
+    for error in errors:
+        text = str(error)
+        if text not in seen:
+            seen.add(text)
+            result.append(error)
+    return result
