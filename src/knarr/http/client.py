@@ -77,6 +77,10 @@ class StreamResponse:
         if rest:
             yield rest
 
+    def abort(self) -> None:
+        """Break the connection; whoever reads the body gets ConnectionLost."""
+        self._connection.close()
+
     async def read(self) -> bytes:
         """Return the rest of the body."""
         return b"".join([chunk async for chunk in self.iter_chunks()])

@@ -1,0 +1,1 @@
+"""Streams and requests that the API server passes on: to kubelets (log, exec, attach, port-forward), nodes, pods and services."""
