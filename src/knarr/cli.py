@@ -67,7 +67,31 @@ def build_parser() -> argparse.ArgumentParser:
     verb("preflight", run_preflight, "check what the cluster needs of this machine")
     verb("version", run_version, "print the version")
     _add_image(verbs)
+    _add_node(verbs)
     return parser
+
+
+def _add_node(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    node = verbs.add_parser("node", help="further nodes on this machine")
+    actions = node.add_subparsers(metavar="ACTION", required=True)
+    texts = {
+        "ls": "list the nodes of this machine",
+        "add": "add a node and start it",
+        "stop": "switch a node off",
+        "kill": "switch a node off as if the power had failed",
+        "start": "switch a node on again",
+        "rm": "take a node out of the cluster",
+    }
+    for name, text in texts.items():
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("--name", default="default", help="which cluster (default: default)")
+        action.add_argument("--data-dir", default=None, help="where its state is kept")
+        action.set_defaults(run=run_node, action=name)
+        if name != "ls":
+            action.add_argument("node", nargs="?" if name == "add" else None, help="the node's name")
+        if name == "add":
+            action.add_argument("--taint", action="append", default=[], metavar="KEY[=VALUE]:EFFECT")
+            action.add_argument("--label", action="append", default=[], metavar="KEY=VALUE")
 
 
 def _add_image(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -152,7 +176,8 @@ def run_kubeconfig(options: argparse.Namespace) -> int:
 
 
 def run_preflight(options: argparse.Namespace) -> int:
-    from knarr.cluster import config as cluster_config, preflight
+    from knarr.cluster import config as cluster_config
+    from knarr.cluster import preflight
 
     config = cluster_config.load(options.name, options.data_dir) or cluster_config.new_cluster(options.name, options.data_dir)
     findings = preflight.check(config)
@@ -179,6 +204,22 @@ def run_image(options: argparse.Namespace) -> int:
     if options.action == "rm":
         return images.remove(config, options.references)
     return images.show(config)
+
+
+def run_node(options: argparse.Namespace) -> int:
+    from knarr.cluster import lifecycle, nodeverbs
+    from knarr.cluster.progress import Progress
+
+    config, progress = lifecycle.existing(options.name, options.data_dir), Progress()
+    if options.action == "ls":
+        return nodeverbs.show(config)
+    if options.action == "add":
+        return nodeverbs.add(config, options.node, options.taint, options.label, progress)
+    if options.action in ("stop", "kill"):
+        return nodeverbs.stop(config, options.node, kill=options.action == "kill", progress=progress)
+    if options.action == "start":
+        return nodeverbs.start(config, options.node, progress)
+    return nodeverbs.remove(config, options.node, progress)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,35 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from knarr.cluster.config import ClusterConfig
+from knarr.cluster.config import ClusterConfig, NodeConfig
 from knarr.network.sysctl import SysctlRecord
 
 MNT_DETACH = 2
 CGROUPS = Path("/sys/fs/cgroup")
+NETNS_FOLDER = Path("/run/netns")
 TERM_SECONDS = 5.0
 KILL_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What a clean-up is about: everything below one cgroup and below some folders."""
+
+    cgroup: str
+    """Relative to each hierarchy, e.g. "knarr" or "knarr/node-2"."""
+    folders: tuple[Path, ...]
+
+
+def cluster_scope(config: ClusterConfig) -> Scope:
+    return Scope(f"knarr{config.suffix}", tuple(dict.fromkeys((config.data, config.data.resolve(), config.state))))
+
+
+def node_scope(config: ClusterConfig, node: NodeConfig) -> Scope:
+    data = config.data / "nodes" / node.name
+    return Scope(f"knarr{config.suffix}/{node.name}", tuple(dict.fromkeys((data, data.resolve(), config.state / node.name))))
 
 
 def clean(config: ClusterConfig, *, grace_seconds: float = TERM_SECONDS) -> None:
@@ -33,15 +53,28 @@ def clean(config: ClusterConfig, *, grace_seconds: float = TERM_SECONDS) -> None
     Args:
       grace_seconds: how long containers may take to end after TERM before they are killed.
     """
-    stop_processes(config, grace_seconds)
+    scope = cluster_scope(config)
+    stop_processes(scope, grace_seconds)
     remove_tables(config)
     remove_interfaces(config)
-    remove_mounts(config)
-    remove_cgroups(config)
+    for node in config.nodes:
+        remove_namespace(node)
+    remove_mounts(scope)
+    remove_cgroups(scope)
     restore_sysctls(config)
     shutil.rmtree(config.state, ignore_errors=True)
     with contextlib.suppress(OSError):
         config.state.parent.rmdir()
+
+
+def clean_node(config: ClusterConfig, node: NodeConfig, *, grace_seconds: float = TERM_SECONDS) -> None:
+    """Remove what one stopped node runs and holds, as if its machine had been switched off; its data stays."""
+    scope = node_scope(config, node)
+    stop_processes(scope, grace_seconds)
+    remove_namespace(node)
+    remove_mounts(scope)
+    remove_cgroups(scope)
+    shutil.rmtree(config.state / node.name, ignore_errors=True)
 
 
 def clean_stale(config: ClusterConfig) -> None:
@@ -50,33 +83,26 @@ def clean_stale(config: ClusterConfig) -> None:
     socket_path.unlink(missing_ok=True)
 
 
-def cgroup_name(config: ClusterConfig) -> str:
-    """The cgroup under which every container of the cluster lives, in each hierarchy."""
-    return f"knarr{config.suffix}"
-
-
-def cgroup_folders(config: ClusterConfig) -> list[Path]:
-    """Existing folders of the cluster's cgroup: one in a v2 tree, one per controller in v1."""
-    name = cgroup_name(config)
-    candidates = [CGROUPS / name, *(entry / name for entry in CGROUPS.iterdir())] if CGROUPS.is_dir() else []
+def cgroup_folders(scope: Scope) -> list[Path]:
+    """Existing folders of the scope's cgroup: one in a v2 tree, one per controller in v1."""
+    candidates = [CGROUPS / scope.cgroup, *(entry / scope.cgroup for entry in CGROUPS.iterdir())] if CGROUPS.is_dir() else []
     return [path for path in candidates if path.is_dir() and (path / "cgroup.procs").exists()]
 
 
-def _members(config: ClusterConfig) -> set[int]:
+def _members(scope: Scope) -> set[int]:
     pids: set[int] = set()
-    for folder in cgroup_folders(config):
+    for folder in cgroup_folders(scope):
         for procs in folder.rglob("cgroup.procs"):
             with contextlib.suppress(OSError):
                 pids.update(int(line) for line in procs.read_text().split())
     return pids
 
 
-def _monitors(config: ClusterConfig) -> set[int]:
-    """conmon processes whose command line names one of the cluster's folders."""
-    roots = (str(config.data), str(config.state))
+def _monitors(scope: Scope) -> set[int]:
+    """conmon processes whose command line names one of the scope's folders."""
     found = set()
     for pid, command in _processes():
-        if "conmon" in command.split("\0", 1)[0].rsplit("/", 1)[-1] and any(root + "/" in command for root in roots):
+        if "conmon" in command.split("\0", 1)[0].rsplit("/", 1)[-1] and any(f"{folder}/" in command for folder in scope.folders):
             found.add(pid)
     return found
 
@@ -88,15 +114,16 @@ def _processes() -> Iterator[tuple[int, str]]:
                 yield int(entry.name), (entry / "cmdline").read_text()
 
 
-def stop_processes(config: ClusterConfig, grace_seconds: float) -> None:
+def stop_processes(scope: Scope, grace_seconds: float) -> None:
     """TERM, then KILL, to every container process; the monitors end by themselves or are killed last."""
-    members = _members(config)
+    members = _members(scope)
     _signal_all(members, signal.SIGTERM)
-    if _wait_gone(members, grace_seconds):
-        members = _members(config)
-    _signal_all(members | _members(config), signal.SIGKILL)
-    _wait_gone(members, KILL_SECONDS)
-    monitors = _monitors(config)
+    _wait_gone(members, grace_seconds)
+    while left := _members(scope):  # a fork may have been missed by the pass before
+        _signal_all(left, signal.SIGKILL)
+        if not _wait_gone(left, KILL_SECONDS):
+            break
+    monitors = _monitors(scope)
     if not _wait_gone(monitors, 1.0):
         _signal_all(monitors, signal.SIGKILL)
         _wait_gone(monitors, KILL_SECONDS)
@@ -127,23 +154,28 @@ def _wait_gone(pids: set[int], limit_seconds: float) -> bool:
     return True
 
 
-def remove_mounts(config: ClusterConfig) -> None:
-    """Detach every mount below the cluster's folders, deepest first."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    roots = tuple(str(root) + "/" for root in (config.data.resolve(), config.state, config.data))
+def remove_mounts(scope: Scope) -> None:
+    """Detach every mount below the scope's folders, deepest first."""
+    roots = tuple(f"{folder}/" for folder in scope.folders)
     points = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         point = line.split()[4].encode().decode("unicode_escape")
         if point.startswith(roots):
             points.append(point)
     for point in sorted(points, key=len, reverse=True):
-        libc.umount2(os.fsencode(point), MNT_DETACH)
-    for node in config.nodes:
-        if node.netns:
-            path = Path("/run/netns") / node.netns
-            if path.exists():
-                libc.umount2(os.fsencode(path), MNT_DETACH)
-                path.unlink(missing_ok=True)
+        _detach(point)
+
+
+def _detach(path: str | Path) -> None:
+    ctypes.CDLL(None, use_errno=True).umount2(os.fsencode(path), MNT_DETACH)
+
+
+def remove_namespace(node: NodeConfig) -> None:
+    """Remove a further node's network namespace; the interfaces in it go with its last process."""
+    path = NETNS_FOLDER / node.netns
+    if node.netns and path.exists():
+        _detach(path)
+        path.unlink(missing_ok=True)
 
 
 def interface_names(config: ClusterConfig) -> list[str]:
@@ -180,8 +212,8 @@ def remove_tables(config: ClusterConfig) -> None:
         subprocess.run(["nft", "delete", "table", family, name], check=False, capture_output=True)
 
 
-def remove_cgroups(config: ClusterConfig) -> None:
-    for folder in cgroup_folders(config):
+def remove_cgroups(scope: Scope) -> None:
+    for folder in cgroup_folders(scope):
         for child in sorted((path for path in folder.rglob("*") if path.is_dir()), key=lambda path: len(path.parts), reverse=True):
             with contextlib.suppress(OSError):
                 child.rmdir()

@@ -16,12 +16,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from knarr.cluster import addresses, host, nodes, pki, preflight, supervisor
 from knarr.cluster import config as cluster_config
 from knarr.cluster.config import ClusterConfig
 from knarr.cluster.progress import Progress
+
+if TYPE_CHECKING:
+    from knarr.client.rest import Client
 
 UP_SECONDS = 60.0
 DOWN_SECONDS = 30.0
@@ -188,6 +191,14 @@ def merge_kubeconfig(config: ClusterConfig, keys: pki.ClusterPKI) -> Path:
         {"server": f"https://127.0.0.1:{config.api_port}", "certificate-authority-data": text(keys.authority.pair.certificate_pem())},
         {"client-certificate-data": text(keys.admin.certificate_pem()), "client-key-data": text(keys.admin.key_pem())},
     )
+
+
+def admin_client(config: ClusterConfig) -> Client:
+    """A client with the administrator's certificate, for commands that speak to the API."""
+    from knarr.client.rest import Client
+    from knarr.cluster.processes import common
+
+    return Client(common.client_config(config, common.pair(config, "admin"), "knarr"))
 
 
 def down(config: ClusterConfig, progress: Progress) -> None:

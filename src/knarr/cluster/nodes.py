@@ -94,12 +94,6 @@ def ensure_host(config: ClusterConfig, node: NodeConfig) -> None:
         _ip(*inside, "route", "add", "default", "via", gateway(config))
 
 
-def remove_host(node: NodeConfig) -> None:
-    """Remove a further node's namespace; its links go with it."""
-    if node.netns and (NETNS_FOLDER / node.netns).exists():
-        _ip("netns", "delete", node.netns)
-
-
 def enter(node: NodeConfig) -> None:
     """Put this process, before it has threads, into the node's network namespace.
 

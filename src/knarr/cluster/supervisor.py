@@ -94,7 +94,8 @@ class Supervisor:
 
     Args:
       announce_fd: a pipe to the `up` command; each ready message is written as one line; -1 for none.
-      control: `verb, arguments -> answer` for control requests that the supervisor itself does not know.
+
+    `handlers` maps a control request's verb to what answers it; the owner may add verbs.
     """
 
     def __init__(self, config: ClusterConfig, announce_fd: int = -1) -> None:
@@ -246,7 +247,7 @@ class Supervisor:
         return {}
 
     def stop_component(self, name: str, number: int = signal.SIGTERM) -> None:
-        """End a component and leave it ended until `start_component`."""
+        """Tell a component to end and leave it ended until `start_component`."""
         component = self.components[name]
         component.wanted = False
         component.restart_at = 0.0
@@ -261,11 +262,9 @@ class Supervisor:
             self._start(component)
 
     def forget(self, name: str) -> None:
-        """Drop a component that has been stopped."""
-        component = self.components.pop(name)
-        component.wanted = False
-        if component.pid:
-            os.kill(component.pid, signal.SIGKILL)
+        """Drop a component; it is killed if it still runs."""
+        self.stop_component(name, signal.SIGKILL)
+        del self.components[name]
 
     def _on_control(self) -> None:
         try:

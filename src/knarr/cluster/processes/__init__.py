@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import socket
+from typing import Any
 
 from knarr.cluster import supervisor
-from knarr.cluster.config import ClusterConfig, NodeConfig
+from knarr.cluster.config import ClusterConfig, load
 
 
 def supervise(config: ClusterConfig, listener: socket.socket, announce_fd: int) -> None:
@@ -26,11 +27,20 @@ def supervise(config: ClusterConfig, listener: socket.socket, announce_fd: int) 
     boss.add("apiserver", functools.partial(apiserver.main, config, listener))
     for entry in config.nodes:
         if not entry.stopped:
-            boss.add(node_component(entry), functools.partial(node.main, config, entry))
+            boss.add(entry.name, functools.partial(node.main, config, entry))
     boss.add("control", functools.partial(control.main, config))
+
+    def start_node(arguments: dict[str, Any]) -> None:
+        """Start a node that the command line has written into the configuration."""
+        stored = load(config.name, config.data_dir)
+        assert stored is not None
+        config.nodes = stored.nodes
+        entry = next(entry for entry in config.nodes if entry.name == arguments["node"])
+        if entry.name in boss.components:
+            boss.start_component(entry.name)
+        else:
+            boss.add(entry.name, functools.partial(node.main, config, entry))
+
+    boss.handlers["start-node"] = start_node
+    boss.handlers["forget"] = lambda arguments: boss.forget(arguments["component"])
     boss.run()
-
-
-def node_component(node: NodeConfig) -> str:
-    """Name of the component that runs a node."""
-    return node.name
