@@ -1,0 +1,1 @@
+from tests.runtime.conftest import bench, image_folder  # noqa: F401
