@@ -8,20 +8,20 @@ Accept header gets the same form object.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from knarr.api import errors
 from knarr.api.scheme import Resource
 from knarr.api.types import Object
 from knarr.apiserver import negotiation
-from knarr.apiserver.forms import ConvertedForm, Converter, Form, PartialForm, TableForm
+from knarr.apiserver.forms import ConvertedForm, Converter, Form, PartialForm, RowFunction, TableForm
 from knarr.apiserver.negotiation import JSON, PROTOBUF, YAML
 from knarr.apiserver.store import ResourceStore
 
 if TYPE_CHECKING:
     from knarr.apiserver.registry.base import Strategy
 
-TableFactory = Callable[[Resource], "tuple[list[Object], Callable[[Object], list[object]]]"]
+TableFactory = Callable[[Resource], tuple[list[Object], RowFunction]]
 
 
 class Endpoint:
@@ -46,6 +46,8 @@ class Endpoint:
         self._protobuf = protobuf
         self._forms: dict[tuple[object, ...], Form] = {("json",): self.json}
         self._by_accept: dict[tuple[str, str, bool], tuple[Form, bool, bool]] = {}
+        self.schema: Any = None
+        """Compiled functions of a custom resource's schema (prune, default, validate); None for built-in kinds."""
         self.warnings: tuple[str, ...] = ()
         """Sent with every answer (deprecated versions)."""
 
@@ -78,7 +80,7 @@ class Endpoint:
 
     def _choose(self, accept: str, includes: str, *, many: bool, watch: bool) -> tuple[Form, bool, bool]:
         for clause in negotiation.parse_accept(accept):
-            if clause.media_type == PROTOBUF and (self.resource.custom and not clause.as_kind or not self._protobuf):
+            if clause.media_type == PROTOBUF and ((self.resource.custom and not clause.as_kind) or not self._protobuf):
                 continue
             if clause.media_type == YAML and watch:
                 continue
@@ -109,8 +111,8 @@ class Endpoint:
         form = self._forms.get(key)
         if form is None:
             assert self._table is not None
-            columns, cells = self._table(self.resource)
-            form = self._forms[key] = TableForm(self.resource, version, columns, cells, includes, self.json)
+            columns, row = self._table(self.resource)
+            form = self._forms[key] = TableForm(self.resource, version, columns, row, includes, self.json)
         return form
 
     def partial_form(self, version: str, protobuf: bool) -> Form:

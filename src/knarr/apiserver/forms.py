@@ -161,8 +161,8 @@ class PartialForm(ConvertedForm):
         return self.head + orjson.dumps({"metadata": obj["metadata"]})[1:] + b"\n"
 
 
-RowFunction = Callable[[Object], list[Any]]
-"""Cells of one object (with kind and apiVersion)."""
+RowFunction = Callable[[Object, str], Object]
+"""(object with kind and apiVersion, includeObject) -> row: {cells, conditions?, object}."""
 
 
 class TableForm(Form):
@@ -170,18 +170,18 @@ class TableForm(Form):
 
     Args:
       columns: columnDefinitions.
-      cells: Row function of the kind.
+      row: Row function of the kind.
       include: "None", "Metadata" (the default) or "Object": what rows carry as `object`.
     """
 
     name = "table"
 
-    def __init__(self, resource: Resource, version: str, columns: list[Object], cells: RowFunction, include: str, single_form: Form) -> None:
+    def __init__(self, resource: Resource, version: str, columns: list[Object], row: RowFunction, include: str, single_form: Form) -> None:
         super().__init__(resource)
         self._version = version
         self._columns = columns
         self._column_bytes = orjson.dumps(columns)
-        self._cells = cells
+        self._row = row
         self._include = include
         self._single_form = single_form
         self._head = b'{"kind":"Table","apiVersion":"meta.k8s.io/%b","metadata":' % version.encode()
@@ -200,13 +200,9 @@ class TableForm(Form):
         return row
 
     def _row_of(self, obj: Object) -> bytes:
-        out: Object = {"cells": self._cells(obj)}
-        if self._include == "Object":
-            out["object"] = obj
-        elif self._include != "None":
-            out["object"] = {"kind": "PartialObjectMetadata", "apiVersion": f"meta.k8s.io/{self._version}", "metadata": obj["metadata"]}
-        else:
-            out["object"] = None
+        out = self._row(obj, self._include)
+        if self._include == "Metadata" and self._version != "v1":
+            out["object"] = {**out["object"], "apiVersion": f"meta.k8s.io/{self._version}"}
         return orjson.dumps(out)
 
     def _table(self, metadata: bytes, rows: bytes, columns: bytes) -> bytes:

@@ -87,7 +87,7 @@ class WatchGroup:
             return
         chunk = b"%x\r\n%b\r\n" % (len(data), data)
         for member in list(self.members):
-            member.send(chunk, len(events))
+            member.send(chunk)
 
     def render(self, events: Sequence[Event]) -> bytes:
         """Return the frames of those events that the group may see."""
@@ -159,7 +159,11 @@ class Watcher:
         stream.closed.add_done_callback(lambda _: self.end())
         group.join(self)
 
-    def send(self, chunk: bytes, count: int = 1) -> None:
+    @property
+    def ended(self) -> bool:
+        return self._ended
+
+    def send(self, chunk: bytes) -> None:
         """Write rendered frames; cut the watcher off when it does not take them."""
         stream = self.stream
         stream.write_rendered(chunk)

@@ -1,0 +1,208 @@
+"""Discovery: /api, /apis, groups, versions, and both of them aggregated; made from the registry, kept until it changes.
+
+Source: apiserver endpoints/discovery, endpoints/discovery/aggregated; KEP-3352.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from knarr.api.scheme import SCHEME, Resource
+from knarr.api.types import Object
+from knarr.apiserver import negotiation
+
+if TYPE_CHECKING:
+    from knarr.apiserver.server import APIServer
+
+AGGREGATED = ("v2", "v2beta1")
+
+
+class Discovery:
+    """Documents by path."""
+
+    def __init__(self, server: APIServer) -> None:
+        self._server = server
+        self._generation = -1
+        self._documents: dict[str, bytes] = {}
+        self.hidden: set[tuple[str, str, str]] = set()
+        """Resources that are served but not announced (their names are not accepted yet)."""
+        self.foreign: dict[str, list[Object]] = {}
+        """Aggregated groups of extension API servers: group -> APIGroupDiscovery entries, set by the aggregator."""
+        self.foreign_versions: dict[str, list[str]] = {}
+        self.group_priority: dict[str, tuple[int, int]] = {}
+
+    def invalidate(self) -> None:
+        self._generation = -1
+
+    def document(self, path: str, accept: str) -> tuple[bytes, str, str] | None:
+        """Return (body, content type, etag) of a discovery path, None when there is no such document."""
+        registry = self._server.registry
+        if self._generation != registry.generation:
+            self._generation = registry.generation
+            self._documents = {}
+        if path in ("/api", "/apis"):
+            version = _aggregated_version(accept)
+            if version:
+                key = f"{path}#{version}"
+                if key not in self._documents:
+                    self._documents[key] = orjson.dumps(self._aggregated(path, version)) + b"\n"
+                body = self._documents[key]
+                etag = '"' + hashlib.sha512(body).hexdigest()[:64].upper() + '"'
+                return body, f"application/json;g=apidiscovery.k8s.io;v={version};as=APIGroupDiscoveryList", etag
+        if path not in self._documents:
+            made = self._make(path)
+            if made is None:
+                return None
+            self._documents[path] = orjson.dumps(made) + b"\n"
+        return self._documents[path], "application/json", ""
+
+    # -- the content -----------------------------------------------------------------------------------------------------------
+    def groups(self) -> dict[str, list[str]]:
+        """Return group -> versions, the preferred one first, in the order of /apis; without the core group."""
+        out: dict[str, list[str]] = {}
+        order = {group.name: (group.order, list(group.versions)) for group in SCHEME.groups()}
+        found: dict[str, set[str]] = {}
+        for group, version, plural in self._server.registry.endpoints:
+            if group and (group, version, plural) not in self.hidden:
+                found.setdefault(group, set()).add(version)
+        for group, versions in self.foreign_versions.items():
+            found.setdefault(group, set()).update(versions)
+        for group in sorted(found, key=lambda name: (order[name][0], "") if name in order else (1000, name)):
+            known = order[group][1] if group in order else []
+            versions = sorted(found[group] - set(known), key=version_priority)
+            out[group] = [v for v in known if v in found[group]] + versions
+        return out
+
+    def resources(self, group: str, version: str) -> list[Resource]:
+        found = [
+            endpoint.resource for (g, v, plural), endpoint in self._server.registry.endpoints.items()
+            if g == group and v == version and (g, v, plural) not in self.hidden
+        ]  # fmt: skip
+        return sorted(found, key=lambda resource: resource.plural)
+
+    def _make(self, path: str) -> Object | None:
+        if path == "/api":
+            address = f"{self._server.advertise_address}:{self._server.port}"
+            return {
+                "kind": "APIVersions", "versions": ["v1"],
+                "serverAddressByClientCIDRs": [{"clientCIDR": "0.0.0.0/0", "serverAddress": address}],
+            }  # fmt: skip
+        if path == "/apis":
+            groups = [_group(name, versions) for name, versions in self.groups().items()]
+            return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
+        parts = path.strip("/").split("/")
+        if parts[0] == "api" and len(parts) == 2 and parts[1] == "v1":
+            return self._resource_list("", "v1")
+        if parts[0] != "apis" or len(parts) not in (2, 3):
+            return None
+        versions = self.groups().get(parts[1])
+        if versions is None:
+            return None
+        if len(parts) == 2:
+            return {"kind": "APIGroup", "apiVersion": "v1", **_group(parts[1], versions)}
+        return self._resource_list(parts[1], parts[2]) if parts[2] in versions else None
+
+    def _resource_list(self, group: str, version: str) -> Object:
+        entries: list[Object] = []
+        for resource in self.resources(group, version):
+            entry: Object = {
+                "name": resource.plural, "singularName": resource.singular, "namespaced": resource.namespaced, "kind": resource.kind,
+                "verbs": sorted(resource.verbs),
+            }  # fmt: skip
+            if resource.short_names:
+                entry["shortNames"] = list(resource.short_names)
+            if resource.categories:
+                entry["categories"] = list(resource.categories)
+            if resource.storage_version_hash:
+                entry["storageVersionHash"] = resource.storage_version_hash
+            entries.append(entry)
+            for name in sorted(resource.subresources):
+                sub = resource.subresources[name]
+                part: Object = {"name": f"{resource.plural}/{name}", "singularName": "", "namespaced": resource.namespaced}
+                if (sub.group, sub.version) != (resource.group, resource.version):
+                    if sub.group:
+                        part["group"] = sub.group
+                    part["version"] = sub.version
+                part["kind"] = sub.kind
+                part["verbs"] = sorted(sub.verbs)
+                entries.append(part)
+        out: Object = {"kind": "APIResourceList"}
+        if group:
+            out["apiVersion"] = "v1"
+        out["groupVersion"] = f"{group}/{version}" if group else version
+        out["resources"] = entries
+        return out
+
+    def _aggregated(self, path: str, version: str) -> Object:
+        items: list[Object] = []
+        if path == "/api":
+            items.append({"metadata": {"creationTimestamp": None}, "versions": [self._aggregated_group("", "v1")]})
+        else:
+            for group, versions in self.groups().items():
+                foreign = self.foreign.get(group)
+                if foreign is not None:
+                    items += foreign
+                    continue
+                items.append({
+                    "metadata": {"name": group, "creationTimestamp": None},
+                    "versions": [self._aggregated_group(group, each) for each in versions],
+                })
+        return {"kind": "APIGroupDiscoveryList", "apiVersion": f"apidiscovery.k8s.io/{version}", "metadata": {}, "items": items}
+
+    def _aggregated_group(self, group: str, version: str) -> Object:
+        entries: list[Object] = []
+        for resource in self.resources(group, version):
+            entry: Object = {
+                "resource": resource.plural,
+                "responseKind": {"group": resource.group, "version": resource.version, "kind": resource.kind},
+                "scope": "Namespaced" if resource.namespaced else "Cluster", "singularResource": resource.singular,
+                "verbs": sorted(resource.verbs),
+            }  # fmt: skip
+            if resource.short_names:
+                entry["shortNames"] = list(resource.short_names)
+            if resource.categories:
+                entry["categories"] = list(resource.categories)
+            subs = [self._aggregated_sub(resource, name) for name in sorted(resource.subresources)]
+            if subs:
+                entry["subresources"] = subs
+            entries.append(entry)
+        return {"version": version, "resources": entries, "freshness": "Current"}
+
+    @staticmethod
+    def _aggregated_sub(resource: Resource, name: str) -> Object:
+        sub = resource.subresources[name]
+        return {
+            "subresource": name, "responseKind": {"group": sub.group, "version": sub.version, "kind": sub.kind}, "verbs": sorted(sub.verbs),
+        }
+
+
+def _group(name: str, versions: list[str]) -> Object:
+    entries = [{"groupVersion": f"{name}/{version}", "version": version} for version in versions]
+    return {"name": name, "versions": entries, "preferredVersion": entries[0]}
+
+
+def _aggregated_version(accept: str) -> str:
+    for clause in negotiation.parse_accept(accept):
+        if clause.as_kind == "APIGroupDiscoveryList" and clause.as_group == "apidiscovery.k8s.io" and clause.as_version in AGGREGATED:
+            if clause.media_type == negotiation.JSON:
+                return clause.as_version
+        elif not clause.as_kind:
+            return ""
+    return ""
+
+
+def version_priority(version: str) -> tuple[Any, ...]:
+    """Sort key: v10 before v2 before v1beta2 before v1alpha1 before anything that is no version.
+
+    Source: apimachinery version.CompareKubeAwareVersionStrings.
+    """
+    import re
+
+    match = re.fullmatch(r"v([1-9][0-9]*)(?:(alpha|beta)([1-9][0-9]*))?", version)
+    if match is None:
+        return (1, 0, 0, 0, version)
+    stage = {None: 0, "beta": 1, "alpha": 2}[match[2]]
+    return (0, stage, -int(match[1]), -int(match[3] or 0), version)

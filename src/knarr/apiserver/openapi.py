@@ -1,0 +1,84 @@
+"""/openapi/v2 and /openapi/v3 over HTTP: negotiation, hashes, caching headers; the content is knarr.api.openapi's.
+
+Rendering a document takes long the first time, so it happens in a thread; the rendered bytes are kept compressed.
+
+Source: kube-openapi handler, handler3.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar
+
+from knarr.api import errors
+from knarr.apiserver.call import GZIP_BYTES, audit_id, gzipped
+from knarr.http.server import Headers, Request
+
+if TYPE_CHECKING:
+    from knarr.api.openapi.documents import CustomAPI, OpenAPIDocuments
+    from knarr.apiserver.server import APIServer
+
+V2_PROTOBUF = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf"
+T = TypeVar("T")
+
+
+class OpenAPI:
+    """See the module's docstring."""
+
+    def __init__(self, server: APIServer) -> None:
+        self._server = server
+        self._documents: OpenAPIDocuments | None = None
+        self._busy = asyncio.Lock()
+
+    @property
+    def documents(self) -> OpenAPIDocuments:
+        if self._documents is None:
+            from knarr.api.openapi.documents import OpenAPIDocuments
+
+            self._documents = OpenAPIDocuments()
+        return self._documents
+
+    def set_custom(self, apis: Iterable[CustomAPI]) -> None:
+        """Publish the schemas of custom resources."""
+        self.documents.set_custom(apis)
+
+    async def handle(self, request: Request) -> None:
+        """Answer. Raises 404."""
+        path = request.path.rstrip("/")
+        if path == "/openapi/v2":
+            document = await self._off_loop(self.documents.v2)
+            # Clients that would rather have protobuf take JSON as well.
+            self._respond(request, document.body, document.hash)
+        elif path == "/openapi/v3":
+            self._respond(request, await self._off_loop(self.documents.v3_index), "")
+        elif path.startswith("/openapi/v3/"):
+            key = path[len("/openapi/v3/"):]
+            found = await self._off_loop(lambda: self.documents.v3(key))
+            if found is None:
+                raise errors.route_not_found()
+            self._respond(request, found.body, found.hash)
+        else:
+            raise errors.route_not_found()
+
+    async def _off_loop(self, work: Callable[[], T]) -> T:
+        async with self._busy:
+            return await asyncio.get_running_loop().run_in_executor(None, work)
+
+    def _respond(self, request: Request, body: bytes, etag: str) -> None:
+        headers: Headers = [("Audit-Id", audit_id(request)), ("Content-Type", "application/json"), ("Vary", "Accept-Encoding"), ("Vary", "Accept")]
+        if etag:
+            headers.append(("ETag", f'"{etag}"'))
+            if "hash" in request.query:
+                headers += [("Cache-Control", "public, immutable"), ("Expires", "Fri, 01 Jan 2100 00:00:00 GMT")]
+            else:
+                headers.append(("Cache-Control", "no-cache, private"))
+            if etag in request.headers.get("if-none-match", ""):
+                request.respond(304, headers, b"")
+                return
+        else:
+            headers.append(("Cache-Control", "no-cache, private"))
+        if len(body) > GZIP_BYTES and "gzip" in request.headers.get("accept-encoding", ""):
+            headers.append(("Content-Encoding", "gzip"))
+            body = gzipped(body)
+        request.respond(200, headers, body)

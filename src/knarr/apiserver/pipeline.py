@@ -1,0 +1,209 @@
+"""The way of a request through the API server, as one list of stages in one file.
+
+    fast path (plain function, tried first; answers reads of known users from memory)
+    1 request info         method and path -> what is asked for
+    2 authentication       who asks (401)
+    3 impersonation        whom they act as (403)
+    4 audit                the request is noted, its answer too
+    5 flow control         how many at once, and of whom first (429)
+    6 authorization        may they (403)
+    7 route                verb -> verbs/*, subresources, discovery, health, proxies
+    any exception          -> Status (StatusError as it is; anything else 500, logged)
+
+The fast path runs the same stages for the common case: known user, nothing to wait for. It returns False, having done
+nothing, as soon as a stage would have to wait.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from knarr.aiokits.log import get_logger
+from knarr.api import errors
+from knarr.api.errors import StatusError
+from knarr.apiserver.attributes import ANONYMOUS, Attributes, ConnectRequest, Decision, ResourceKey, UserInfo
+from knarr.apiserver.call import Call, respond_error
+from knarr.apiserver.requestinfo import RequestInfo, parse
+from knarr.apiserver.verbs import create, delete, patch, read, subresources, update
+from knarr.http.errors import HTTPError
+from knarr.http.server import Request
+
+if TYPE_CHECKING:
+    from knarr.apiserver.server import APIServer
+
+log = get_logger(__name__)
+
+READS = {"get": read.get, "list": read.list_, "watch": read.watch}
+
+
+class Pipeline:
+    """See the module's docstring."""
+
+    def __init__(self, server: APIServer) -> None:
+        self.server = server
+
+    # -- the fast path -------------------------------------------------------------------------------------------------------
+    def fast(self, request: Request) -> bool:
+        """Answer a read from memory; False when anything is to be waited for."""
+        if request.method != "GET" or request.upgrade_wanted:
+            return False
+        server = self.server
+        if server.auth is None or server.auditing or server.flow.busy:
+            return False
+        info = parse("GET", request.path, request.raw_path, request.query_string)
+        if not info.is_resource or info.subresource or info.verb not in READS:
+            return False
+        endpoint = server.registry.endpoints.get((info.group, info.version, info.resource))
+        if endpoint is None or endpoint.store is None:
+            return False
+        headers = request.headers
+        for name in headers:
+            if name.startswith("impersonate-"):
+                return False
+        user = server.auth.authenticator.authenticate_nowait(request)
+        if user is None:
+            return False
+        attributes = attributes_of(request, info, user)
+        decision, _ = server.auth.authorizer.authorize(attributes)
+        if decision is not Decision.ALLOW:
+            return False
+        call = Call(server, request, info, endpoint, user)
+        try:
+            READS[info.verb](call)
+        except StatusError as error:
+            if not request.done:
+                respond_error(request, error, call.warnings, call.audit_id)
+        server.metrics.observe(info, request)
+        return True
+
+    # -- the whole way ---------------------------------------------------------------------------------------------------------
+    async def handle(self, request: Request) -> None:
+        """Answer a request, whatever happens."""
+        server = self.server
+        info = parse(request.method, request.path, request.raw_path, request.query_string)
+        server.metrics.begin()
+        try:
+            await self._stages(request, info)
+        except StatusError as error:
+            self._refuse(request, error)
+        except (ConnectionError, HTTPError) as error:
+            self._refuse(request, errors.service_unavailable(f"error trying to reach service: {error}"))
+        except Exception as error:
+            if type(error).__name__ == "ImpersonationWithoutUser":
+                text = f"Internal Server Error: {request.raw_path!r}: {error}\n"
+                request.respond(500, [("Content-Type", "text/plain; charset=utf-8"), ("X-Content-Type-Options", "nosniff")], text.encode())
+                return
+            log.error("request failed", method=request.method, path=request.path, exc_info=error)
+            self._refuse(request, errors.internal(str(error) or type(error).__name__))
+        finally:
+            server.metrics.end()
+            server.metrics.observe(info, request)
+
+    def _refuse(self, request: Request, error: StatusError) -> None:
+        if not request.done:
+            respond_error(request, error)
+
+    async def _stages(self, request: Request, info: RequestInfo) -> None:
+        server = self.server
+        assert server.auth is not None
+        user = server.auth.authenticator.authenticate_nowait(request) or await server.auth.authenticator.authenticate(request)
+        if user is None:
+            raise errors.unauthorized()
+        impersonate = getattr(server.auth, "impersonate", None)
+        original = user
+        if impersonate is not None:
+            user = await impersonate(request, user)
+        attributes = attributes_of(request, info, user)
+        trace = server.audit.begin(request, info, original, user) if server.audit is not None else None
+        try:
+            async with server.flow.admit(request, info, attributes):
+                decision, reason = await server.decide(attributes)
+                if decision is not Decision.ALLOW:
+                    if user.name == ANONYMOUS.name and user is ANONYMOUS and not server.anonymous_everywhere:
+                        raise errors.unauthorized()
+                    raise server.forbidden(attributes, reason)
+                await self._route(request, info, attributes, user)
+        except StatusError as error:
+            if trace is not None:
+                trace.failed(error)
+            raise
+        finally:
+            if trace is not None:
+                trace.finish(request)
+
+    async def _route(self, request: Request, info: RequestInfo, attributes: Attributes, user: UserInfo) -> None:
+        server = self.server
+        if not info.is_resource:
+            await server.paths.handle(request, user)
+            return
+        endpoint = server.registry.find(info.group, info.version, info.resource)
+        if endpoint is None:
+            if await server.delegate(request, info, user):
+                return
+            raise errors.route_not_found()
+        if info.namespace and not endpoint.resource.namespaced and not (info.resource == "namespaces" and info.group == ""):
+            raise errors.route_not_found()
+        connect = server.connects.get(ResourceKey(info.group, info.resource, info.subresource))
+        if connect is not None:
+            await connect(ConnectRequest(request, attributes, endpoint.resource, info.rest))
+            return
+        call = Call(server, request, info, endpoint, user)
+        try:
+            await self._verb(call, info)
+        except StatusError as error:
+            if request.done:
+                raise
+            respond_error(request, error, call.warnings, call.audit_id)
+            if server.audit is not None:
+                raise
+
+    async def _verb(self, call: Call, info: RequestInfo) -> None:
+        endpoint = call.endpoint
+        resource = endpoint.resource
+        if info.subresource:
+            await subresources.handle(call)
+            return
+        verb = info.verb
+        if verb == "create" and endpoint.store is None:
+            await subresources.review(call)
+            return
+        if verb not in resource.verbs and not (verb == "get" and "get" in resource.verbs):
+            raise errors.method_not_allowed()
+        if resource.namespaced and not info.namespace and verb in ("get", "create", "update", "patch", "delete", "deletecollection"):
+            if info.name or verb == "deletecollection":
+                raise errors.route_not_found() if info.name else errors.method_not_allowed()
+            if verb == "create":
+                raise errors.method_not_allowed()
+        if verb in READS:
+            READS[verb](call)
+        elif verb == "create":
+            if info.name:
+                raise errors.method_not_allowed()
+            await create.create(call)
+        elif verb == "update":
+            await update.update(call, update.mode_of(call))
+        elif verb == "patch":
+            await patch.patch(call, update.mode_of(call))
+        elif verb == "delete":
+            await delete.delete(call)
+        elif verb == "deletecollection":
+            await delete.delete_collection(call)
+        else:
+            raise errors.method_not_allowed()
+
+
+def attributes_of(request: Request, info: RequestInfo, user: UserInfo) -> Attributes:
+    """Describe a request for authorization."""
+    if not info.is_resource:
+        return Attributes(user, info.verb, path=request.path, is_resource=False)
+    name = info.name
+    field_selector = label_selector = ""
+    if request.query_string and info.verb in ("list", "watch", "deletecollection"):
+        query = request.query
+        field_selector = query.get("fieldSelector", [""])[0]
+        label_selector = query.get("labelSelector", [""])[0]
+        if not name and field_selector.startswith("metadata.name=") and "," not in field_selector:
+            name = field_selector[14:].lstrip("=")
+    return Attributes(
+        user, info.verb, info.group, info.version, info.resource, info.subresource, info.namespace, name, "", True, field_selector, label_selector,
+    )  # fmt: skip

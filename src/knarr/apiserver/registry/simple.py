@@ -1,0 +1,320 @@
+"""Strategies that need little more than the conventions: workloads and most policy kinds.
+
+Source: pkg/registry/{apps,batch,autoscaling,coordination,discovery,flowcontrol,networking,node,policy,rbac,scheduling,storage,
+admissionregistration,resource}/*/strategy.go.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from knarr.api.types import Object
+from knarr.apiserver.registry.base import ORPHAN, UNSUPPORTED, Strategy, rest_of
+
+if TYPE_CHECKING:
+    from knarr.apiserver.call import Call
+
+
+class Plain(Strategy):
+    """No status, no generation."""
+
+    resets_status = False
+
+
+class Conditional(Plain):
+    """Updates need a resourceVersion."""
+
+    unconditional_update = False
+
+
+class CreateOnUpdate(Plain):
+    """PUT of an absent object creates it."""
+
+    create_on_update = True
+
+
+class Generation(Strategy):
+    """Spec changes raise the generation."""
+
+    has_generation = True
+
+
+class Workload(Generation):
+    """Status updates leave labels alone."""
+
+    def prepare_status(self, call: Call, obj: Object, old: Object) -> None:
+        super().prepare_status(call, obj, old)
+        self.keep_metadata(obj, old)
+
+
+class Deployment(Workload):
+    """Annotations count as spec, since they are copied to ReplicaSets."""
+
+    def changed(self, obj: Object, old: Object) -> bool:
+        return rest_of(obj) != rest_of(old) or (obj["metadata"].get("annotations") or {}) != (old["metadata"].get("annotations") or {})
+
+
+class DaemonSet(Generation):
+    """The template generation follows template changes, for the deprecated field that still shows it."""
+
+    def prepare_create(self, call: Call, obj: Object) -> None:
+        super().prepare_create(call, obj)
+        annotations = obj["metadata"].setdefault("annotations", {})
+        annotations["deprecated.daemonset.template.generation"] = "1"
+
+    def prepare_update(self, call: Call, obj: Object, old: Object) -> None:
+        super().prepare_update(call, obj, old)
+        key = "deprecated.daemonset.template.generation"
+        before = (old["metadata"].get("annotations") or {}).get(key, "")
+        number = int(before) if before.isdecimal() else 0
+        if obj["spec"].get("template") != old["spec"].get("template"):
+            number += 1
+        if number:
+            obj["metadata"].setdefault("annotations", {})[key] = str(number)
+
+
+class ReplicaSet(Generation):
+    field_names = ("status.replicas",)
+
+    def fields(self, obj: Object) -> tuple[str, ...]:
+        return (str((obj.get("status") or {}).get("replicas") or 0),)
+
+
+class ReplicationController(ReplicaSet):
+    default_gc = ORPHAN
+
+
+class StatefulSet(Generation):
+    pass
+
+
+class CronJob(Generation):
+    default_gc = "delete"
+
+
+class ControllerRevision(Plain):
+    pass
+
+
+class PodTemplate(Plain):
+    has_generation = True
+
+
+class HorizontalPodAutoscaler(Strategy):
+    pass
+
+
+class Lease(Plain):
+    unconditional_update = False
+    create_on_update = True
+
+
+class EndpointSlice(Plain):
+    """The generation counts changes of endpoints, ports, labels and annotations."""
+
+    has_generation = True
+
+    def changed(self, obj: Object, old: Object) -> bool:
+        mine, theirs = obj["metadata"], old["metadata"]
+        return (
+            rest_of(obj) != rest_of(old) or (mine.get("labels") or {}) != (theirs.get("labels") or {})
+            or (mine.get("annotations") or {}) != (theirs.get("annotations") or {})
+        )  # fmt: skip
+
+
+class AdmissionConfiguration(Plain):
+    """Webhook configurations and policies: generation, updates need a resourceVersion."""
+
+    has_generation = True
+    unconditional_update = False
+
+
+class AdmissionPolicy(Generation):
+    unconditional_update = False
+
+
+class KeepsMetadataOnStatus(Generation):
+    """The status subresource leaves all metadata but managedFields alone."""
+
+    def prepare_status(self, call: Call, obj: Object, old: Object) -> None:
+        super().prepare_status(call, obj, old)
+        mine = obj["metadata"].get("managedFields")
+        version = obj["metadata"].get("resourceVersion")
+        obj["metadata"] = {**old["metadata"]}
+        if mine is not None:
+            obj["metadata"]["managedFields"] = mine
+        if version is not None:
+            obj["metadata"]["resourceVersion"] = version
+
+
+class FlowControl(KeepsMetadataOnStatus):
+    pass
+
+
+class PodDisruptionBudget(Generation):
+    unconditional_update = False
+
+
+class ResourceQuota(Strategy):
+    pass
+
+
+class Event(Plain):
+    """Events expire; they can be selected by what they are about."""
+
+    create_on_update = True
+    default_gc = UNSUPPORTED
+    field_names = (
+        "involvedObject.kind", "involvedObject.namespace", "involvedObject.name", "involvedObject.uid", "involvedObject.apiVersion",
+        "involvedObject.resourceVersion", "involvedObject.fieldPath", "reason", "reportingComponent", "source", "type",
+    )  # fmt: skip
+    field_aliases = {
+        "regarding.kind": "involvedObject.kind", "regarding.namespace": "involvedObject.namespace", "regarding.name": "involvedObject.name",
+        "regarding.uid": "involvedObject.uid", "regarding.apiVersion": "involvedObject.apiVersion",
+        "regarding.resourceVersion": "involvedObject.resourceVersion", "regarding.fieldPath": "involvedObject.fieldPath",
+        "reportingController": "reportingComponent",
+    }  # fmt: skip
+
+    def fields(self, obj: Object) -> tuple[str, ...]:
+        about = obj.get("involvedObject") or {}
+        source = (obj.get("source") or {}).get("component") or ""
+        reporting = obj.get("reportingComponent") or ""
+        get = about.get
+        return (
+            get("kind") or "", get("namespace") or "", get("name") or "", get("uid") or "", get("apiVersion") or "",
+            get("resourceVersion") or "", get("fieldPath") or "", obj.get("reason") or "", reporting, source or reporting,
+            obj.get("type") or "",
+        )  # fmt: skip
+
+
+class Secret(Plain):
+    field_names = ("type",)
+
+    def fields(self, obj: Object) -> tuple[str, ...]:
+        return (obj.get("type") or "",)
+
+    def prepare_create(self, call: Call, obj: Object) -> None:
+        _string_data(obj)
+
+    def prepare_update(self, call: Call, obj: Object, old: Object) -> None:
+        _string_data(obj)
+        # The type cannot be changed, so leaving it out keeps it.
+        if not obj.get("type"):
+            obj["type"] = old.get("type", "")
+
+
+def _string_data(obj: Object) -> None:
+    """stringData is write-only: it becomes data."""
+    from base64 import b64encode
+
+    text = obj.pop("stringData", None)
+    if text:
+        data = obj.get("data") or {}
+        for key, value in text.items():
+            data[key] = b64encode((value or "").encode("utf-8", "surrogatepass")).decode()
+        obj["data"] = data
+
+
+class NetworkPolicy(Plain):
+    has_generation = True
+
+
+class Ingress(Generation):
+    pass
+
+
+class IngressClass(Plain):
+    has_generation = True
+
+
+class RuntimeClass(Plain):
+    unconditional_update = False
+
+
+class PriorityClass(Plain):
+    has_generation = True
+
+    def prepare_update(self, call: Call, obj: Object, old: Object) -> None:
+        return None
+
+    def prepare_create(self, call: Call, obj: Object) -> None:
+        obj["metadata"]["generation"] = 1
+
+
+class CSIDriver(Plain):
+    unconditional_update = False
+    has_generation = False
+
+
+class VolumeAttachment(Strategy):
+    unconditional_update = False
+
+
+class PersistentVolume(Strategy):
+    returns_deleted = True
+
+    def prepare_create(self, call: Call, obj: Object) -> None:
+        from knarr.aiokits import clock
+
+        super().prepare_create(call, obj)
+        obj["status"] = {"phase": "Pending", "lastPhaseTransitionTime": clock.now_rfc3339()}
+
+    def prepare_status(self, call: Call, obj: Object, old: Object) -> None:
+        from knarr.aiokits import clock
+
+        super().prepare_status(call, obj, old)
+        status, before = obj.setdefault("status", {}), old.get("status") or {}
+        if status.get("phase") != before.get("phase") and status.get("lastPhaseTransitionTime") == before.get("lastPhaseTransitionTime"):
+            status["lastPhaseTransitionTime"] = clock.now_rfc3339()
+
+
+class PersistentVolumeClaim(Strategy):
+    returns_deleted = True
+    field_names = ("name",)
+
+    def fields(self, obj: Object) -> tuple[str, ...]:
+        return (obj["metadata"].get("name") or "",)
+
+    def prepare_create(self, call: Call, obj: Object) -> None:
+        super().prepare_create(call, obj)
+        obj["status"] = {"phase": "Pending"}
+        _data_sources(obj.get("spec") or {})
+
+    def prepare_update(self, call: Call, obj: Object, old: Object) -> None:
+        super().prepare_update(call, obj, old)
+        _data_sources(obj.get("spec") or {})
+
+
+def _data_sources(spec: Object) -> None:
+    """dataSource and dataSourceRef mirror each other where both can say the same."""
+    source, reference = spec.get("dataSource"), spec.get("dataSourceRef")
+    if source is not None and reference is None:
+        spec["dataSourceRef"] = dict(source)
+    elif reference is not None and source is None and not reference.get("namespace"):
+        known = (reference.get("apiGroup") or "", reference.get("kind"))
+        if known in (("", "PersistentVolumeClaim"), ("snapshot.storage.k8s.io", "VolumeSnapshot")):
+            spec["dataSource"] = {key: value for key, value in reference.items() if key != "namespace"}
+
+
+class ResourceClaim(Strategy):
+    pass
+
+
+class ServiceAccount(Plain):
+    returns_deleted = True
+
+    def prepare_create(self, call: Call, obj: Object) -> None:
+        """Secrets listed by clients are taken as they are."""
+
+
+class ResourceSlice(Plain):
+    has_generation = True
+    field_names = ("spec.nodeName", "spec.driver")
+
+    def fields(self, obj: Object) -> tuple[str, ...]:
+        spec = obj.get("spec") or {}
+        return (spec.get("nodeName") or "", spec.get("driver") or "")
+
+
+class APIService(Strategy):
+    """Status updates may change annotations, as upstream's do."""

@@ -1,0 +1,250 @@
+"""The API server: builds its parts, starts and stops them in order. Callers: knarr.cluster, knarr.testing.
+
+Order of start: store loaded, auth and admission built on the loaded caches, default objects written, then listening.
+Order of stop: not ready, no new connections, watches ended, running requests get a grace period, store closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from knarr.aiokits.log import get_logger
+from knarr.aiokits.tasks import Tasks
+from knarr.api import errors
+from knarr.api.errors import StatusError
+from knarr.api.scheme import Resource
+from knarr.apiserver import bootstrap
+from knarr.apiserver.attributes import AdmissionChain, Attributes, Auth, ConnectHandler, Decision, ResourceKey, UserInfo
+from knarr.apiserver.audit import Audit
+from knarr.apiserver.call import Call, respond_error
+from knarr.apiserver.config import APIServerConfig
+from knarr.apiserver.discovery import Discovery
+from knarr.apiserver.flow import FlowControl
+from knarr.apiserver.metrics import Metrics
+from knarr.apiserver.openapi import OpenAPI
+from knarr.apiserver.paths import Paths
+from knarr.apiserver.pipeline import Pipeline
+from knarr.apiserver.registry import all as builtin
+from knarr.apiserver.requestinfo import RequestInfo
+from knarr.apiserver.storage import Storage
+from knarr.apiserver.store import ResourceStore, new_uid
+from knarr.apiserver.tables import table_of
+from knarr.apiserver.watching import Watcher, close_watchers
+from knarr.http.server import HTTPServer, Request
+from knarr.storage.factory import open_store
+
+log = get_logger(__name__)
+
+BOOKMARK_SECONDS = 60.0
+IDENTITY_SECONDS = 10.0
+
+
+class APIServer:
+    """See the module's docstring. Implements Services of attributes.py."""
+
+    def __init__(self, config: APIServerConfig) -> None:
+        self.config = config
+        self.tasks = Tasks()
+        self.instance_id = new_uid()
+        self.storage = Storage(open_store(config.store))
+        self.registry = builtin.Registry()
+        self.auth: Auth | None = None
+        self.admission: AdmissionChain | None = None
+        self.connects: dict[ResourceKey, ConnectHandler] = {}
+        self.metrics = Metrics(asyncio.get_running_loop().time)
+        self.flow = FlowControl(config)
+        self.audit: Audit | None = Audit(config) if config.audit_policy else None
+        self.discovery = Discovery(self)
+        self.openapi = OpenAPI(self)
+        self.paths = Paths(self)
+        self.pipeline = Pipeline(self)
+        self.port = config.port
+        self.stopping = False
+        self.delegates: list[Callable[[Request, str, UserInfo], Coroutine[Any, Any, bool]]] = []
+        """Asked in turn about paths nobody here serves (extension API servers): True when answered."""
+        self._ready = False
+        self._http: HTTPServer | None = None
+        self._watchers: set[Watcher] = set()
+        self._bookmark_timer: asyncio.TimerHandle | None = None
+
+    # -- life ------------------------------------------------------------------------------------------------------------------
+    async def start(self) -> None:
+        """Load, build, write what every cluster has, and listen.
+
+        Raises:
+          OSError: the address is taken, a file is missing.
+          UnavailableError: the store cannot be opened.
+        """
+        config = self.config
+        builtin.build(self.registry, self.storage, self, table_of, event_ttl_seconds=config.event_ttl_seconds)
+        await self.storage.start()
+        from knarr.apiserver.auth.setup import build_auth
+
+        self.auth = build_auth(self)
+        self.paths.handlers.update(self.auth.paths)
+        self._build_optional()
+        # The socket is bound first, so that the port is known to the objects written below; nobody is answered before them.
+        self._http = HTTPServer(self.pipeline.handle, fast=self.pipeline.fast, ssl_context=self._tls(), max_body_bytes=3 << 20)
+        if config.listen_sock is not None:
+            self.port = config.listen_sock.getsockname()[1]
+        await bootstrap.bootstrap(self)
+        await self.auth.start()
+        for start in self._starters:
+            await start()
+        if config.listen_sock is not None:
+            await self._http.listen_socket(config.listen_sock)
+        else:
+            self.port = await self._http.listen(config.bind_address, config.port)
+            if self.port != config.port:
+                await bootstrap.kubernetes_service(self)
+        self._ready = True
+        self._bookmark_timer = asyncio.get_running_loop().call_later(BOOKMARK_SECONDS, self._bookmarks)
+        self.tasks.spawn_eternal(self._renew_identity(), "identity-lease")
+        log.info("API server is serving", port=self.port)
+
+    def _build_optional(self) -> None:
+        """Parts that other folders bring: admission, proxies to kubelets, custom resources, aggregation."""
+        self._starters: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        from knarr.apiserver.admission.chain import build_admission
+        from knarr.apiserver.proxy.setup import build_connect
+
+        self.admission = build_admission(self)
+        self.connects.update(build_connect(self))
+
+    async def stop(self) -> None:
+        """Stop serving; idempotent."""
+        if self.stopping:
+            return
+        self.stopping = True
+        self._ready = False
+        if self._bookmark_timer is not None:
+            self._bookmark_timer.cancel()
+        if self._http is not None:
+            await self._http.stop_listening()
+        for cache in self.storage.caches.values():
+            close_watchers(cache)
+        if self._http is not None:
+            await self._http.close(grace_seconds=self.config.shutdown_grace_seconds)
+        await self.tasks.close()
+        if self.auth is not None:
+            await self.auth.close()
+        if self.audit is not None:
+            self.audit.close()
+        await self.storage.close()
+
+    def _tls(self) -> ssl.SSLContext | None:
+        config = self.config
+        if not config.serving_cert:
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(config.serving_cert, config.serving_key)
+        for path in (config.client_ca, config.requestheader_client_ca):
+            if path:
+                context.load_verify_locations(path)
+        if config.client_ca or config.requestheader_client_ca:
+            context.verify_mode = ssl.CERT_OPTIONAL
+        context.set_alpn_protocols(["http/1.1"])
+        return context
+
+    # -- Services ----------------------------------------------------------------------------------------------------------------
+    def store(self, group: str, resource: str) -> ResourceStore:
+        return self.registry.stores[group, resource]
+
+    def is_ready(self) -> bool:
+        return self._ready
+
+    def store_trouble(self) -> str:
+        """Return why the store cannot be used, "" when it can."""
+        return str(getattr(self.storage.store, "trouble", "") or "")
+
+    @property
+    def advertise_address(self) -> str:
+        config = self.config
+        if config.advertise_address:
+            return config.advertise_address
+        return config.bind_address if config.bind_address not in ("0.0.0.0", "::", "") else "127.0.0.1"
+
+    @property
+    def auditing(self) -> bool:
+        return self.audit is not None
+
+    @property
+    def anonymous_everywhere(self) -> bool:
+        return "*" in self.config.anonymous_paths
+
+    # -- for the pipeline and the verbs --------------------------------------------------------------------------------------------
+    async def decide(self, attributes: Attributes) -> tuple[Decision, str]:
+        """Ask the authorizer, waiting if it must."""
+        assert self.auth is not None
+        decision, reason = self.auth.authorizer.authorize(attributes)
+        if decision is Decision.ASK:
+            decision, reason = await self.auth.authorizer.authorize_async(attributes)
+        return decision, reason
+
+    def forbidden(self, attributes: Attributes, reason: str) -> StatusError:
+        from knarr.apiserver.auth.forbidden import forbidden_error
+
+        return forbidden_error(attributes, reason)
+
+    def admission_for(self, operation: str, resource: Resource, subresource: str) -> AdmissionChain | None:
+        """Return the admission chain if it has anything to do with such an operation."""
+        admission = self.admission
+        return admission if admission is not None and admission.concerns(operation, resource, subresource) else None
+
+    def spawn_call(self, call: Call, work: Coroutine[Any, Any, None]) -> None:
+        """Go on with a call in a task of its own; its errors become the answer."""
+        self.tasks.spawn(self._guard(call, work), "api-call")
+
+    async def _guard(self, call: Call, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except StatusError as error:
+            if not call.request.done:
+                respond_error(call.request, error, call.warnings, call.audit_id)
+        except Exception as error:
+            log.error("request failed", path=call.request.path, exc_info=error)
+            if not call.request.done:
+                respond_error(call.request, errors.internal(str(error)), call.warnings, call.audit_id)
+
+    def watch_started(self, call: Call, watcher: Watcher) -> None:
+        self._watchers.add(watcher)
+        self.metrics.watching(call.info, 1)
+
+    def watch_ended(self, call: Call) -> Callable[[], None]:
+        info, metrics = call.info, self.metrics
+        return lambda: metrics.watching(info, -1)
+
+    def _bookmarks(self) -> None:
+        """Once a minute every watcher that wants them learns how far it has seen."""
+        self._watchers = {watcher for watcher in self._watchers if not watcher.ended}
+        for watcher in self._watchers:
+            watcher.send_bookmark()
+        self._bookmark_timer = asyncio.get_running_loop().call_later(BOOKMARK_SECONDS, self._bookmarks)
+
+    async def delegate(self, request: Request, info: RequestInfo, user: UserInfo) -> bool:
+        """Let somebody else answer for a group this server does not have; False when there is nobody."""
+        for other in self.delegates:
+            if await other(request, f"{info.group}/{info.version}", user):
+                return True
+        return False
+
+    async def delegate_path(self, request: Request, user: UserInfo) -> bool:
+        """The same for a discovery path."""
+        parts = request.path.strip("/").split("/")
+        if parts[0] != "apis" or len(parts) < 2:
+            return False
+        for other in self.delegates:
+            if await other(request, "/".join(parts[1:3]), user):
+                return True
+        return False
+
+    async def _renew_identity(self) -> None:
+        while True:
+            with contextlib.suppress(StatusError):
+                await bootstrap.renew_identity(self)
+            await asyncio.sleep(IDENTITY_SECONDS)

@@ -1,0 +1,220 @@
+"""Create.
+
+Order, as upstream's: decode and default, clean metadata, name, mutating admission, strategy, validation, validating
+admission, claim (addresses, ports), store, answer.
+
+Source: apiserver endpoints/handlers/create.go, registry/generic/registry/store.go Create, registry/rest/create.go.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from knarr.aiokits import clock
+from knarr.api import errors
+from knarr.api.errors import StatusError
+from knarr.api.meta import deep_copy
+from knarr.api.types import Object
+from knarr.apiserver import machinery
+from knarr.apiserver.attributes import AdmissionRequest
+from knarr.apiserver.cache import CachedObject
+from knarr.apiserver.call import Call
+from knarr.apiserver.managed import track_update
+from knarr.apiserver.store import new_uid, object_key
+from knarr.http.errors import BodyTooLarge
+
+NAME_LETTERS = "bcdfghjklmnpqrstvwxz2456789"
+NAME_TRIES = 8
+MAX_GENERATED_BASE = 58
+
+
+def generated_name(base: str) -> str:
+    """Return base with five random letters that form no words, the whole at most 63 long."""
+    return base[:MAX_GENERATED_BASE] + "".join(random.choices(NAME_LETTERS, k=5))
+
+
+async def read_body(call: Call) -> bytes:
+    """Return the request's body. Raises StatusError 413."""
+    try:
+        return await call.request.body()
+    except BodyTooLarge as error:
+        raise errors.too_large(f"limit is {error.limit_bytes}") from error
+
+
+async def create(call: Call) -> None:
+    """Answer a POST to a collection."""
+    call.form()  # 406 before anything is done
+    body = await read_body(call)
+    call.write_options("CreateOptions")
+    content_type = call.request.headers.get("content-type", "")
+    obj, warnings = machinery.decode(call.endpoint, body, content_type, call.field_validation)
+    call.warnings += warnings
+    call.log_object = obj
+    result = await create_object(call, obj)
+    if isinstance(result, CachedObject):
+        call.answer_cached(201, result)
+    else:
+        call.answer_object(201, result)
+
+
+def check_namespace(call: Call, metadata: Object) -> None:
+    """Put the request's namespace into metadata. Raises 400 if another is there."""
+    given = metadata.get("namespace")
+    if call.endpoint.resource.namespaced:
+        if not given:
+            metadata["namespace"] = call.namespace
+        elif given != call.namespace:
+            raise errors.bad_request("the namespace of the provided object does not match the namespace sent on the request")
+    elif given:
+        if call.endpoint.resource.plural != "namespaces" or given != metadata.get("name"):
+            raise errors.bad_request("the namespace of the provided object does not match the namespace sent on the request")
+        del metadata["namespace"]
+
+
+def dedup_owner_references(call: Call, metadata: Object, *, after_admission: bool = False) -> None:
+    """Drop owner references that repeat another's uid, with a warning."""
+    references = metadata.get("ownerReferences")
+    if not references or len(references) < 2:
+        return
+    kept: dict[str, Object] = {}
+    twice: dict[str, None] = {}
+    for reference in references:
+        uid = reference.get("uid") or ""
+        if uid in kept:
+            twice[uid] = None
+        else:
+            kept[uid] = reference
+    if not twice:
+        return
+    metadata["ownerReferences"] = list(kept.values())
+    when = " after mutating admission happens" if after_admission else ""
+    call.warnings.append(
+        f".metadata.ownerReferences contains duplicate entries{when}; API server dedups owner references in 1.20+, and may reject such "
+        f"requests as early as 1.24; please fix your requests; duplicate UID(s) observed: [{' '.join(twice)}]"
+    )
+
+
+async def create_object(call: Call, obj: Object, *, name: str = "") -> CachedObject | Object:
+    """Carry a decoded object through admission, strategy and validation into the store.
+
+    Args:
+      obj: Private; changed and given away.
+      name: The name from the URL (create by PUT or apply); "" takes the object's.
+
+    Returns:
+      What was stored; a plain object for a dry run.
+    """
+    endpoint = call.endpoint
+    metadata = obj.get("metadata")
+    if not isinstance(metadata, dict):
+        metadata = obj["metadata"] = {}
+    for field in ("uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "generation"):
+        metadata.pop(field, None)
+    if metadata.get("resourceVersion"):
+        if not name:
+            raise StatusError(500, "InternalError", "resourceVersion should not be set on objects to be created")
+    metadata.pop("resourceVersion", None)
+    check_namespace(call, metadata)
+    metadata["uid"] = new_uid()
+    metadata["creationTimestamp"] = clock.now_rfc3339()
+    dedup_owner_references(call, metadata)
+    generated = not metadata.get("name") and bool(metadata.get("generateName"))
+    if generated:
+        metadata["name"] = generated_name(metadata["generateName"])
+    track_update(call, obj, None)
+    pristine = deep_copy(obj) if generated else None
+    for attempt in range(NAME_TRIES):
+        result = await _try_create(call, obj)
+        if result is not None:
+            return result
+        if pristine is None or attempt == NAME_TRIES - 1:
+            break
+        # The generated name was taken: the same object again under another one.
+        obj = deep_copy(pristine)
+        obj["metadata"]["name"] = generated_name(obj["metadata"]["generateName"])
+    if generated:
+        raise errors.generate_name_conflict(endpoint.resource, obj["metadata"]["name"])
+    raise errors.already_exists(endpoint.resource, obj["metadata"].get("name", ""))
+
+
+async def _try_create(call: Call, obj: Object) -> CachedObject | Object | None:
+    """One attempt; None when the name is taken."""
+    endpoint = call.endpoint
+    strategy = endpoint.strategy
+    store = endpoint.live_store
+    admission = call.server.admission_for("CREATE", endpoint.resource, "")
+    request: AdmissionRequest | None = None
+    finish: Callable[[bool], None] | None = None
+    stored = False
+    try:
+        if admission is not None:
+            request = admission_request(call, "CREATE", obj, None)
+            await admission.admit(request)
+            if request.object is not obj and request.object is not None:
+                obj = request.object
+            dedup_owner_references(call, obj["metadata"], after_admission=True)
+            check_namespace(call, obj["metadata"])
+        # Claims come before validation, which wants to see what was claimed.
+        finish = await strategy.begin_create(call, obj)
+        strategy.prepare_create(call, obj)
+        machinery.fill_status(endpoint.resource, obj)
+        found = machinery.validate_create(endpoint, obj) + strategy.validate_create(call, obj)
+        if found:
+            raise errors.invalid(endpoint.resource, obj["metadata"].get("name") or "", found)
+        call.warnings += strategy.warnings(obj, None)
+        strategy.canonicalize(obj)
+        metadata = obj["metadata"]
+        key = object_key(metadata.get("namespace") or "", metadata["name"])
+        if admission is not None and request is not None:
+            request.object = obj
+            request.name = metadata["name"]
+            await admission.validate(request)
+        if key in store.cache.objects:
+            return None
+        if call.dry_run:
+            return obj
+        written = await store.put(key, endpoint.to_stored(obj) if endpoint.to_stored is not None else obj, 0)
+        stored = written is not None
+        return written
+    finally:
+        if finish is not None:
+            finish(stored)
+        if request is not None:
+            call.warnings += request.warnings
+            call.annotations.update(request.audit_annotations)
+            if not stored:
+                for undo in reversed(request.undo):
+                    undo()
+
+
+def admission_request(call: Call, operation: str, obj: Object | None, old: Object | None, subresource: str = "") -> AdmissionRequest:
+    """Describe an operation to admission."""
+    resource = call.endpoint.resource
+    metadata = (obj or old or {}).get("metadata") or {}
+    options_kind = {"CREATE": "CreateOptions", "UPDATE": "UpdateOptions", "DELETE": "DeleteOptions"}[operation]
+    options: Object = {"kind": options_kind, "apiVersion": "meta.k8s.io/v1"}
+    if call.dry_run:
+        options["dryRun"] = ["All"]
+    if call.field_manager:
+        options["fieldManager"] = call.field_manager
+    if call.parameter("fieldValidation"):
+        options["fieldValidation"] = call.field_validation
+    return AdmissionRequest(
+        operation=operation, resource=resource, subresource=subresource, kind=(resource.group, resource.version, resource.kind),
+        namespace=call.namespace or (call.info.name or metadata.get("name", "") if resource.plural == "namespaces" and not resource.group else ""),
+        name=call.info.name or metadata.get("name") or "", object=obj, old_object=old, user=call.user, dry_run=call.dry_run, options=options,
+    )
+
+
+def decode_apply(body: bytes) -> Object:
+    """Read an apply patch, which is YAML. Raises 400."""
+    from knarr.api import yamldoc
+
+    try:
+        obj, _ = yamldoc.load(body)
+    except yamldoc.YAMLError as error:
+        raise errors.bad_request(f"error decoding YAML: {error}") from error
+    if not isinstance(obj, dict):
+        raise errors.bad_request("error decoding YAML: not an object")
+    return obj

@@ -1,0 +1,189 @@
+"""Get, list and watch, answered from the watch cache.
+
+These are plain functions on the hot path: a GET costs one dictionary look-up and one concatenation. What needs the store's
+history (an exact old revision, a continue token of the past) goes to a task.
+"""
+
+from __future__ import annotations
+
+import random
+
+from knarr.api import errors
+from knarr.api.errors import StatusError
+from knarr.api.selectors import EVERYTHING, FieldSelector, FieldTerm, SelectorError, parse_field_selector, parse_label_selector
+from knarr.apiserver import listing
+from knarr.apiserver.cache import ADDED, CachedObject, ResourceCache
+from knarr.apiserver.call import Call
+from knarr.apiserver.listing import ListOptions
+from knarr.apiserver.watching import Selection, Watcher, group_for
+
+NO_FIELDS = FieldSelector()
+
+
+def get(call: Call) -> None:
+    """Answer with one object."""
+    endpoint = call.endpoint
+    store = endpoint.live_store
+    cached = store.find(call.namespace, call.info.name)
+    if call.request.query_string:
+        version = listing.parse_revision(call.parameter("resourceVersion"))
+        if version is not None and version > store.storage.revision:
+            raise listing.too_large_version(version, store.storage.revision)
+    if cached is None:
+        raise errors.not_found(endpoint.resource, call.info.name)
+    form, yaml, pretty = call.form()
+    call.answer_bytes(200, form.single(cached), form.content_type, yaml, pretty)
+
+
+def selection_of(call: Call) -> Selection:
+    """Compile the label and field selectors of a list, watch or deletecollection. Raises StatusError."""
+    cache = call.endpoint.live_store.cache
+    labels, fields = EVERYTHING, NO_FIELDS
+    if call.query:
+        text = call.parameter("labelSelector")
+        if text:
+            try:
+                labels = parse_label_selector(text)
+            except SelectorError as error:
+                raise errors.bad_request(str(error)) from error
+        text = call.parameter("fieldSelector")
+        if text:
+            try:
+                fields = parse_field_selector(text)
+            except SelectorError as error:
+                raise errors.bad_request(str(error)) from error
+            fields = _known_fields(call, cache, fields)
+    if call.info.name:
+        fields = _with_name(call.info.name, fields)
+    return Selection(cache, call.namespace, labels, fields)
+
+
+def _known_fields(call: Call, cache: ResourceCache, fields: FieldSelector) -> FieldSelector:
+    aliases = call.endpoint.strategy.field_aliases
+    terms: list[FieldTerm] = []
+    for term in fields.terms:
+        name = aliases.get(term.field, term.field)
+        if name not in cache.field_index and name not in ("metadata.name", "metadata.namespace"):
+            if call.endpoint.resource.custom:
+                raise errors.bad_request(f"field label not supported: {term.field}")
+            raise errors.bad_request(_unsupported_field(call, term.field))
+        terms.append(FieldTerm(name, term.value, term.negated) if name != term.field else term)
+    return FieldSelector(terms)
+
+
+def _unsupported_field(call: Call, field: str) -> str:
+    if call.endpoint.strategy.field_names:
+        return f"field label not supported: {field}"
+    return f'"{field}" is not a known field selector: only "metadata.name", "metadata.namespace"'
+
+
+def _with_name(name: str, fields: FieldSelector) -> FieldSelector:
+    if fields.terms:
+        if fields.required_value("metadata.name") != name:
+            raise errors.bad_request("fieldSelector metadata.name doesn't match requested name")
+        return fields
+    return FieldSelector([FieldTerm("metadata.name", name)])
+
+
+def list_options(call: Call, *, watch: bool) -> ListOptions:
+    """Read and check the options of a list or watch. Raises StatusError."""
+    selection = selection_of(call)
+    if not call.query:
+        return ListOptions(selection)
+    version = call.parameter("resourceVersion")
+    match = call.parameter("resourceVersionMatch")
+    token = call.parameter("continue")
+    found = listing.validate_options(
+        watch=watch, version=version, match=match, continue_token=token, send_initial_events=call.boolean("sendInitialEvents"),
+    )
+    if found:
+        raise errors.invalid("ListOptions.meta.k8s.io", "", found)
+    limit = call.integer("limit") or 0
+    revision = listing.parse_revision(version)
+    if token and revision:
+        raise errors.bad_request("specifying resource version is not allowed when using continue")
+    return ListOptions(selection, max(0, limit), token, revision, match == "Exact", match)
+
+
+def list_(call: Call) -> None:
+    """Answer with a list."""
+    options = list_options(call, watch=False)
+    store = call.endpoint.live_store
+    result = listing.list_nowait(store.storage, store.cache, options)
+    if result is None:
+        revision = options.revision
+        if revision is not None and revision > store.storage.revision:
+            raise listing.too_large_version(revision, store.storage.revision)
+        call.server.spawn_call(call, _list_past(call, options))
+        return
+    _answer_list(call, result)
+
+
+def _answer_list(call: Call, result: listing.ListResult) -> None:
+    form, yaml, pretty = call.form(many=True)
+    body = form.list(result.objects, result.revision, result.continue_token, result.remaining)
+    call.answer_bytes(200, body, form.content_type, yaml, pretty)
+
+
+async def _list_past(call: Call, options: ListOptions) -> None:
+    store = call.endpoint.live_store
+    _answer_list(call, await listing.list_at(store.storage, store.cache, options))
+
+
+def watch(call: Call) -> None:
+    """Start a watch: its past first, then whatever comes."""
+    options = list_options(call, watch=True)
+    form, _, _ = call.form(watch=True)
+    store = call.endpoint.live_store
+    cache, storage = store.cache, store.storage
+    selection = options.selection
+    initial = call.boolean("sendInitialEvents")
+    bookmarks = bool(call.boolean("allowWatchBookmarks"))
+    timeout = call.integer("timeoutSeconds") or 0
+    least = call.server.config.min_request_timeout_seconds
+    seconds = float(timeout) if timeout > 0 else least * (1 + random.random())
+    group = group_for(cache, call.endpoint.resource.namespaced, selection, form)
+    revision = options.revision
+    frames: list[bytes] = []
+    error: StatusError | None = None
+    if initial is None:
+        # Without a revision, or with "0", a watch begins with what there is.
+        initial = not revision
+    if initial:
+        if revision is not None and revision > storage.revision:
+            error = listing.too_large_version(revision, storage.revision)
+        else:
+            frames = [form.frame(ADDED, cached) for cached in _present(cache, selection)]
+            if bookmarks and call.boolean("sendInitialEvents"):
+                frames.append(form.bookmark(storage.revision, initial_end=True))
+    elif revision is None or revision == 0:
+        pass  # sendInitialEvents=false: from now on
+    elif revision > storage.revision:
+        error = listing.too_large_version(revision, storage.revision)
+    else:
+        events = cache.events_after(revision)
+        if events is None:
+            error = errors.expired(f"too old resource version: {revision} ({cache.ring_start})")
+        elif events:
+            frames = [group.render(_in_scope(events, selection.namespace))]
+    if error is not None:
+        raise error
+    stream = call.request.start_stream_nowait(200, [
+        ("Audit-Id", call.audit_id), ("Cache-Control", "no-cache, private"), ("Content-Type", form.watch_content_type),
+    ])
+    data = b"".join(frames)
+    stream.write(data)
+    watcher = Watcher(
+        group, stream, bookmarks=bookmarks, timeout_seconds=seconds, allowance_bytes=len(data),
+        current_revision=lambda: storage.revision, on_end=call.server.watch_ended(call),
+    )
+    call.server.watch_started(call, watcher)
+
+
+def _present(cache: ResourceCache, selection: Selection) -> list[CachedObject]:
+    objects = cache.in_order(selection.namespace)
+    return objects if selection.always else [cached for cached in objects if selection.matches(cached)]
+
+
+def _in_scope(events: list, namespace: str) -> list:  # type: ignore[type-arg]
+    return [event for event in events if event.current.namespace == namespace] if namespace else events
