@@ -13,7 +13,7 @@ from typing import Any
 from knarr.api.errors import FieldError
 from knarr.api.scheme import Resource
 from knarr.api.validation.metadata import Errors, validate_generic_meta, validate_object_meta, validate_object_meta_update
-from knarr.api.validation.strings import Rule, dns_subdomain
+from knarr.api.validation.strings import Rule, dns_subdomain, path_segment
 
 Object = dict[str, Any]
 Create = Callable[[Object, Errors], None]
@@ -36,7 +36,9 @@ class Kind:
 
 
 _DEFAULT = Kind()
-KINDS: dict[tuple[str, str], Kind] = {}
+KINDS: dict[tuple[str, str], Kind] = {
+    ("rbac.authorization.k8s.io", plural): Kind(name=path_segment) for plural in ("roles", "rolebindings", "clusterroles", "clusterrolebindings")
+}
 
 
 def create_errors(resource: Resource, obj: Object) -> list[FieldError]:
