@@ -84,8 +84,7 @@ class Asker:
 @pytest.fixture
 async def dns():
     loop = asyncio.get_running_loop()
-    transport, upstream = await loop.create_datagram_endpoint(Upstream, local_addr=("127.0.0.1", 0))
-    port = transport.get_extra_info("sockname")[1]
+    upstream = Upstream()
 
     async def tcp(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         data = await reader.readexactly(struct.unpack(">H", await reader.readexactly(2))[0])
@@ -94,7 +93,9 @@ async def dns():
         await writer.drain()
         writer.close()
 
-    tcp_server = await asyncio.start_server(tcp, "127.0.0.1", port)
+    tcp_server = await asyncio.start_server(tcp, "127.0.0.1", 0)
+    port = tcp_server.sockets[0].getsockname()[1]
+    transport, _protocol = await loop.create_datagram_endpoint(lambda: upstream, local_addr=("127.0.0.1", port))
     informers = FedInformers()
     server = DNSServer(informers, listen=["127.0.0.1"], port=0, upstreams=["127.0.0.1"], upstream_port=port, metrics_port=0)
     await server.start()

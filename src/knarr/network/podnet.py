@@ -68,6 +68,7 @@ class BridgeNetwork:
       bridge: Name of the interface that carries the node's gateway addresses.
       pod_cidrs: The node's pod CIDRs, primary family first; may be empty until `set_pod_cidrs`.
       cluster_cidrs: All pods' CIDRs (never masqueraded between each other).
+      service_cidrs: Get a route to the bridge, so that the node's own processes reach Services without a default route.
       mtu: Of pod links; 0 takes the uplink's, less the overlay's overhead when `overlay_overhead_bytes` is given.
       state_dir: On a tmpfs, for leases and the record of changed sysctls.
       table: Name of the nf_tables table (masquerading, host ports).
@@ -80,6 +81,7 @@ class BridgeNetwork:
         bridge: str = "knarr0",
         pod_cidrs: Sequence[str] = (),
         cluster_cidrs: Sequence[str] = ("10.244.0.0/16",),
+        service_cidrs: Sequence[str] = (),
         mtu: int = 0,
         overlay_overhead_bytes: int = 0,
         state_dir: str | Path,
@@ -90,6 +92,7 @@ class BridgeNetwork:
         self.bridge = bridge
         self.pod_cidrs = list(pod_cidrs)
         self.cluster_cidrs = list(cluster_cidrs)
+        self.service_cidrs = list(service_cidrs)
         self.mtu = mtu
         self.netns = netns
         self._overhead = overlay_overhead_bytes
@@ -202,8 +205,9 @@ class BridgeNetwork:
             raise
         self._started = True
 
-    def _uplink_mtu(self) -> int:
-        netlink = self._socket()
+    @staticmethod
+    def uplink_mtu(netlink: NetlinkSocket) -> int:
+        """The smallest MTU of the links that default routes use; 1500 without any."""
         indexes = {route.index for route in rtnl.routes(netlink) if route.destination.prefixlen == 0}
         found = [link.mtu for link in rtnl.links(netlink) if link.index in indexes]
         return min(found, default=1500)
@@ -211,7 +215,7 @@ class BridgeNetwork:
     def _ensure_gateway(self) -> None:
         netlink = self._socket()
         if not self.mtu:
-            self.mtu = self._uplink_mtu() - self._overhead
+            self.mtu = self.uplink_mtu(netlink) - self._overhead
         networks = [ip_network(cidr) for cidr in self.pod_cidrs]
         wanted: list[rtnl.Interface] = []
         for network in networks:
@@ -224,6 +228,11 @@ class BridgeNetwork:
         present = [address for index, address, scope in rtnl.addresses(netlink) if index == link.index and scope == 0]
         netlink.send(*(rtnl.delete_address(link.index, address) for address in present if address not in wanted), ignore=GONE)
         netlink.send(*(rtnl.add_address(link.index, address) for address in wanted))
+        # Service addresses never go over the wire; with a route of their own they work on a host without a default route, too, and the
+        # node's own connections to them carry its pod network address, which every other node can answer.
+        services = [ip_network(cidr) for cidr in self.service_cidrs]
+        sources = {address.version: address.ip for address in wanted}
+        netlink.send(*(rtnl.add_route(cidr, index=link.index, source=sources[cidr.version]) for cidr in services if cidr.version in sources))
 
     def _ensure_sysctls(self) -> None:
         self._sysctls.ensure("net/ipv4/ip_forward", "1")
@@ -365,7 +374,7 @@ class BridgeNetwork:
         names = {lease.link for lease in self._addresses.leases.values()} | self._doomed
         netlink = self._socket()
         for link in rtnl.links(netlink):
-            if link.name.startswith(self._prefix) and link.name not in names:
+            if link.name.startswith(self._prefix) and link.kind == "veth" and link.name not in names:
                 netlink.send(rtnl.delete_link(link.name), ignore=GONE)
         return gone
 

@@ -61,6 +61,7 @@ class Node:
         return BridgeNetwork(
             bridge=f"knarr{config.slot}",
             cluster_cidrs=(config.pod_cidr,),
+            service_cidrs=(config.service_cidr,),
             state_dir=self.state / "network",
             table=f"knarr{config.suffix}-net",
             link_prefix=f"kp{config.slot}-",
@@ -111,6 +112,7 @@ class Node:
                 group.create_task(self.follow_own_node(informers, network, runtime), name="own-node")
                 group.create_task(proxy.run(), name="proxy")
                 group.create_task(self.serve_dns(network_client, informers, network), name="dns")
+                group.create_task(self.reach_other_nodes(informers, network), name="routes")
                 group.create_task(self.report_ready(informers, proxy), name="ready")
         finally:
             await informers.close()
@@ -174,6 +176,15 @@ class Node:
         async with asyncio.TaskGroup() as group:
             group.create_task(server.run(), name="dns-server")
             group.create_task(publisher.run(), name="dns-publisher")
+
+    async def reach_other_nodes(self, informers: Informers, network: BridgeNetwork) -> None:
+        """Keep the ways to the pods of other nodes; the node that is this machine itself is behind the gateway of those that are namespaces."""
+        from knarr.network.overlay import NodeRoutes
+
+        await self.network_started.wait()
+        hops = {node.name: nodes.gateway(self.config) for node in self.config.nodes if not node.netns} if self.node.netns else {}
+        device = f"kp{self.config.slot}-vx"
+        await NodeRoutes(informers, network, node_name=self.node.name, next_hops=hops, device=device, vni=4040 + self.config.slot).run()
 
     async def report_ready(self, informers: Informers, proxy: ServiceProxy) -> None:
         """Tell `up` when the API shows this node Ready, and when a name resolves through the cluster's DNS address."""

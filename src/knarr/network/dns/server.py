@@ -139,15 +139,23 @@ class DNSServer:
 
     async def _open(self, address: str) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        udp = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        self._sockets.append(udp)
-        if family == socket.AF_INET6:
-            udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-        udp.bind((address, self._port))
-        port = udp.getsockname()[1]
-        self._servers.append(await asyncio.start_server(self._connection, address, port, family=family))
-        asyncio.get_running_loop().add_reader(udp.fileno(), self._readable, udp)
+        for attempt in range(10):
+            udp = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+            try:
+                if family == socket.AF_INET6:
+                    udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+                udp.bind((address, self._port))
+                self._servers.append(await asyncio.start_server(self._connection, address, udp.getsockname()[1], family=family))
+            except OSError:
+                udp.close()
+                # A free UDP port chosen by the kernel may be taken for TCP.
+                if self._port or attempt == 9:
+                    raise
+                continue
+            self._sockets.append(udp)
+            asyncio.get_running_loop().add_reader(udp.fileno(), self._readable, udp)
+            return
 
     async def close(self) -> None:
         """Stop serving."""
