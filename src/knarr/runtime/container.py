@@ -17,7 +17,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -352,7 +352,8 @@ class Containers:
             await self._runc.delete(container.id)
         except RuntimeFault as error:
             log.warning("the OCI runtime could not delete", container=container.id, error=error)
-            await self._workers.run(lambda: (self._cgroups.kill(container.cgroup), self._cgroups.remove(container.cgroup)))
+            await self._workers.run(lambda: self._cgroups.kill(container.cgroup))
+            await self._workers.run(lambda: self._cgroups.remove(container.cgroup))
         await self._workers.run(lambda: self._roots.unmount(self.bundle(container.id)))
         container.cleaned = True
         if container.complete and container.id in self._containers:
@@ -395,7 +396,7 @@ class Containers:
             await live.ended.wait()
         return container.exit_code
 
-    async def wait_dropped(self, containers: list[Container]) -> None:
+    async def wait_dropped(self, containers: Iterable[Container]) -> None:
         """Wait until nothing of these containers' runs is left in the kernel."""
         for container in containers:
             live = self._live.get(container.id)
@@ -463,7 +464,7 @@ class Containers:
 
     async def recover(self) -> None:
         """Find everything again after a restart, including ends that happened meanwhile; half-made containers are removed."""
-        await self._workers.run(lambda: (os.makedirs(self._root, 0o711, exist_ok=True), os.makedirs(self._state, 0o711, exist_ok=True)))
+        await self._workers.run(lambda: disk.make_directories(self._root, self._state))
         names = await self._workers.run(lambda: os.listdir(self._root))
         for container_id in names:
             try:
@@ -479,7 +480,8 @@ class Containers:
         with contextlib.suppress(RuntimeFault):
             await self._runc.delete(container_id)
         for path in (self.bundle(container_id), self.directory(container_id)):
-            await self._workers.run(lambda path=path: (self._roots.unmount(path), disk.remove_tree(path)))  # type: ignore[misc]
+            await self._workers.run(lambda path=path: self._roots.unmount(path))  # type: ignore[misc]
+            await self._workers.run(lambda path=path: disk.remove_tree(path))  # type: ignore[misc]
         self._conmon.forget(container_id)
 
     async def _recover_one(self, container_id: str) -> None:

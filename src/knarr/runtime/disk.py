@@ -53,6 +53,12 @@ def remove_tree(path: str) -> None:
             os.unlink(path)
 
 
+def make_directories(*paths: str, mode: int = 0o711) -> None:
+    """Make directories and their parents; there already is success."""
+    for path in paths:
+        os.makedirs(path, mode=mode, exist_ok=True)
+
+
 def tree_usage(path: str) -> tuple[int, int]:
     """(allocated bytes, inodes) below a directory; files that vanish meanwhile are skipped, hard links count once."""
     total, seen, stack = 0, set[tuple[int, int]](), [path]

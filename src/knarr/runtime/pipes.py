@@ -13,7 +13,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from knarr.aiokits.tasks import Tasks
-from knarr.runtime.process import wait_readable
+from knarr.runtime.process import resolve, wait_readable
 
 CHUNK = 65536
 
@@ -22,7 +22,7 @@ async def wait_writable(fd: int) -> None:
     """Return when fd can be written. Cancellation leaves nothing registered."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
-    loop.add_writer(fd, lambda: ready.done() or ready.set_result(None))
+    loop.add_writer(fd, resolve, ready)
     try:
         await ready
     finally:

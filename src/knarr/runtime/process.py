@@ -39,11 +39,17 @@ class ProgramFault(RuntimeFault):
         super().__init__(f"{' '.join(argv[:3])} exited with {completed.returncode}: {said[-2000:]}")
 
 
+def resolve(future: asyncio.Future[None]) -> None:
+    """Complete a future unless it is already; for descriptor callbacks, which may come twice."""
+    if not future.done():
+        future.set_result(None)
+
+
 async def wait_readable(fd: int) -> None:
     """Return when fd can be read (for a pidfd: when its process has ended). Cancellation leaves nothing registered."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(fd, lambda: ready.done() or ready.set_result(None))
+    loop.add_reader(fd, resolve, ready)
     try:
         await ready
     finally:

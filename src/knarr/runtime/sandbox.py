@@ -222,7 +222,7 @@ class Sandboxes:
 
         One sandbox's failure does not stop the others.
         """
-        await self._workers.run(lambda: (os.makedirs(self._root, 0o711, exist_ok=True), os.makedirs(self._state, 0o711, exist_ok=True)))
+        await self._workers.run(lambda: disk.make_directories(self._root, self._state))
         known = set()
         for sandbox_id in await self._workers.run(lambda: os.listdir(self._root)):
             try:
@@ -243,7 +243,8 @@ class Sandboxes:
             log.warning("unreadable sandbox record", sandbox=sandbox_id, error=error)
             sandbox = None
         if sandbox is None:
-            await self._workers.run(lambda: (self._drop(sandbox_id), disk.remove_tree(directory)))
+            await self._workers.run(lambda: self._drop(sandbox_id))
+            await self._workers.run(lambda: disk.remove_tree(directory))
             return
         self._sandboxes[sandbox_id] = sandbox
         if not sandbox.complete:

@@ -74,9 +74,14 @@ class Stats:
                 path = f"/proc/{running[0].held.container.pid}/net/dev"
                 return await self._workers.run(lambda: _read(path))
             netns = self._sandboxes.namespace_path(sandbox, "net")
-            return await run_in_thread(lambda: (namespaces.enter(netns), _read("/proc/thread-self/net/dev"))[1], "sandbox stats")
+            return await run_in_thread(lambda: _read_inside(netns), "sandbox stats")
         except OSError:
             return ""
+
+
+def _read_inside(netns: str) -> str:
+    namespaces.enter(netns)
+    return _read("/proc/thread-self/net/dev")
 
 
 def _read(path: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from knarr.runtime.cri import RuntimeFault
 from tests.http.streams.api import StreamServer
 from tests.runtime.conftest import Bench
 
@@ -160,8 +161,18 @@ async def _forwarding(kubectl: Kubectl, port: int) -> AsyncIterator[int]:
         await process.wait()
 
 
+async def _listening(bench: Bench, sandbox_id: str, port: int) -> None:
+    async with asyncio.timeout(5):
+        while True:
+            with contextlib.suppress(RuntimeFault):
+                await (await bench.runtime.port_forward(sandbox_id, port)).close()
+                return
+            await asyncio.sleep(0.02)
+
+
 async def test_forwarded_connections_carry_bytes_both_ways(kubectl: Kubectl, bench: Bench) -> None:
-    await bench.run("nc", "-lk", "-p", "8080", "-e", "cat", sandbox_id=kubectl.server.sandbox_id, name="srv")
+    await bench.run("nc", "-ll", "-p", "8080", "-e", "cat", sandbox_id=kubectl.server.sandbox_id, name="srv")
+    await _listening(bench, kubectl.server.sandbox_id, 8080)
     async with _forwarding(kubectl, 8080) as port:
         payload = os.urandom(1 << 20)
 

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 
@@ -129,12 +130,12 @@ class LayerStore:
         self._layers[chain_id] = layer
         return layer
 
-    async def _unpack(self, target: str, blob: LayerBlob) -> dict[str, object]:
+    async def _unpack(self, target: str, blob: LayerBlob) -> dict[str, Any]:
         argv = [sys.executable, "-I", "-S", _UNPACK, target, blob.path, str(blob.offset), str(blob.length), str(self._limit)]
         done = await process.run(argv, check=False, timeout_seconds=3600)
         if done.returncode != 0:
             raise RuntimeFault(f"failed to unpack layer: {done.stderr.decode(errors='replace').strip()[-500:]}")
-        result: dict[str, object] = orjson.loads(done.stdout)
+        result: dict[str, Any] = orjson.loads(done.stdout)
         return result
 
     async def collect(self, in_use: set[str]) -> int:
