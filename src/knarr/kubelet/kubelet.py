@@ -1,0 +1,290 @@
+"""The kubelet: wires the services of a node and keeps them running. Constructed by the cluster's node process and by tests.
+
+Loops and their bounds: one informer each for this node's pods, Services, RuntimeClasses and the Node itself; one reader of the
+runtime's events; a task per pod, per probe, per referenced object; timers for Lease, node status, eviction and garbage.
+State is what the runtime and the disk hold: a kubelet that starts finds its pods again and goes on.
+Source: pkg/kubelet/kubelet.go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import ssl
+from collections.abc import Iterable, Sequence
+
+from knarr.aiokits.log import get_logger
+from knarr.aiokits.tasks import Tasks
+from knarr.api.resources import NODES, PODS, RUNTIME_CLASSES, SERVICES
+from knarr.api.types import Object
+from knarr.client.events import EventRecorder
+from knarr.client.informer import Informers
+from knarr.client.rest import Client
+from knarr.kubelet import admission, machine, podutil
+from knarr.kubelet.cgroups import Cgroups
+from knarr.kubelet.config import KubeletConfig
+from knarr.kubelet.eviction import Eviction
+from knarr.kubelet.garbage import GarbageCollector
+from knarr.kubelet.images import ImageManager
+from knarr.kubelet.node import Node
+from knarr.kubelet.node_status import NodeReporter
+from knarr.kubelet.objects import ReferencedObjects
+from knarr.kubelet.pods import PodWorkers
+from knarr.kubelet.probes.manager import Probes
+from knarr.kubelet.resize import Resizes
+from knarr.kubelet.server.server import KubeletServer
+from knarr.kubelet.shutdown import NodeShutdown
+from knarr.kubelet.static_pods import StaticPods
+from knarr.kubelet.status_manager import StatusManager
+from knarr.kubelet.tokens import Tokens
+from knarr.kubelet.userns import UserNamespaces
+from knarr.kubelet.volumes.claims import Claims
+from knarr.kubelet.volumes.csi import CSIVolumes
+from knarr.kubelet.volumes.manager import Volumes
+from knarr.kubelet.volumes.payloads import PayloadContext
+from knarr.runtime.cri import ImageService, RuntimeFault, RuntimeService
+
+log = get_logger(__name__)
+
+_RETRY_SECONDS = 1.0
+
+
+class Kubelet:
+    """One node's agent; `await run()` until cancelled. Containers live on without it."""
+
+    def __init__(self, client: Client, runtime: RuntimeService, images: ImageService, config: KubeletConfig) -> None:
+        """Wire everything; nothing is started and no I/O is done but making folders."""
+        self.config = config
+        self.client = client
+        self.runtime = runtime
+        for folder in (config.root_dir, config.pods_dir, config.logs_dir, os.path.join(config.root_dir, "seccomp")):
+            os.makedirs(folder, 0o755, exist_ok=True)
+        self.tasks = Tasks()
+        self.informers = Informers(client)
+        self._recorder = EventRecorder(client, "kubelet", config.node_name)
+        self.capacity = machine.measure(config)
+        self._pods = self.informers.get(PODS, field_selector=f"spec.nodeName={config.node_name}")
+        self._services = self.informers.get(SERVICES)
+        self._node = self.informers.get(NODES, field_selector=f"metadata.name={config.node_name}")
+        self._classes = self.informers.get(RUNTIME_CLASSES)
+        self._followers: dict[str, set[asyncio.Event]] = {}
+        self._sandbox_uids: dict[str, str] = {}
+        self.ready = asyncio.Event()
+        """Set when pods are being handled."""
+        self.node = self._wire(runtime, images)
+        self.workers = PodWorkers(self.node, self._admit)
+        self.static_pods = StaticPods(self.node, self.workers)
+        self.eviction = Eviction(self.node, self.workers, lambda: self.reporter.changed())
+        self.reporter = NodeReporter(config, client, runtime, images, self._record, self.capacity, self.eviction.pressure)
+        self.garbage = GarbageCollector(self.node, self.workers, self.reporter.reference)
+        self.shutdown = NodeShutdown(self.node, self.workers, self.reporter)
+        self.server = KubeletServer(self)
+
+    def _wire(self, runtime: RuntimeService, images: ImageService) -> Node:
+        config, client = self.config, self.client
+        image_manager = ImageManager(
+            images,
+            parallel=config.max_parallel_image_pulls,
+            initial_seconds=config.image_back_off_initial_seconds,
+            maximum_seconds=config.image_back_off_max_seconds,
+            credentials_file=config.registry_credentials_file,
+        )
+        objects = ReferencedObjects(client, lambda uids: self.workers.objects_changed(uids))
+        tokens = Tokens(client)
+
+        def payload_context(ips: Sequence[str]) -> PayloadContext:
+            return PayloadContext(client, objects, tokens, ips, config.host_ips, self.capacity.allocatable)
+
+        def event(pod: Object, kind: str, reason: str, message: str) -> None:
+            self._record(pod, kind, reason, message)
+
+        def container_event(pod: Object, name: str, kind: str, reason: str, message: str) -> None:
+            self._record(pod, kind, reason, message, field_path=podutil.field_path(pod, name))
+
+        self.csi = CSIVolumes(config, client)
+        claims = Claims(client, self.csi)
+        volumes = Volumes(config, payload_context, claims, image_manager, event, lambda: self.capacity.memory_allocatable_bytes)
+        probes = Probes(runtime, container_event, lambda uid: self.workers.wake(uid), config.node_ip)
+        node = Node(
+            config=config,
+            client=client,
+            runtime=runtime,
+            image_service=images,
+            images=image_manager,
+            status=StatusManager(client, self._api_pod),
+            volumes=volumes,
+            probes=probes,
+            cgroups=Cgroups(config),
+            objects=objects,
+            tokens=tokens,
+            userns=UserNamespaces(config.pods_dir),
+            record=self._record,
+            services=self._services_for,
+            wait_services=self._services.wait_synced,
+            runtime_class=lambda name: self._classes.get(None, name),
+            capacity=self.capacity,
+            tasks=self.tasks,
+        )
+        node.resize = Resizes(node)
+        return node
+
+    def _record(self, obj: Object, kind: str, reason: str, message: str, field_path: str = "") -> None:
+        self._recorder.event(obj, kind, reason, message, field_path=field_path)
+
+    def _services_for(self, namespace: str) -> Iterable[Object]:
+        found = self._services.list(namespace)
+        if namespace != "default":
+            api = self._services.get("default", "kubernetes")
+            if api is not None:
+                return [*found, api]
+        return found
+
+    def _api_pod(self, pod: Object) -> Object | None:
+        """The API's copy of a pod; a static pod's is its mirror."""
+        found = self._pods.get(pod["metadata"].get("namespace"), pod["metadata"]["name"])
+        if found is None:
+            return None
+        if podutil.is_static(pod):
+            return found if podutil.is_mirror(found) else None
+        return found if podutil.uid(found) == podutil.uid(pod) else None
+
+    def api_pods(self) -> list[Object]:
+        """The pods of this node as the API server has them."""
+        return self._pods.list()
+
+    def node_object(self) -> Object | None:
+        return self._node.get(None, self.config.node_name) or self.reporter.node
+
+    def _admit(self, pod: Object, others: Iterable[Object]) -> tuple[str, str] | None:
+        refusal = self.shutdown.admit(pod) or self.eviction.admit(pod)
+        return refusal or admission.admit(
+            pod,
+            others,
+            allocatable=self.capacity.allocatable,
+            node=self.node_object(),
+            allowed_unsafe_sysctls=self.config.allowed_unsafe_sysctls,
+        )
+
+    async def run(self) -> None:
+        """Work until cancelled. Pods go on running afterwards."""
+        if self.config.cgroups_per_qos:
+            try:
+                self.node.cgroups.ensure_tree()
+            except OSError as e:
+                log.error("cgroup tree not made", error=str(e))
+        self._recorder.event(self.reporter.reference(), "Normal", "Starting", "Starting kubelet.")
+        try:
+            async with asyncio.TaskGroup() as group:
+                await self._start_server()
+                for name, loop in (
+                    ("runtime-events", self._run_events()),
+                    ("node-lease", self.reporter.run_lease()),
+                    ("node-status", self.reporter.run_status()),
+                    ("eviction", self.eviction.run()),
+                    ("garbage", self.garbage.run()),
+                    ("shutdown", self.shutdown.run()),
+                    ("plugins", self.csi.run()),
+                    ("pods", self._run_pods()),
+                ):
+                    group.create_task(loop, name=f"kubelet-{name}")
+        finally:
+            await self._close()
+
+    async def _start_server(self) -> None:
+        if not self.config.serving_cert:
+            return
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.config.serving_cert, self.config.serving_key)
+        context.set_alpn_protocols(["http/1.1"])
+        if self.config.client_ca:
+            context.load_verify_locations(self.config.client_ca)
+            context.verify_mode = ssl.CERT_OPTIONAL
+        await self.server.listen(self.config.bind_address, self.config.port, context)
+
+    async def _run_pods(self) -> None:
+        await self.reporter.register()
+        self._pods.add_handler(self._on_add, self._on_update, self._on_delete)
+        await self.informers.start()
+        await self._pods.wait_synced()
+        await self.static_pods.start()
+        await self.workers.adopt_orphans()
+        await self.garbage.remove_leftovers()
+        if self.config.cgroups_per_qos:
+            self._recorder.event(self.reporter.reference(), "Normal", "NodeAllocatableEnforced", "Updated Node Allocatable limit across pods")
+        self.ready.set()
+        self.reporter.changed()
+        await self.static_pods.run()
+
+    def _on_add(self, pod: Object) -> None:
+        if podutil.is_mirror(pod):
+            self.static_pods.mirror_changed(pod)
+        else:
+            self.workers.add(pod)
+
+    def _on_update(self, old: Object, pod: Object) -> None:
+        if podutil.uid(old) != podutil.uid(pod):
+            self._on_delete(old)
+            self._on_add(pod)
+        elif podutil.is_mirror(pod):
+            self.static_pods.mirror_changed(pod)
+        else:
+            self.workers.update(pod)
+
+    def _on_delete(self, pod: Object) -> None:
+        if podutil.is_mirror(pod):
+            self.static_pods.mirror_deleted(pod)
+        else:
+            self.workers.delete(pod)
+
+    async def _run_events(self) -> None:
+        """Take ends of containers to their pods' workers; after a gap everybody looks for himself. Eternal."""
+        while True:
+            try:
+                async for event in self.runtime.events():
+                    if event.type not in ("STOPPED", "DELETED"):
+                        continue
+                    for follower in self._followers.get(event.container_id, ()):
+                        follower.set()
+                    uid = await self._uid_of_sandbox(event.sandbox_id)
+                    if uid and event.type == "STOPPED":
+                        self.workers.wake(uid)
+                    elif event.type == "DELETED" and event.container_id == event.sandbox_id:
+                        self._sandbox_uids.pop(event.sandbox_id, None)
+            except RuntimeFault as e:
+                log.warning("runtime events ended", error=str(e))
+                await asyncio.sleep(_RETRY_SECONDS)
+            for worker in self.workers.workers():
+                worker.wake()
+
+    async def _uid_of_sandbox(self, sandbox_id: str) -> str:
+        uid = self._sandbox_uids.get(sandbox_id)
+        if uid is None:
+            try:
+                uid = (await self.runtime.pod_sandbox_status(sandbox_id)).metadata.uid
+            except RuntimeFault:
+                return ""
+            self._sandbox_uids[sandbox_id] = uid
+        return uid
+
+    @contextlib.contextmanager
+    def container_changes(self, container_id: str):  # type: ignore[no-untyped-def]
+        """An Event that is set whenever the container may have ended; for followers of its log."""
+        event = asyncio.Event()
+        self._followers.setdefault(container_id, set()).add(event)
+        try:
+            yield event
+        finally:
+            followers = self._followers[container_id]
+            followers.discard(event)
+            if not followers:
+                del self._followers[container_id]
+
+    async def _close(self) -> None:
+        await self.server.close()
+        await self.tasks.close()
+        await self.node.probes.close()
+        await self.node.status.close()
+        await self.node.objects.close()
+        await self.informers.close()
+        await self._recorder.close()

@@ -1,0 +1,223 @@
+"""One task per pod: brings the pod to what its newest spec says, then to its end.
+
+Callers: pods.PodWorkers gives updates, wake-ups and termination requests; steps are in pod_sync, pod_start and pod_stop.
+Only the latest update is kept. Stages never go back: sync, terminating, terminated, finished. A request to end interrupts what
+may take long (image pull, volumes, hooks, waiting for a container to stop), never a call into the runtime that makes something.
+Source: pkg/kubelet/pod_workers.go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from enum import IntEnum
+from typing import Any, TypeVar
+
+from knarr.aiokits import clock
+from knarr.aiokits.log import get_logger
+from knarr.api.types import Object
+from knarr.kubelet import podutil
+from knarr.kubelet.lifecycle import CrashBackOff
+from knarr.kubelet.node import Node
+
+log = get_logger(__name__)
+T = TypeVar("T")
+
+_RETRY_SECONDS = 10.0
+_END_RETRY_SECONDS = 2.0
+
+
+class Stage(IntEnum):
+    """How far a pod is; only ever grows."""
+
+    SYNC = 0
+    TERMINATING = 1
+    TERMINATED = 2
+    FINISHED = 3
+
+
+class PodEnding(Exception):
+    """What was being done for a running pod is given up, because the pod is to end."""
+
+
+class PodWorker:
+    """The life of one pod on this node."""
+
+    def __init__(self, node: Node, pod: Object) -> None:
+        self.node = node
+        self.pod = pod
+        self.uid = podutil.uid(pod)
+        self.key = podutil.key(pod)
+        self.stage = Stage.SYNC
+        self.orphan = False
+        """Known from the runtime only: the API server has no such pod."""
+        self.grace_seconds: int | None = None
+        self.evict: tuple[str, str] | None = None
+        """(reason, message) that the pod fails with when something other than its deletion ended it."""
+        self.evict_condition: Object | None = None
+        self.reasons: dict[str, tuple[str, str]] = {}
+        self.back_off = CrashBackOff(node.config.crash_loop_initial_seconds, node.config.crash_loop_max_seconds)
+        self.backing_off: dict[str, float] = {}
+        """Container to the end of the run whose back-off has been told in an event."""
+        self.ips: list[str] = []
+        self.volumes_ready = False
+        self.volumes_dirty = True
+        self.hooks_done: set[str] = set()
+        """Containers whose preStop hook has been run."""
+        self.messages: dict[str, str] = {}
+        """Container id to its termination message."""
+        self.admitted_at = clock.now()
+        self.task: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._wake.set()
+        self._ending = asyncio.Event()
+        self._sooner = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+
+    # --- requests from outside: plain functions, never waiting ---
+
+    def update(self, pod: Object) -> None:
+        """Take a newer version of the pod."""
+        self.pod = pod
+        self.volumes_dirty = True
+        if podutil.is_deleted(pod):
+            grace = pod["metadata"].get("deletionGracePeriodSeconds")
+            self.terminate(int(grace) if grace is not None else None)
+        elif podutil.is_terminal_phase(podutil.phase(pod)):
+            self.terminate(None)
+        if self.stage is Stage.FINISHED:
+            self.node.status.resend(self.uid)
+        self.wake()
+
+    def terminate(self, grace_seconds: int | None, evict: tuple[str, str] | None = None, condition: Object | None = None) -> None:
+        """Ask for the pod's end; a shorter grace period than before takes effect at once."""
+        if evict is not None and self.evict is None:
+            self.evict, self.evict_condition = evict, condition
+        if grace_seconds is not None:
+            grace_seconds = max(1, grace_seconds)
+            if self.grace_seconds is not None and grace_seconds >= self.grace_seconds:
+                grace_seconds = self.grace_seconds
+            elif self._ending.is_set():
+                self._sooner.set()
+            self.grace_seconds = grace_seconds
+        self._ending.set()
+        self.wake()
+
+    @property
+    def ending(self) -> bool:
+        return self._ending.is_set()
+
+    def wake(self) -> None:
+        """Look at the pod again as soon as possible."""
+        self._wake.set()
+
+    def wake_after(self, seconds: float) -> None:
+        """Look at the pod again after this time, unless an earlier time was asked for."""
+        loop = asyncio.get_running_loop()
+        when = loop.time() + max(0.0, seconds)
+        if self._timer is not None and not self._timer.cancelled() and loop.time() < self._timer.when() <= when:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_at(when, self.wake)
+
+    def objects_changed(self) -> None:
+        """A ConfigMap or Secret that the pod uses became another."""
+        self.volumes_dirty = True
+        self.wake()
+
+    # --- for the steps ---
+
+    async def interruptible(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Wait for something that the pod's end makes pointless.
+
+        Raises:
+          PodEnding: the end was asked for; the coroutine has been cancelled and has ended.
+        """
+        if self._ending.is_set():
+            coroutine.close()
+            raise PodEnding
+        work = self.node.tasks.spawn(_shield_error(coroutine), f"step-{self.key}")
+        ending = self.node.tasks.spawn(self._ending.wait(), f"ending-{self.key}")
+        try:
+            await asyncio.wait({work, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                work.cancel()
+                await asyncio.wait({work})
+                raise PodEnding
+            value, error = work.result()
+            if error is not None:
+                raise error
+            return value  # type: ignore[return-value]
+        finally:
+            ending.cancel()
+            if not work.done():
+                work.cancel()
+
+    async def until_sooner(self, coroutine: Coroutine[Any, Any, None]) -> bool:
+        """Wait for a stop; False when a shorter grace period interrupted it."""
+        self._sooner.clear()
+        work = self.node.tasks.spawn(_shield_error(coroutine), f"stop-{self.key}")
+        sooner = self.node.tasks.spawn(self._sooner.wait(), f"sooner-{self.key}")
+        try:
+            await asyncio.wait({work, sooner}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                return False
+            _, error = work.result()
+            if error is not None:
+                raise error
+            return True
+        finally:
+            sooner.cancel()
+            if not work.done():
+                work.cancel()
+                await asyncio.wait({work})
+
+    # --- the task ---
+
+    async def run(self) -> None:
+        """Live until the pod has ended and is cleaned up."""
+        from knarr.kubelet import pod_stop, pod_sync
+
+        try:
+            while not self.ending:
+                await self._wake.wait()
+                self._wake.clear()
+                if self.ending:
+                    break
+                await self._guarded(pod_sync.sync(self), _RETRY_SECONDS)
+            self.stage = max(self.stage, Stage.TERMINATING)
+            while self.stage is Stage.TERMINATING:
+                if await self._guarded(pod_stop.terminate(self), 0):
+                    self.stage = Stage.TERMINATED
+                else:
+                    await asyncio.sleep(_END_RETRY_SECONDS)
+            while self.stage is Stage.TERMINATED:
+                if await self._guarded(pod_stop.clean_up(self), 0):
+                    self.stage = Stage.FINISHED
+                else:
+                    await asyncio.sleep(_END_RETRY_SECONDS)
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+
+    async def _guarded(self, step: Coroutine[Any, Any, None], retry_seconds: float) -> bool:
+        """Run a step; a fault is logged and the step tried again later. False on a fault."""
+        try:
+            await step
+            return True
+        except PodEnding:
+            return True
+        except Exception as e:
+            log.error("pod step failed", pod=self.key, stage=self.stage.name, error=repr(e), exc_info=e)
+            if retry_seconds:
+                self.wake_after(retry_seconds)
+            return False
+
+
+async def _shield_error(coroutine: Coroutine[Any, Any, T]) -> tuple[T | None, Exception | None]:
+    """Give an expected error back as a value, so that the task's owner does not log it as a fault."""
+    try:
+        return await coroutine, None
+    except Exception as e:
+        return None, e

@@ -1,0 +1,101 @@
+"""Routes of the kubelet's HTTPS server. Every request is authenticated and authorized first.
+
+Callers: the API server (logs, exec, attach, port-forward), metrics collectors. One handler function per path.
+Source: pkg/kubelet/server/server.go.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import orjson
+
+from knarr.aiokits.log import get_logger
+from knarr.api.types import Object
+from knarr.http.server import HTTPServer, Request
+from knarr.kubelet.server import configz, container_logs, metrics, node_logs, stats, streaming
+from knarr.kubelet.server.auth import Authorizer
+
+if TYPE_CHECKING:
+    from knarr.kubelet.kubelet import Kubelet
+
+log = get_logger(__name__)
+
+Route = Callable[["Kubelet", Request, list[str]], Awaitable[None]]
+_JSON = [("Content-Type", "application/json")]
+_TEXT = [("Content-Type", "text/plain; charset=utf-8")]
+
+
+async def _healthz(kubelet: Kubelet, request: Request, parts: list[str]) -> None:
+    request.respond(200, _TEXT, b"ok")
+
+
+async def _pods(kubelet: Kubelet, request: Request, parts: list[str]) -> None:
+    items = []
+    for worker in kubelet.workers.workers():
+        status = kubelet.node.status.get(worker.uid) or worker.pod.get("status") or {}
+        items.append({"metadata": worker.pod["metadata"], "spec": worker.pod["spec"], "status": status})
+    body = {"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items}
+    request.respond(200, _JSON, orjson.dumps(body))
+
+
+async def _running_pods(kubelet: Kubelet, request: Request, parts: list[str]) -> None:
+    pods: dict[str, Object] = {}
+    for container in await kubelet.runtime.list_containers():
+        if container.state.name != "RUNNING":
+            continue
+        labels = container.labels
+        uid = labels.get("io.kubernetes.pod.uid", "")
+        meta = {"name": labels.get("io.kubernetes.pod.name", ""), "namespace": labels.get("io.kubernetes.pod.namespace", ""), "uid": uid}
+        pod = pods.setdefault(uid, {"metadata": meta, "spec": {"containers": []}, "status": {}})
+        pod["spec"]["containers"].append({"name": container.metadata.name, "image": container.image, "resources": {}})
+    body = {"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": list(pods.values())}
+    request.respond(200, _JSON, orjson.dumps(body))
+
+
+_ROUTES: dict[str, Route] = {
+    "healthz": _healthz,
+    "pods": _pods,
+    "runningpods": _running_pods,
+    "containerLogs": container_logs.serve,
+    "exec": streaming.serve_exec,
+    "attach": streaming.serve_attach,
+    "portForward": streaming.serve_port_forward,
+    "run": streaming.serve_run,
+    "stats": stats.serve,
+    "metrics": metrics.serve,
+    "configz": configz.serve,
+    "logs": node_logs.serve,
+}
+
+
+class KubeletServer:
+    """Port 10250."""
+
+    def __init__(self, kubelet: Kubelet) -> None:
+        self._kubelet = kubelet
+        self._authorizer = Authorizer(kubelet.config, kubelet.client)
+        self._server: HTTPServer | None = None
+
+    async def listen(self, host: str, port: int, context: ssl.SSLContext) -> None:
+        """Accept connections. Raises OSError when the port is taken."""
+        self._server = HTTPServer(self.handle, ssl_context=context)
+        await self._server.listen(host, port)
+
+    async def close(self) -> None:
+        if self._server is not None:
+            await self._server.close()
+
+    async def handle(self, request: Request) -> None:
+        """Answer one request."""
+        parts = request.path.strip("/").split("/")
+        route = _ROUTES.get(parts[0])
+        refusal = await self._authorizer.check(request)
+        if refusal is not None:
+            request.respond(refusal[0], _TEXT, refusal[1].encode())
+        elif route is None:
+            request.respond(404, _TEXT, b"404 page not found\n")
+        else:
+            await route(self._kubelet, request, parts[1:])

@@ -1,0 +1,210 @@
+"""GET /stats/summary: what the node, its pods and containers use. Also the numbers behind the metrics.
+
+Callers: server.server, server.metrics. Read from cgroups and the runtime on demand; CPU rates come from the previous reading.
+Source: staging kubelet/pkg/apis/stats/v1alpha1, pkg/kubelet/server/stats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from knarr.aiokits import clock
+from knarr.http.server import Request
+from knarr.kubelet import machine, podutil
+from knarr.kubelet.eviction import tree_bytes
+from knarr.kubelet.pod_worker import PodWorker, Stage
+from knarr.runtime.cri import ContainerStats, RuntimeFault
+
+if TYPE_CHECKING:
+    from knarr.kubelet.kubelet import Kubelet
+
+Summary = dict[str, Any]
+_rates: dict[str, tuple[float, int, int]] = {}
+"""Key to (time, CPU nanoseconds then, last rate): bounded by the containers seen in the last reading."""
+
+
+async def serve(kubelet: Kubelet, request: Request, parts: list[str]) -> None:
+    """Answer /stats/summary."""
+    if parts[:1] != ["summary"]:
+        request.respond(404, [("Content-Type", "text/plain")], b"404 page not found\n")
+        return
+    only = (request.query.get("only_cpu_and_memory") or ["false"])[0] == "true"
+    body = await summary(kubelet, only_cpu_and_memory=only)
+    request.respond(200, [("Content-Type", "application/json")], orjson.dumps(body))
+
+
+def rate(key: str, now: float, used_ns: int) -> int:
+    """CPU nanoseconds per second since the last reading."""
+    before = _rates.get(key)
+    if before is not None and now - before[0] < 1.0:
+        return before[2]
+    value = max(0, int((used_ns - before[1]) / (now - before[0]))) if before else 0
+    _rates[key] = (now, used_ns, value)
+    return value
+
+
+def _cpu(key: str, now: float, used_ns: int) -> Summary:
+    return {"time": clock.rfc3339(now), "usageNanoCores": rate(key, now, used_ns), "usageCoreNanoSeconds": used_ns}
+
+
+def node_cpu_ns() -> int:
+    """CPU time used by everything on the machine."""
+    fields = machine.read_text("/proc/stat").split("\n", 1)[0].split()[1:]
+    numbers = [int(f) for f in fields]
+    busy = sum(numbers[:8]) - numbers[3] - (numbers[4] if len(numbers) > 4 else 0)
+    return busy * (1_000_000_000 // os.sysconf("SC_CLK_TCK"))
+
+
+def node_memory() -> tuple[int, int, int, int, int]:
+    """(usage, working set, rss, available, total) in bytes."""
+    info = machine.memory_info()
+    total, available = info.get("MemTotal", 0), info.get("MemAvailable", 0)
+    usage = total - info.get("MemFree", 0)
+    return usage, total - available, info.get("AnonPages", 0), available, total
+
+
+def interfaces() -> list[Summary]:
+    """Traffic of the host's interfaces."""
+    out = []
+    for line in machine.read_text("/proc/net/dev").splitlines()[2:]:
+        name, _, rest = line.partition(":")
+        numbers = rest.split()
+        if name.strip() != "lo" and len(numbers) >= 11:
+            out.append(
+                {
+                    "name": name.strip(),
+                    "rxBytes": int(numbers[0]),
+                    "rxErrors": int(numbers[2]),
+                    "txBytes": int(numbers[8]),
+                    "txErrors": int(numbers[10]),
+                }
+            )
+    return out
+
+
+async def summary(kubelet: Kubelet, *, only_cpu_and_memory: bool = False) -> Summary:
+    """The whole Summary object."""
+    now = clock.now()
+    stats: dict[str, list[ContainerStats]] = {}
+    try:
+        for one in await kubelet.runtime.list_container_stats():
+            stats.setdefault(one.labels.get(podutil.POD_UID_LABEL, ""), []).append(one)
+        networks = {s.metadata.uid: s for s in await kubelet.runtime.list_pod_sandbox_stats()}
+    except RuntimeFault:
+        networks = {}
+    pods = []
+    seen = {"node"}
+    for worker in kubelet.workers.workers():
+        if worker.stage >= Stage.TERMINATED or worker.orphan:
+            continue
+        seen.add(worker.uid)
+        seen.update(s.id for s in stats.get(worker.uid, []))
+        pods.append(await _pod(kubelet, worker, stats.get(worker.uid, []), networks.get(worker.uid), now, only=only_cpu_and_memory))
+    for key in [k for k in _rates if k not in seen]:
+        del _rates[key]
+    return {"node": _node(kubelet, now, only=only_cpu_and_memory), "pods": pods}
+
+
+def _filesystem(path: str, stamp: str, used: int | None = None) -> Summary:
+    d = machine.disk(path)
+    return {
+        "time": stamp,
+        "availableBytes": d.available,
+        "capacityBytes": d.capacity,
+        "usedBytes": d.used if used is None else used,
+        "inodesFree": d.inodes_free,
+        "inodes": d.inodes,
+        "inodesUsed": d.inodes - d.inodes_free,
+    }
+
+
+def _node(kubelet: Kubelet, now: float, *, only: bool) -> Summary:
+    stamp = clock.rfc3339(now)
+    usage, working, rss, available, _ = node_memory()
+    out: Summary = {
+        "nodeName": kubelet.config.node_name,
+        "startTime": clock.rfc3339(now - float((machine.read_text("/proc/uptime") or "0").split()[0])),
+        "cpu": _cpu("node", now, node_cpu_ns()),
+        "memory": {
+            "time": stamp,
+            "availableBytes": available,
+            "usageBytes": usage,
+            "workingSetBytes": working,
+            "rssBytes": rss,
+            "pageFaults": 0,
+            "majorPageFaults": 0,
+        },
+    }
+    if only:
+        return out
+    links = interfaces()
+    first = links[0] if links else {"name": ""}
+    out["network"] = {"time": stamp, **first, "interfaces": links}
+    out["fs"] = _filesystem(kubelet.config.root_dir, stamp)
+    out["runtime"] = {"imageFs": _filesystem(kubelet.config.root_dir, stamp), "containerFs": _filesystem(kubelet.config.root_dir, stamp)}
+    load = machine.read_text("/proc/loadavg").split()
+    maximum = int(machine.read_text("/proc/sys/kernel/pid_max") or 0)
+    running = int(load[3].partition("/")[2]) if len(load) > 3 else 0
+    out["rlimit"] = {"time": stamp, "maxpid": maximum, "curproc": running}
+    return out
+
+
+async def _pod(kubelet: Kubelet, worker: PodWorker, stats: list[ContainerStats], network: Any, now: float, *, only: bool) -> Summary:
+    cgroups, meta, stamp = kubelet.node.cgroups, worker.pod["metadata"], clock.rfc3339(now)
+    path = cgroups.pod_path(worker.pod)
+    usage, working = cgroups.memory_usage(path)
+    out: Summary = {
+        "podRef": {"name": meta["name"], "namespace": meta.get("namespace", ""), "uid": worker.uid},
+        "startTime": (kubelet.node.status.get(worker.uid) or {}).get("startTime"),
+        "containers": [_container(s, worker, now, kubelet, only=only) for s in stats],
+        "cpu": _cpu(worker.uid, now, cgroups.cpu_usage_ns(path)),
+        "memory": {"time": stamp, "usageBytes": usage, "workingSetBytes": working, "rssBytes": sum(s.memory_rss_bytes for s in stats)},
+    }
+    if only:
+        return out
+    if network is not None and network.interfaces:
+        links = [
+            {"name": i.name, "rxBytes": i.rx_bytes, "rxErrors": i.rx_errors, "txBytes": i.tx_bytes, "txErrors": i.tx_errors}
+            for i in network.interfaces
+        ]
+        first = next((link for link in links if link["name"] == "eth0"), links[0])
+        out["network"] = {"time": stamp, **first, "interfaces": links}
+    used, volumes = await asyncio.to_thread(kubelet.eviction.storage, worker)
+    paths = kubelet.node.volumes.usage_paths(worker.pod)
+    out["volume"] = [
+        {**_filesystem(path, stamp, volumes.get(name, tree_bytes(path) if name not in volumes else 0)), "name": name} for name, path in paths.items()
+    ]
+    out["ephemeral-storage"] = _filesystem(kubelet.config.root_dir, stamp, used + sum(s.writable_layer_bytes for s in stats))
+    out["process_stats"] = {"process_count": cgroups.process_count(path)}
+    return out
+
+
+def _container(stats: ContainerStats, worker: PodWorker, now: float, kubelet: Kubelet, *, only: bool) -> Summary:
+    stamp = clock.rfc3339(now)
+    status = kubelet.node.status.get(worker.uid) or {}
+    entry = podutil.status_of(status.get("containerStatuses"), stats.metadata.name) or {}
+    out: Summary = {
+        "name": stats.metadata.name,
+        "startTime": ((entry.get("state") or {}).get("running") or {}).get("startedAt") or stamp,
+        "cpu": _cpu(stats.id, now, stats.cpu_usage_core_ns),
+        "memory": {
+            "time": stamp,
+            "usageBytes": stats.memory_usage_bytes,
+            "workingSetBytes": stats.memory_working_set_bytes,
+            "rssBytes": stats.memory_rss_bytes,
+            "pageFaults": stats.memory_page_faults,
+            "majorPageFaults": stats.memory_major_page_faults,
+        },
+        "swap": {"time": stamp, "swapUsageBytes": 0},
+    }
+    if not only:
+        rootfs = _filesystem(kubelet.config.root_dir, stamp, stats.writable_layer_bytes)
+        rootfs["inodesUsed"] = stats.writable_layer_inodes
+        out["rootfs"] = rootfs
+        folder = os.path.join(kubelet.config.logs_dir, f"{worker.pod['metadata'].get('namespace', '')}_{worker.pod['metadata']['name']}_{worker.uid}")
+        out["logs"] = _filesystem(kubelet.config.root_dir, stamp, tree_bytes(os.path.join(folder, stats.metadata.name)))
+    return out
