@@ -14,6 +14,8 @@ CONTROLLERS: dict[str, str] = {
     "serviceaccount-controller": "serviceaccount:ServiceAccountController",
     "root-ca-certificate-publisher-controller": "serviceaccount:RootCAPublisher",
     "daemonset-controller": "daemonset.controller:DaemonSetController",
+    "job-controller": "job.controller:JobController",
+    "cronjob-controller": "cronjob.controller:CronJobController",
     "statefulset-controller": "statefulset.controller:StatefulSetController",
     "deployment-controller": "deployment.controller:DeploymentController",
     "replicaset-controller": "replicaset:ReplicaSetController",

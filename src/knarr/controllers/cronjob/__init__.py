@@ -1,0 +1,1 @@
+"""CronJob: Jobs by the clock. `schedule` reads cron lines, `controller` starts and clears Jobs."""
