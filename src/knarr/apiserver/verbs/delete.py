@@ -109,7 +109,7 @@ async def delete_object(call: Call, name: str, options: Object) -> tuple[bool, C
     key = f"{call.namespace}/{name}" if call.namespace else name
     cached = store.cache.objects.get(key)
     asked_grace = options.get("gracePeriodSeconds")
-    for attempt in range(64):
+    for _ in range(64):
         if cached is None:
             raise errors.not_found(endpoint.resource, name)
         # Each attempt decides anew: the strategy writes the grace period it settles on into the options.
