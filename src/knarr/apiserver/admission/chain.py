@@ -15,7 +15,9 @@ from knarr.apiserver.admission.certificates import CertificateApproval, Certific
 from knarr.apiserver.admission.default_toleration_seconds import DefaultTolerationSeconds
 from knarr.apiserver.admission.ingress_class import DefaultIngressClass
 from knarr.apiserver.admission.namespace_lifecycle import NamespaceLifecycle
+from knarr.apiserver.admission.node_restriction import NodeRestriction
 from knarr.apiserver.admission.plugin import Plugin
+from knarr.apiserver.admission.pod_security import PodSecurity
 from knarr.apiserver.admission.priority import Priority
 from knarr.apiserver.admission.rbac_escalation import RBACEscalation
 from knarr.apiserver.admission.runtime_class import RuntimeClass
@@ -81,10 +83,17 @@ def _plugins(services: Services) -> list[Plugin]:
     store = services.store
     auth = services.auth
     storage_classes = store("storage.k8s.io", "storageclasses")
-    plugins: list[Plugin] = [
-        NamespaceLifecycle(store("", "namespaces")),
-        ServiceAccount(store("", "serviceaccounts")),
+    namespaces, pods, nodes = store("", "namespaces"), store("", "pods"), store("", "nodes")
+    plugins: list[Plugin] = [NamespaceLifecycle(namespaces), ServiceAccount(store("", "serviceaccounts"))]
+    if auth is not None:
+        plugins.append(NodeRestriction(
+            pods, nodes, auth.authorizer, claims=store("", "persistentvolumeclaims"), volumes=store("", "persistentvolumes"),
+            drivers=store("storage.k8s.io", "csidrivers"),
+        ))  # fmt: skip
+    pod_security = services.config.admission_config.get("PodSecurity")
+    plugins += [
         TaintNodesByCondition(),
+        PodSecurity(namespaces, pods, pod_security if isinstance(pod_security, dict) else None),
         Priority(store("scheduling.k8s.io", "priorityclasses")),
         DefaultTolerationSeconds(),
         DefaultStorageClass(storage_classes),
@@ -92,7 +101,7 @@ def _plugins(services: Services) -> list[Plugin]:
         PersistentVolumeClaimResize(storage_classes),
         RuntimeClass(store("node.k8s.io", "runtimeclasses")),
         DefaultIngressClass(store("networking.k8s.io", "ingressclasses")),
-        PodTopologyLabels(store("", "nodes")),
+        PodTopologyLabels(nodes),
     ]
     if auth is not None:
         plugins += [CertificateApproval(auth.authorizer), CertificateSigning(auth.authorizer)]
