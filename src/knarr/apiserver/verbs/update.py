@@ -274,7 +274,9 @@ def _ignore_timestamps(new: Object, old: Object) -> None:
 def _finished(new: Object, old: Object) -> bool:
     """Whether this update takes the last finalizer off an object whose deletion waits for nothing else."""
     metadata = new["metadata"]
+    # Namespaces have theirs in spec, too.
+    held = bool(old["metadata"].get("finalizers")) or bool((old.get("spec") or {}).get("finalizers"))
     return (
-        bool(metadata.get("deletionTimestamp")) and not metadata.get("finalizers") and bool(old["metadata"].get("finalizers"))
+        bool(metadata.get("deletionTimestamp")) and not metadata.get("finalizers") and held
         and not metadata.get("deletionGracePeriodSeconds")
     )  # fmt: skip
