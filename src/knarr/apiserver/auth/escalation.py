@@ -8,7 +8,7 @@ Source: kubernetes pkg/registry/rbac/*/policybased, pkg/registry/rbac/validation
 
 from __future__ import annotations
 
-from knarr.api.errors import StatusError, forbidden, go_quote
+from knarr.api.errors import StatusError, forbidden, go_quote, not_found
 from knarr.api.types import Object
 from knarr.apiserver.attributes import AdmissionRequest, Attributes, Authorizer, Decision, UserInfo
 from knarr.apiserver.auth import users
@@ -71,9 +71,8 @@ class Escalation:
             return
         wanted = self._rbac.role_rules(role_ref, namespace)
         if wanted is None:
-            from knarr.api.errors import not_found
-
-            raise not_found(f"{plural or 'roles'}.{RBAC_GROUP}", role_ref.get("name", ""))
+            # Upstream's error names the resource of the request, not that of the role which is missing.
+            raise not_found(request.resource, role_ref.get("name", ""))
         self._confirm(request, wanted)
 
     async def _may(self, user: UserInfo, verb: str, plural: str, namespace: str, name: str) -> bool:

@@ -22,7 +22,6 @@ from knarr.apiserver.auth.tokens import TokenRefused
 
 _GROUP_KIND = ".authorization.k8s.io"
 _FIELD_OPERATORS = ("In", "NotIn", "Exists", "DoesNotExist")
-_EVERYTHING: list[Object] = [{"verbs": ["*"], "apiGroups": ["*"], "resources": ["*"]}]
 
 
 class AccessReviews:
@@ -76,9 +75,6 @@ class AccessReviews:
         rules: list[Rule] = []
         problems: list[str] = []
         incomplete = self._rbac is None
-        if users.MASTERS in review.user.groups:
-            rules += _EVERYTHING
-            rules.append({"verbs": ["*"], "nonResourceURLs": ["*"]})
         if users.node_name(review.user.name, review.user.groups) is not None:
             incomplete = True
             problems.append("node authorizer does not support user rule resolution")
