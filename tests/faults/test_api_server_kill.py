@@ -119,6 +119,7 @@ async def test_every_acknowledged_write_survives_fifty_kills_and_no_watcher_miss
         stop.set()
         await asyncio.gather(*tasks[:-1])
         await asyncio.sleep(0.5)
+        assert not tasks[-1].done(), f"the watch ended: {tasks[-1]}"
     finally:
         stop.set()
         for task in tasks:

@@ -11,9 +11,13 @@ from typing import Any
 
 from knarr.aiokits.log import get_logger
 from knarr.apiserver.cache import FieldsFunction, ResourceCache
+from knarr.storage.errors import CompactedError
 from knarr.storage.protocol import Event, RevisionStore
 
 log = get_logger(__name__)
+
+REPLAYED_EVENTS = 10_000
+"""How many of the newest revisions a fresh process takes into its watch history."""
 
 
 class Storage:
@@ -44,15 +48,34 @@ class Storage:
         """Open the store and fill the caches with what it holds."""
         await self.store.start()
         self._unsubscribe = self.store.subscribe(self._on_events)
-        page = await self.store.scan("/registry/")
-        by_prefix: dict[str, list[tuple[str, bytes, int]]] = {}
-        for key, value, revision in page.items:
-            prefix, rest = _split(key)
-            by_prefix.setdefault(prefix, []).append((rest, value, revision))
-        for prefix, cache in self.caches.items():
-            cache.load(by_prefix.get(prefix, []), page.revision)
+        revision = await self._load_recent()
         missed, self._loading = self._loading or [], None
-        self._dispatch([event for event in missed if event.revision > page.revision])
+        self._dispatch([event for event in missed if event.revision > revision])
+
+    async def _load_recent(self) -> int:
+        """Fill the caches with the state of a little while ago and replay what came since; returns the revision reached.
+
+        So watchers that resume after a restart of this process find their events, instead of having to list again.
+        """
+        revision = self.store.revision
+        base = max(self.store.compacted, revision - REPLAYED_EVENTS)
+        try:
+            items = (await self.store.scan("/registry/", at=base)).items if base else ()
+        except CompactedError:
+            base, items = revision, (await self.store.scan("/registry/")).items
+        by_prefix: dict[str, list[tuple[str, bytes, int]]] = {}
+        for key, value, at in items:
+            prefix, rest = _split(key)
+            by_prefix.setdefault(prefix, []).append((rest, value, at))
+        for prefix, cache in self.caches.items():
+            cache.load(by_prefix.get(prefix, []), base)
+        if base < revision:
+            async with self.store.watch("/registry/", since=base) as stream:
+                async for batch in stream:
+                    self._dispatch([event for event in batch if event.revision <= revision])
+                    if batch[-1].revision >= revision:
+                        break
+        return revision
 
     async def add_loaded(self, prefix: str, field_names: tuple[str, ...], fields: FieldsFunction | None) -> ResourceCache:
         """Return the cache of a prefix that appears while the server runs, filled from the store."""
