@@ -1,0 +1,205 @@
+"""The proxy following its informers: bursts, UDP flows, health ports, refusals, repairs."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import pytest
+
+from knarr.aiokits.tasks import Tasks
+from knarr.api.resources import ENDPOINT_SLICES, NODES, SERVICES
+from knarr.network import nftables
+from knarr.network.netlink import NetlinkError
+from knarr.network.proxy import ServiceProxy
+from knarr.network.proxy import table as table_module
+
+from .fed import FedInformers
+from .world import World, endpoint_slice, ready, refused, service
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(60)]
+HTTP, BACK = [("http", "TCP", 80)], [("http", "TCP", 8080)]
+DNS = [("dns", "UDP", 53)]
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.events: list[tuple[str, str]] = []
+
+    def event(self, obj: dict[str, Any], type: str, reason: str, message: str, **_more: Any) -> None:
+        self.events.append((obj["metadata"]["name"], message))
+
+    async def close(self) -> None:
+        return
+
+
+class Running:
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.informers = FedInformers()
+        self.proxy = ServiceProxy(
+            None, self.informers, node_name="here", table="knt", pod_cidrs=world.cluster_cidrs, netns=world.node.path  # type: ignore[arg-type]
+        )
+        self.proxy._recorder = self.recorder = Recorder()  # type: ignore[assignment]
+
+    async def settle(self) -> None:
+        """Until everything marked so far is in the kernel."""
+        for _ in range(400):
+            await asyncio.sleep(0.005)
+            if not self.proxy._dirty and not self.proxy._wake.is_set():
+                break
+        await self.proxy._in_worker(lambda: None)
+        await asyncio.sleep(0.02)
+
+    async def put(self, resource: Any, *objects: Any) -> None:
+        self.informers.put(resource, *objects)
+        await self.settle()
+
+
+@pytest.fixture
+async def running():
+    async with World() as world, Tasks() as tasks:
+        made = Running(world)
+        task = tasks.spawn(made.proxy.run(), "proxy")
+        await made.proxy.wait_synced()
+        yield made
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await made.proxy.cleanup()
+
+
+async def test_services_come_change_and_go(running):
+    world = running.world
+    a, b, client = await world.pod("a"), await world.pod("b"), await world.pod("client")
+    a.serve("a", 8080), b.serve("b", 8080)
+    await running.put(SERVICES, service("web", "10.96.0.10", HTTP))
+    with refused():
+        await asyncio.to_thread(client.ask, "10.96.0.10", 80)
+    await running.put(ENDPOINT_SLICES, endpoint_slice("web", BACK, [ready(a.ip)]))
+    assert (await asyncio.to_thread(client.ask, "10.96.0.10", 80))[0] == "a"
+    await running.put(ENDPOINT_SLICES, endpoint_slice("web", BACK, [ready(b.ip)]))
+    assert (await asyncio.to_thread(client.ask, "10.96.0.10", 80))[0] == "b"
+    running.informers.drop(SERVICES, "default", "web")
+    await running.settle()
+    assert running.proxy.rendered == {}
+    assert running.proxy._table._owners == {}
+    assert running.proxy._table._shared == {}
+
+
+async def test_many_changes_at_once_are_few_commits(running):
+    before = running.proxy.commits
+    await running.put(SERVICES, *(service(f"s{n}", f"10.96.1.{n}", HTTP) for n in range(1, 200)))
+    assert running.proxy.commits - before <= 3
+    assert len(running.proxy.rendered) == 199
+
+
+async def test_a_udp_client_that_keeps_its_port_moves_to_the_new_endpoint(running):
+    world = running.world
+    a, b, client = await world.pod("a"), await world.pod("b"), await world.pod("client")
+    a.serve("a", 5353, udp=True), b.serve("b", 5353, udp=True)
+    back = [("dns", "UDP", 5353)]
+    await running.put(SERVICES, service("dns", "10.96.0.53", DNS, type="NodePort", node_ports={53: 30053}))
+    ask = lambda address, port, own: asyncio.to_thread(lambda: client.ask(address, port, udp=True, source_port=own))
+    # A flow from before the first endpoint must not stick to the refused address either.
+    with pytest.raises(OSError):
+        await ask("10.96.0.53", 53, 4001)
+    await running.put(ENDPOINT_SLICES, endpoint_slice("dns", back, [ready(a.ip)]))
+    for address, port, own in (("10.96.0.53", 53, 4001), (world.node.ip, 30053, 4002)):
+        assert (await ask(address, port, own))[0] == "a"
+    await running.put(ENDPOINT_SLICES, endpoint_slice("dns", back, [ready(b.ip)]))
+    for address, port, own in (("10.96.0.53", 53, 4001), (world.node.ip, 30053, 4002)):
+        assert (await ask(address, port, own))[0] == "b"
+    running.informers.drop(SERVICES, "default", "dns")
+    await running.settle()
+    with pytest.raises(OSError):
+        await asyncio.to_thread(lambda: client.ask("10.96.0.53", 53, udp=True, source_port=4001, seconds=0.3))
+
+
+async def test_session_affinity_forgets_an_endpoint_that_is_gone(running):
+    world = running.world
+    pods = [await world.pod(f"p{n}") for n in range(2)]
+    for number, pod in enumerate(pods):
+        pod.serve(f"p{number}", 8080)
+    client = await world.pod("client")
+    await running.put(SERVICES, service("web", "10.96.0.10", HTTP, sessionAffinity="ClientIP"))
+    await running.put(ENDPOINT_SLICES, endpoint_slice("web", BACK, [ready(pod.ip) for pod in pods]))
+    first = (await asyncio.to_thread(client.ask, "10.96.0.10", 80))[0]
+    kept = pods[1 - int(first[1])]
+    await running.put(ENDPOINT_SLICES, endpoint_slice("web", BACK, [ready(kept.ip)]))
+    assert (await asyncio.to_thread(client.ask, "10.96.0.10", 80))[0] != first
+
+
+async def test_the_health_port_tells_whether_this_node_has_endpoints(running):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    status = {"loadBalancer": {"ingress": [{"ip": "172.31.0.9"}]}}
+    await running.put(SERVICES, service("lb", "10.96.0.20", HTTP, type="LoadBalancer", externalTrafficPolicy="Local", healthCheckNodePort=port, status=status))
+
+    async def health() -> str:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = (await reader.read()).decode()
+        writer.close()
+        return answer
+
+    assert (await health()).startswith("HTTP/1.1 503")
+    await running.put(ENDPOINT_SLICES, endpoint_slice("lb", BACK, [ready("10.77.0.9"), ready("10.77.9.9", node="elsewhere")]))
+    answer = await health()
+    assert answer.startswith("HTTP/1.1 200")
+    assert '"localEndpoints":1' in answer
+    running.informers.drop(SERVICES, "default", "lb")
+    await running.settle()
+    with pytest.raises(OSError):
+        await health()
+
+
+async def test_what_the_kernel_refuses_hits_one_service_with_an_event_and_is_tried_again(running, monkeypatch):
+    original = nftables.ElementBatch.commit
+    broken = True
+
+    def commit(self: nftables.ElementBatch, netlink: Any) -> None:
+        marker = nftables.packed_address("10.96.3.66")
+        if broken and any(marker in body and "adding" in what for _kind, _flags, body, what in self._messages):
+            raise NetlinkError(95, "adding to service4")
+        original(self, netlink)
+
+    monkeypatch.setattr(table_module.ElementBatch, "commit", commit)
+    world = running.world
+    a, client = await world.pod("a"), await world.pod("client")
+    a.serve("a", 8080)
+    names = [f"s{n}" for n in range(1, 100)]
+    running.informers.put(ENDPOINT_SLICES, *(endpoint_slice(name, BACK, [ready(a.ip)]) for name in names))
+    await running.put(SERVICES, *(service(name, f"10.96.3.{number}", HTTP) for number, name in enumerate(names, 1)))
+    await asyncio.sleep(0.2)
+    assert [name for name, _message in running.recorder.events] == ["s66"]
+    assert (await asyncio.to_thread(client.ask, "10.96.3.67", 80))[0] == "a"
+    broken = False
+    running.proxy._mark(["default/s66"])
+    await running.settle()
+    assert (await asyncio.to_thread(client.ask, "10.96.3.66", 80))[0] == "a"
+
+
+async def test_a_flushed_table_is_written_again_with_the_next_change(running):
+    world = running.world
+    a, client = await world.pod("a"), await world.pod("client")
+    a.serve("a", 8080)
+    await running.put(ENDPOINT_SLICES, endpoint_slice("web", BACK, [ready(a.ip)]))
+    await running.put(SERVICES, service("web", "10.96.0.10", HTTP))
+    await asyncio.to_thread(nftables.delete_table, "knt", world.node.path)
+    await running.put(SERVICES, service("other", "10.96.0.11", HTTP))
+    await asyncio.sleep(0.5)
+    assert (await asyncio.to_thread(client.ask, "10.96.0.10", 80))[0] == "a"
+
+
+async def test_hints_count_once_the_node_has_a_zone(running):
+    running.informers.put(NODES, {"metadata": {"name": "here", "labels": {}}})
+    hints = lambda zone: {"hints": {"forZones": [{"name": zone}]}}
+    part = endpoint_slice("web", BACK, [ready("10.77.0.8", **hints("a")), ready("10.77.9.9", "there", **hints("b"))])
+    running.informers.put(ENDPOINT_SLICES, part)
+    await running.put(SERVICES, service("web", "10.96.0.10", HTTP))
+    count = lambda: sum(1 for name, _key in running.proxy.rendered["default/web"].elements if name == "endpoint4")
+    assert count() == 2
+    await running.put(NODES, {"metadata": {"name": "here", "labels": {"topology.kubernetes.io/zone": "a"}}})
+    assert count() == 1
