@@ -203,7 +203,7 @@ class Loader:
         _, config = archive.document(manifest["config"]["digest"])
         sources = [LayerSource(layer["digest"], _ready(archive.blob(layer["digest"]))) for layer in manifest["layers"]]
         size = len(raw) + len(config) + sum(archive.blob(layer["digest"]).length for layer in manifest["layers"])
-        return await self._store.add(config, sources, names=names, digests=digests, size_bytes=size)
+        return await self._store.add(config, sources, names=names, digests=digests, size_bytes=size, loaded=True)
 
     async def _load_docker(self, archive: Archive, manifest: list[dict[str, Any]], name: str) -> list[StoredImage]:
         images = []
@@ -220,7 +220,7 @@ class Loader:
                 size += layer.length
                 sources.append(LayerSource("", _ready(layer)))
             tags = entry.get("RepoTags") or ([name] if name else [])
-            images.append(await self._store.add(config, sources, names=[parse_reference(tag) for tag in tags], size_bytes=size))
+            images.append(await self._store.add(config, sources, names=[parse_reference(tag) for tag in tags], size_bytes=size, loaded=True))
         return images
 
 

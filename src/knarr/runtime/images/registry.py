@@ -132,15 +132,23 @@ class Puller:
         self._blobs: dict[str, asyncio.Task[LayerBlob]] = {}
 
     async def pull(self, text: str, auth: Sequence[AuthConfig] = (), progress: Progress | None = None) -> StoredImage:
-        """Bring an image here. Raises ImagePullError."""
+        """Bring an image here.
+
+        An image that was loaded by hand serves as it is while no registry can be reached: on a laptop without a network
+        `imagePullPolicy: Always` (which every :latest has) would otherwise make loading pointless.
+
+        Raises ImagePullError.
+        """
         reference = parse_reference(text)
         errors: list[str] = []
+        reached = False
         for base in self._bases(reference):
             for credentials in (*auth, None):
                 endpoint = _Endpoint(base, reference.path, credentials, self._mirrors)
                 try:
                     return await self._pull_from(endpoint, reference, progress)
                 except _Unauthorized:
+                    reached = True
                     errors.append(
                         "pull access denied, repository does not exist or may require authorization: "
                         "server message: insufficient_scope: authorization failed"
@@ -149,6 +157,7 @@ class Puller:
                     errors.append(f'failed to do request: Head "{base}/v2/{reference.path}/manifests/{_wanted(reference)}": {error}')
                     break
                 except ImagePullError as error:
+                    reached = True
                     errors.append(str(error))
                     break
                 except (RuntimeFault, OSError) as error:
@@ -156,6 +165,10 @@ class Puller:
                     break
                 finally:
                     await endpoint.close()
+        present = self._store.find(text)
+        if present is not None and present.loaded and not reached:
+            log.info("no registry can be reached, using the image that was loaded", image=str(reference), error=errors[-1])
+            return present
         raise ImagePullError(f'failed to pull and unpack image "{reference}": failed to resolve reference "{reference}": {errors[-1]}')
 
     def _bases(self, reference: Reference) -> list[str]:

@@ -41,6 +41,8 @@ class StoredImage:
     size_bytes: int = 0
     pinned: bool = False
     user: str = ""
+    loaded: bool = False
+    """Put here by hand from an archive: serves when its registry cannot be reached, whatever the pull policy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +135,15 @@ class ImageStore:
     # Changing
 
     async def add(
-        self, config: bytes, sources: Sequence[LayerSource], *, names: Sequence[Reference], digests: Sequence[str] = (), size_bytes: int = 0
+        self, config: bytes, sources: Sequence[LayerSource], *, names: Sequence[Reference], digests: Sequence[str] = (), size_bytes: int = 0,
+        loaded: bool = False,
     ) -> StoredImage:
         """Unpack an image's layers and record it under names; what is there already is not done again.
 
         Args:
           sources: One per layer, lowest first, as many as the configuration's diff ids.
           digests: repository@digest names.
+          loaded: From an archive by hand, and not from a registry.
 
         Raises RuntimeFault when configuration and layers do not fit.
         """
@@ -162,6 +166,7 @@ class ImageStore:
             if image is None:
                 user = str((document.get("config") or {}).get("User") or "")
                 image = self._images[image_id] = StoredImage(image_id, chain=chain, size_bytes=size_bytes, user=user)
+            image.loaded = image.loaded or loaded
             for digest in digests:
                 self._take_name(image, digest, image.digests)
             for name in names:
