@@ -20,7 +20,7 @@ from tests.images import oci
 from tests.images.debian import cache_folder
 
 BUSYBOX, BASH = Path("/usr/bin/busybox"), Path("/usr/bin/bash-static")
-_VERSION = "2"
+_VERSION = "3"
 
 
 def _cached(name: str, sources: list[Path], make: Callable[[Path], None]) -> Path:
@@ -50,8 +50,8 @@ def busybox_root(folder: Path) -> None:
     (folder / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\ntest:x:1000:1000::/home/test:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")
     (folder / "etc/group").write_text("root:x:0:\ntest:x:1000:\nextra:x:2000:test\nmore:x:3000:test,root\nnobody:x:65534:\n")
     # A setuid copy shows whether no_new_privs and the unpacker's modes are right.
-    shutil.copy(BUSYBOX, folder / "usr/bin/suid-id")
-    (folder / "usr/bin/suid-id").chmod(0o4755)
+    shutil.copy(BASH, folder / "usr/bin/suid-bash")
+    (folder / "usr/bin/suid-bash").chmod(0o4755)
 
 
 def busybox(names: tuple[str, ...] = ("docker.io/library/busybox:latest",)) -> Path:

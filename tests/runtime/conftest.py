@@ -70,7 +70,8 @@ class Bench:
         await self.runtime.start()
 
     def sandbox(self, **fields: object) -> PodSandboxConfig:
-        config = PodSandboxConfig(PodSandboxMetadata("pod", uuid.uuid4().hex, "default"), hostname="pod", log_directory=str(self.folder / "logs"))
+        uid = uuid.uuid4().hex
+        config = PodSandboxConfig(PodSandboxMetadata("pod", uid, "default"), hostname="pod", log_directory=str(self.folder / "logs" / uid))
         config.cgroup_parent = f"{self.group}/pod{config.metadata.uid[:8]}"
         for name, value in fields.items():
             setattr(config, name, value)

@@ -106,7 +106,7 @@ async def test_containers_of_a_pod_share_network_ipc_and_host_name_but_not_proce
     sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox())
     links = []
     for name in ("a", "b"):
-        _, log = await bench.output("sh", "-c", "hostname; readlink /proc/self/ns/net /proc/self/ns/ipc; echo $$", sandbox_id=sandbox_id, name=name)
+        _, log = await bench.output("sh", "-c", "hostname; readlink /proc/self/ns/net; readlink /proc/self/ns/ipc; echo $$", sandbox_id=sandbox_id, name=name)
         links.append(log)
     assert links[0] == links[1]
     assert links[0].startswith("pod\n")

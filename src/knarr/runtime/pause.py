@@ -29,7 +29,7 @@ _CODE = {
     "x86_64": bytes.fromhex(
         "b80d000000"  # mov eax, 13 (rt_sigaction)
         "bf11000000"  # mov edi, 17 (SIGCHLD)
-        "488d3516000000"  # lea rsi, [rip + 22]
+        "488d3519000000"  # lea rsi, [rip + 25] (the struct)
         "31d2"  # xor edx, edx
         "41ba08000000"  # mov r10d, 8
         "0f05"  # syscall
@@ -129,7 +129,10 @@ class Pause:
                 "noNewPrivileges": True,
             },
             "root": {"path": os.path.join(self._root, "rootfs"), "readonly": True},
-            "mounts": [{"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]}],
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+                {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=64k"]},
+            ],
             "linux": linux,
         }
 
