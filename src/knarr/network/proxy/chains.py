@@ -18,21 +18,38 @@ Source: behaviour of pkg/proxy/nftables/proxier.go.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_network
 
-from knarr.network.netlink import NLM_F_APPEND, NLM_F_CREATE, attribute, be32, nested, text, u8
+from knarr.network.expressions import (
+    CT_DESTINATION,
+    CT_PROTO_DESTINATION,
+    CT_SOURCE,
+    DROP,
+    GOTO,
+    META_L4PROTO,
+    Family,
+    R,
+    add_chain,
+    add_rule,
+    destination_is_local,
+    dnat,
+    lookup,
+    mark,
+    meta_load,
+    numgen,
+    original,
+    payload,
+    update,
+    verdict,
+)
 from knarr.network.nftables import ElementBatch
 
 MASQUERADE_MARK = 0x4000
 AFFINITY_MARK = 0x2000
 SKELETON_VERSION = 2
-_NEWCHAIN, _NEWRULE = (10 << 8) | 3, (10 << 8) | 6
 _FAMILIES = ((4, "ip", "ipv4_addr", "0.0.0.0"), (6, "ip6", "ipv6_addr", "::"))
-_R = 8
-"""Number of the first 32-bit register."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,114 +207,41 @@ def version_chain(pod_cidrs: Sequence[str]) -> str:
 # Encoded rules
 
 
-def _expression(name: str, *fields: bytes) -> bytes:
-    return nested(1, text(1, name), nested(2, *fields))
-
-
-def _meta_load(key: int, register: int) -> bytes:
-    return _expression("meta", be32(2, key), be32(1, register))
-
-
-def _meta_set(key: int, register: int) -> bytes:
-    return _expression("meta", be32(2, key), be32(3, register))
-
-
-def _payload(base: int, offset: int, length: int, register: int) -> bytes:
-    return _expression("payload", be32(1, register), be32(2, base), be32(3, offset), be32(4, length))
-
-
-def _compare(register: int, data: bytes, *, equal: bool = True) -> bytes:
-    return _expression("cmp", be32(1, register), be32(2, 0 if equal else 1), nested(3, attribute(1, data)))
-
-
-def _numgen(modulus: int, register: int) -> bytes:
-    return _expression("numgen", be32(1, register), be32(2, modulus), be32(3, 1), be32(4, 0))
-
-
-def _lookup(set_name: str, source: int, target: int | None = None, *, inverted: bool = False) -> bytes:
-    fields = [text(1, set_name), be32(2, source)]
-    if target is not None:
-        fields.append(be32(3, target))
-    if inverted:
-        fields.append(be32(5, 1))
-    return _expression("lookup", *fields)
-
-
-def _update(set_name: str, key: int, data: int, seconds: int) -> bytes:
-    timeout = attribute(6, struct.pack(">Q", seconds * 1000))
-    return _expression("dynset", text(1, set_name), be32(3, 1), be32(4, key), be32(5, data), timeout)
-
-
-def _original(key: int, register: int) -> bytes:
-    """Load what the connection's first packet said before it was translated."""
-    return _expression("ct", be32(2, key), be32(1, register), u8(3, 0))
-
-
-def _dnat(family: int, address: int, port: int) -> bytes:
-    return _expression("nat", be32(1, 1), be32(2, 2 if family == 4 else 10), be32(3, address), be32(5, port))
-
-
-def _verdict(code: int, chain: str = "") -> bytes:
-    inner = nested(2, be32(1, code & 0xFFFFFFFF), *([text(2, chain)] if chain else []))
-    return _expression("immediate", be32(1, 0), nested(2, inner))
-
-
-_JUMP, _GOTO, _DROP = -3, -4, 0
-
-
-class _Registers:
+class _Registers(Family):
     """Register layout of one family: a rule's key grows from the first register on."""
-
-    def __init__(self, family: int) -> None:
-        self.family = family
-        self.words = 1 if family == 4 else 4
-        self.length = 4 * self.words
-        self.source_offset, self.target_offset = (12, 16) if family == 4 else (8, 24)
-
-    def only_family(self) -> bytes:
-        return _meta_load(15, _R) + _compare(_R, bytes((2 if self.family == 4 else 10,)))
 
     def frontend(self, at: int, node_port: bool) -> tuple[bytes, int]:
         """Load the frontend's key from register `at`; returns the code and the next free register."""
         code = b""
         if not node_port:
-            code = _payload(1, self.target_offset, self.length, at)
+            code = self.target(at)
             at += self.words
-        return code + _meta_load(16, at) + _payload(2, 2, 2, at + 1), at + 2
+        return code + meta_load(META_L4PROTO, at) + payload(2, 2, 2, at + 1), at + 2
 
     def client(self, at: int) -> tuple[bytes, int]:
-        return _payload(1, self.source_offset, self.length, at), at + self.words
+        """Load the client's address; returns the code and the next free register."""
+        return self.source(at), at + self.words
 
 
 def _choose(pick: Pick, registers: _Registers, map_name: str, count: int, target: int) -> bytes:
     """Code that leaves a drawn endpoint (address, port) at register `target`."""
-    code, free = registers.frontend(_R, pick.node_port)
-    return registers.only_family() + code + _numgen(count, free) + _lookup(map_name, _R, target)
+    code, free = registers.frontend(R, pick.node_port)
+    return registers.only() + code + numgen(count, free) + lookup(map_name, R, target)
 
 
 def _pick_rules(pick: Pick, map_name: str, count: int) -> list[bytes]:
     registers = _Registers(pick.family)
     words = registers.words
     if not count:
-        return [_verdict(_DROP)]
-    draw = _choose(pick, registers, map_name, count, _R) + _dnat(pick.family, _R, _R + words)
+        return [verdict(DROP)]
+    draw = _choose(pick, registers, map_name, count, R) + dnat(pick.family, R, R + words)
     if not pick.affinity_seconds:
         return [draw]
-    client, after = registers.client(_R)
+    client, after = registers.client(R)
     frontend, _free = registers.frontend(after, False)
-    remembered = registers.only_family() + client + frontend + _lookup(f"affinity{pick.family}", _R, _R) + _dnat(pick.family, _R, _R + words)
+    remembered = registers.only() + client + frontend + lookup(f"affinity{pick.family}", R, R) + dnat(pick.family, R, R + words)
     # A look-up without result ends its rule, not the chain.
-    return [_mark(AFFINITY_MARK), remembered, draw]
-
-
-def _mark(bit: int) -> bytes:
-    mask = nested(4, attribute(1, struct.pack("=I", ~bit & 0xFFFFFFFF)))
-    flip = nested(5, attribute(1, struct.pack("=I", bit)))
-    bitwise = _expression("bitwise", be32(1, _R), be32(2, _R), be32(3, 4), mask, flip)
-    return _meta_load(3, _R) + bitwise + _meta_set(3, _R)
-
-
-_CT_PROTO_DESTINATION, _CT_SOURCE, _CT_DESTINATION = 12, {4: 19, 6: 21}, {4: 20, 6: 22}
+    return [mark(AFFINITY_MARK), remembered, draw]
 
 
 def learn_name(family: int, seconds: int) -> str:
@@ -308,9 +252,9 @@ def learn_name(family: int, seconds: int) -> str:
 def _original_frontend(registers: _Registers, at: int, *, address: bool) -> tuple[bytes, int]:
     code = b""
     if address:
-        code = _original(_CT_DESTINATION[registers.family], at)
+        code = original(CT_DESTINATION[registers.version], at)
         at += registers.words
-    return code + _meta_load(16, at) + _original(_CT_PROTO_DESTINATION, at + 1), at + 2
+    return code + meta_load(META_L4PROTO, at) + original(CT_PROTO_DESTINATION, at + 1), at + 2
 
 
 def add_learning(batch: ElementBatch, table: str) -> None:
@@ -318,35 +262,34 @@ def add_learning(batch: ElementBatch, table: str) -> None:
     for family in (4, 6):
         registers = _Registers(family)
         for prefix, address in (("", True), ("port_", False)):
-            key, _free = _original_frontend(registers, _R, address=address)
-            _add_rule(batch, table, "learn", registers.only_family() + key + _lookup(f"{prefix}sticky{family}", _R, 0))
+            key, _free = _original_frontend(registers, R, address=address)
+            add_rule(batch, table, "learn", registers.only() + key + lookup(f"{prefix}sticky{family}", R, 0))
 
 
 def add_learn_chain(batch: ElementBatch, table: str, family: int, seconds: int) -> None:
     """Add the chain that remembers: (client, frontend) as first sent, the endpoint as the packet says now."""
     registers = _Registers(family)
     name = learn_name(family, seconds)
-    client = _original(_CT_SOURCE[family], _R)
-    frontend, data = _original_frontend(registers, _R + registers.words, address=True)
-    chosen = _payload(1, registers.target_offset, registers.length, data) + _payload(2, 2, 2, data + registers.words)
-    _add_chain(batch, table, name)
-    _add_rule(batch, table, name, registers.only_family() + client + frontend + chosen + _update(f"affinity{family}", _R, data, seconds))
+    client = original(CT_SOURCE[family], R)
+    frontend, data = _original_frontend(registers, R + registers.words, address=True)
+    chosen = payload(1, registers.target_offset, registers.length, data) + payload(2, 2, 2, data + registers.words)
+    add_chain(batch, table, name)
+    add_rule(batch, table, name, registers.only() + client + frontend + chosen + update(f"affinity{family}", R, data, seconds))
 
 
 def _rules(pick: Pick) -> list[bytes]:
     prefix = "port_" if pick.node_port else ""
     if pick.local is None:
         rules = _pick_rules(pick, f"{prefix}endpoint{pick.family}", pick.cluster)
-        return [_mark(MASQUERADE_MARK), *rules] if pick.masquerade else rules
+        return [mark(MASQUERADE_MARK), *rules] if pick.masquerade else rules
     registers = _Registers(pick.family)
     rules = []
     if pick.cluster:
         everywhere = Pick(pick.family, pick.node_port, pick.cluster, None, False, pick.affinity_seconds)
-        client, _after = registers.client(_R)
+        client, _after = registers.client(R)
         # Pods and the node itself need no load balancer before them: they reach all endpoints.
-        rules.append(registers.only_family() + client + _lookup(f"pods{pick.family}", _R) + _verdict(_GOTO, everywhere.name))
-        local = _expression("fib", be32(1, _R), be32(2, 3), be32(3, 1)) + _compare(_R, struct.pack("=I", 2))
-        rules.append(local + _mark(MASQUERADE_MARK) + _verdict(_GOTO, everywhere.name))
+        rules.append(registers.only() + client + lookup(f"pods{pick.family}", R) + verdict(GOTO, everywhere.name))
+        rules.append(destination_is_local(source=True) + mark(MASQUERADE_MARK) + verdict(GOTO, everywhere.name))
     return rules + _pick_rules(pick, f"{prefix}local{pick.family}", pick.local)
 
 
@@ -357,17 +300,8 @@ def needed(pick: Pick) -> list[Pick]:
     return [pick]
 
 
-def add_chain(batch: ElementBatch, table: str, pick: Pick) -> None:
+def add_pick_chain(batch: ElementBatch, table: str, pick: Pick) -> None:
     """Add a pick's chain with its rules to a batch."""
-    _add_chain(batch, table, pick.name)
+    add_chain(batch, table, pick.name)
     for rule in _rules(pick):
-        _add_rule(batch, table, pick.name, rule)
-
-
-def _add_chain(batch: ElementBatch, table: str, name: str) -> None:
-    batch.raw(_NEWCHAIN, text(1, table) + text(3, name), NLM_F_CREATE, f"adding chain {name}")
-
-
-def _add_rule(batch: ElementBatch, table: str, chain: str, rule: bytes) -> None:
-    body = text(1, table) + text(2, chain) + nested(4, rule)
-    batch.raw(_NEWRULE, body, NLM_F_CREATE | NLM_F_APPEND, f"adding a rule to {chain}")
+        add_rule(batch, table, pick.name, rule)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from knarr.network.netlink import NETLINK_NETFILTER, NetlinkSocket, attributes, cstring
 from knarr.network.netns import open_netlink
 from knarr.network.nftables import Element, ElementBatch, StateMismatch, delete_table, read_elements, run_script, table_exists
-from knarr.network.proxy.chains import Pick, add_chain, add_learn_chain, add_learning, learn_name, skeleton, version_chain
+from knarr.network.proxy.chains import Pick, add_learn_chain, add_learning, add_pick_chain, learn_name, skeleton, version_chain
 from knarr.network.proxy.model import ElementKey, Rendered
 
 _GETCHAIN = (10 << 8) | 4
@@ -116,7 +116,7 @@ class ProxyTable:
         plan.settle_waiting()
         new_chains = [pick for pick in plan.picks if pick.name not in self._chains]
         for pick in _ordered(new_chains):
-            add_chain(batch, self.name, pick)
+            add_pick_chain(batch, self.name, pick)
         new_memories = [memory for memory in plan.memories if learn_name(*memory) not in self._chains]
         for memory in new_memories:
             add_learn_chain(batch, self.name, *memory)
