@@ -17,6 +17,7 @@ from knarr.client.controller import Controller
 from knarr.client.events import EventRecorder
 from knarr.client.informer import Informer, Informers
 from knarr.client.rest import Client
+from knarr.controllers.quota import crosses_namespaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +87,11 @@ def trim_pod(pod: Object) -> Object:
     for name in ("imagePullSecrets", "securityContext", "dnsConfig", "hostAliases", "readinessGates", "topologySpreadConstraints"):
         spec.pop(name, None)
     affinity = spec.pop("affinity", None)
+    if affinity and crosses_namespaces(affinity):
+        spec["affinity"] = {name: affinity[name] for name in ("podAffinity", "podAntiAffinity") if name in affinity}
     # Before it is bound, only its affinity tells which node a daemon's pod is meant for.
     if affinity and "nodeName" not in spec and any(ref["kind"] == "DaemonSet" for ref in meta.get("ownerReferences") or ()):
-        spec["affinity"] = {"nodeAffinity": affinity.get("nodeAffinity")}
+        spec["affinity"] = {**(spec.get("affinity") or {}), "nodeAffinity": affinity.get("nodeAffinity")}
     return pod
 
 

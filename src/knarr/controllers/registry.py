@@ -9,6 +9,11 @@ from __future__ import annotations
 CONTROLLERS: dict[str, str] = {
     "endpoints-controller": "endpoints:EndpointsController",
     "endpointslice-controller": "endpointslice:EndpointSliceController",
+    "endpointslice-mirroring-controller": "endpointslicemirroring:EndpointSliceMirroringController",
+    "resourcequota-controller": "resourcequota:ResourceQuotaController",
+    "disruption-controller": "disruption:DisruptionController",
+    "ttl-after-finished-controller": "ttlafterfinished:TTLAfterFinishedController",
+    "ttl-controller": "ttl:TTLController",
     "replicationcontroller-controller": "replicaset:replication_controllers",
     "namespace-controller": "namespace:NamespaceController",
     "serviceaccount-controller": "serviceaccount:ServiceAccountController",
