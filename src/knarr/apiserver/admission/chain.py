@@ -14,12 +14,14 @@ from knarr.api.scheme import Resource
 from knarr.apiserver.admission.certificates import CertificateApproval, CertificateSigning, CertificateSubjectRestriction
 from knarr.apiserver.admission.default_toleration_seconds import DefaultTolerationSeconds
 from knarr.apiserver.admission.ingress_class import DefaultIngressClass
+from knarr.apiserver.admission.limit_ranger import LimitRanger
 from knarr.apiserver.admission.namespace_lifecycle import NamespaceLifecycle
 from knarr.apiserver.admission.node_restriction import NodeRestriction
 from knarr.apiserver.admission.plugin import Plugin
 from knarr.apiserver.admission.pod_security import PodSecurity
 from knarr.apiserver.admission.priority import Priority
 from knarr.apiserver.admission.rbac_escalation import RBACEscalation
+from knarr.apiserver.admission.resource_quota import ResourceQuota
 from knarr.apiserver.admission.runtime_class import RuntimeClass
 from knarr.apiserver.admission.service_account import ServiceAccount
 from knarr.apiserver.admission.storage import DefaultStorageClass, PersistentVolumeClaimResize, StorageObjectInUseProtection
@@ -84,7 +86,7 @@ def _plugins(services: Services) -> list[Plugin]:
     auth = services.auth
     storage_classes = store("storage.k8s.io", "storageclasses")
     namespaces, pods, nodes = store("", "namespaces"), store("", "pods"), store("", "nodes")
-    plugins: list[Plugin] = [NamespaceLifecycle(namespaces), ServiceAccount(store("", "serviceaccounts"))]
+    plugins: list[Plugin] = [NamespaceLifecycle(namespaces), LimitRanger(store("", "limitranges")), ServiceAccount(store("", "serviceaccounts"))]
     if auth is not None:
         plugins.append(NodeRestriction(
             pods, nodes, auth.authorizer, claims=store("", "persistentvolumeclaims"), volumes=store("", "persistentvolumes"),
@@ -109,6 +111,7 @@ def _plugins(services: Services) -> list[Plugin]:
     escalation = getattr(auth, "escalation", None)
     if escalation is not None:
         plugins.append(RBACEscalation(escalation))
+    plugins.append(ResourceQuota(store("", "resourcequotas"), services.tasks))
     return plugins
 
 
