@@ -16,7 +16,7 @@ from knarr.api.errors import StatusError
 from knarr.api.types import Object
 from knarr.apiserver.attributes import UserInfo
 from knarr.apiserver.cache import CachedObject
-from knarr.apiserver.endpoint import PROTOBUF_READY, Endpoint
+from knarr.apiserver.endpoint import Endpoint
 from knarr.apiserver.forms import Form
 from knarr.apiserver.requestinfo import RequestInfo
 from knarr.apiserver.store import new_uid
@@ -242,7 +242,7 @@ def respond_status(request: Request, status: Object, code: int, warnings: list[s
 
         clauses = parse_accept(accept)
         first = next((clause for clause in clauses if not clause.as_kind), None)
-        if first is not None and first.media_type == PROTOBUF and PROTOBUF_READY and status.get("apiVersion") == "v1":
+        if first is not None and first.media_type == PROTOBUF and status.get("apiVersion") == "v1":
             from knarr.apiserver.protoforms import encode_envelope
 
             body, content_type = encode_envelope(status), PROTOBUF

@@ -7,7 +7,6 @@ Accept header gets the same form object.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ from knarr.apiserver.store import ResourceStore
 if TYPE_CHECKING:
     from knarr.apiserver.registry.base import Strategy
 
-PROTOBUF_READY = importlib.util.find_spec("knarr.api.protobuf") is not None
 TableFactory = Callable[[Resource], tuple[list[Object], RowFunction]]
 
 
@@ -45,7 +43,7 @@ class Endpoint:
         self.to_stored = to_stored
         self.json: Form = Form(resource) if from_stored is None else ConvertedForm(resource, from_stored)
         self._table = table
-        self._protobuf = protobuf and PROTOBUF_READY
+        self._protobuf = protobuf
         self._forms: dict[tuple[object, ...], Form] = {("json",): self.json}
         self._by_accept: dict[tuple[str, str, bool], tuple[Form, bool, bool]] = {}
         self.schema: Any = None

@@ -145,12 +145,18 @@ class PartialForm(ConvertedForm):
         self.id = ("partial", version)
 
     def _make(self, cached: CachedObject) -> bytes:
-        return orjson.dumps({"metadata": orjson.loads(cached.item)["metadata"]})
+        metadata = orjson.loads(cached.item)["metadata"]
+        if self.resource.plural == "daemonsets":
+            # Upstream keeps the template generation in a field of its internal type: it is no annotation there.
+            (metadata.get("annotations") or {}).pop("deprecated.daemonset.template.generation", None)
+            if metadata.get("annotations") == {}:
+                del metadata["annotations"]
+        return orjson.dumps({"metadata": metadata})
 
     def list(self, objects: Sequence[CachedObject], revision: int, continue_token: str = "", remaining: int | None = None) -> bytes:
-        items = b",".join([self.head + self.item(cached)[1:] for cached in objects])
+        items = b"[%b]" % b",".join([self.head + self.item(cached)[1:] for cached in objects]) if objects else b"null"
         metadata = orjson.dumps(list_metadata(revision, continue_token, remaining))
-        return b'%b%b,"items":[%b]}\n' % (self.list_head, metadata, items)
+        return b'%b%b,"items":%b}\n' % (self.list_head, metadata, items)
 
     def bookmark(self, revision: int, *, initial_end: bool = False) -> bytes:
         obj = bookmark_object(self.resource, revision, initial_end)

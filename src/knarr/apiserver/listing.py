@@ -114,16 +114,19 @@ def validate_options(
     return found
 
 
-def parse_revision(text: str) -> int | None:
+def parse_revision(text: str, *, for_list: bool = False) -> int | None:
     """Return the revision of a resourceVersion parameter, None for "".
 
     Raises:
-      StatusError: 422 with upstream's words.
+      StatusError: 400 for lists, else 500, as upstream.
     """
     if not text:
         return None
     if not text.isdecimal() or int(text) >= 1 << 64:
-        detail = f'strconv.ParseUint: parsing {errors.go_quote(text)}: invalid syntax'
+        detail = f"strconv.ParseUint: parsing {errors.go_quote(text)}: invalid syntax"
+        if not for_list:
+            # Only lists check it before the storage layer does, whose error has no reason.
+            raise StatusError(500, "", f"resourceVersion: Invalid value: {errors.go_quote(text)}: {detail}")
         raise StatusError(400, "BadRequest", f"invalid resource version: {detail}")
     return int(text)
 
@@ -145,6 +148,8 @@ def list_nowait(storage: Storage, cache: ResourceCache, options: ListOptions) ->
     at = options.revision
     if options.continue_token:
         after, at = decode_continue(options.continue_token)
+        if options.selection.namespace:
+            after = f"{options.selection.namespace}/{after}"
         if at > 0 and cache.revision > at:
             return None
         if at > revision:

@@ -34,7 +34,7 @@ STRATEGIES: dict[tuple[str, str], type[Strategy]] = {
     ("admissionregistration.k8s.io", "validatingwebhookconfigurations"): simple.AdmissionConfiguration,
     ("admissionregistration.k8s.io", "validatingadmissionpolicies"): simple.AdmissionPolicy,
     ("admissionregistration.k8s.io", "validatingadmissionpolicybindings"): simple.AdmissionConfiguration,
-    ("apiextensions.k8s.io", "customresourcedefinitions"): simple.KeepsMetadataOnStatus,
+    ("apiextensions.k8s.io", "customresourcedefinitions"): simple.CustomResourceDefinition,
     ("apiregistration.k8s.io", "apiservices"): simple.APIService,
     ("apps", "controllerrevisions"): simple.ControllerRevision,
     ("apps", "daemonsets"): simple.DaemonSet,
@@ -60,7 +60,7 @@ STRATEGIES: dict[tuple[str, str], type[Strategy]] = {
     ("rbac.authorization.k8s.io", "clusterroles"): simple.CreateOnUpdate,
     ("rbac.authorization.k8s.io", "rolebindings"): simple.CreateOnUpdate,
     ("rbac.authorization.k8s.io", "roles"): simple.CreateOnUpdate,
-    ("resource.k8s.io", "deviceclasses"): simple.PodTemplate,
+    ("resource.k8s.io", "deviceclasses"): simple.DeviceClass,
     ("resource.k8s.io", "resourceclaims"): simple.ResourceClaim,
     ("resource.k8s.io", "resourceclaimtemplates"): simple.Plain,
     ("resource.k8s.io", "resourceslices"): simple.ResourceSlice,
@@ -71,6 +71,12 @@ STRATEGIES: dict[tuple[str, str], type[Strategy]] = {
     ("storage.k8s.io", "storageclasses"): simple.Plain,
     ("storage.k8s.io", "volumeattachments"): simple.VolumeAttachment,
     ("storage.k8s.io", "volumeattributesclasses"): simple.Plain,
+}
+
+
+DEPRECATED = {
+    ("", "endpoints"): ("v1 Endpoints is deprecated in v1.33+; use discovery.k8s.io/v1 EndpointSlice",),
+    ("", "componentstatuses"): ("v1 ComponentStatus is deprecated in v1.19+",),
 }
 
 
@@ -105,7 +111,9 @@ def build(registry: Registry, storage: Storage, owner: Services, table: TableFac
     made: dict[str, tuple[ResourceStore, Strategy]] = {}
     for resource in sorted(SCHEME.resources(), key=_stored_first):
         if not _is_stored(resource):
-            registry.add(Endpoint(resource, None, Plain, table=table))
+            endpoint = Endpoint(resource, None, Plain, table=table)
+            endpoint.warnings = DEPRECATED.get((resource.group, resource.plural), ())
+            registry.add(endpoint)
             continue
         shared = made.get(resource.prefix)
         if shared is None:
@@ -116,7 +124,9 @@ def build(registry: Registry, storage: Storage, owner: Services, table: TableFac
             shared = made[resource.prefix] = (ResourceStore(storage, cache, resource, lease_seconds=lease), strategy)
         store, strategy = shared
         converters = CONVERTERS.get((resource.api_version, resource.kind), (None, None))
-        registry.add(Endpoint(resource, store, strategy, from_stored=converters[0], to_stored=converters[1], table=table))
+        endpoint = Endpoint(resource, store, strategy, from_stored=converters[0], to_stored=converters[1], table=table)
+        endpoint.warnings = DEPRECATED.get((resource.group, resource.plural), ())
+        registry.add(endpoint)
 
 
 def _is_stored(resource: Resource) -> bool:

@@ -116,7 +116,7 @@ def address_object(address: str, family: str, service: Object) -> Object:
             "name": address,
             "labels": {"ipaddress.kubernetes.io/ip-family": family, "ipaddress.kubernetes.io/managed-by": "ipallocator.k8s.io"},
         },
-        "spec": {"parentRef": {"group": "", "resource": "services", "namespace": metadata["namespace"], "name": metadata["name"]}},
+        "spec": {"parentRef": {"resource": "services", "namespace": metadata["namespace"], "name": metadata["name"]}},
     }  # fmt: skip
 
 

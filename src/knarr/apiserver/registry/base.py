@@ -36,6 +36,8 @@ class Strategy:
     """Selectable fields beyond metadata.name and metadata.namespace."""
     field_aliases: dict[str, str] = {}
     """Further names for fields, as old clients use them."""
+    versioned_fields: dict[str, dict[str, str]] = {}
+    """Group -> all its names for the fields, where a second served group has names of its own."""
     trigger = ""
     """The field most watches select by; events are then found by its value instead of asking each watcher."""
     unconditional_update = True

@@ -28,15 +28,24 @@ class Job(Strategy):
     def prepare_create(self, call: Call, obj: Object) -> None:
         super().prepare_create(call, obj)
         spec = obj.setdefault("spec", {})
+        template = spec.setdefault("template", {})
+        given = (template.get("metadata") or {}).get("labels") or {}
+        own = obj["metadata"].get("labels") or {}
         self._generate_selector(obj, spec)
+        # A Job without labels shows those of its template, generated ones included.
+        if not own or own == given:
+            labels = template["metadata"].get("labels")
+            if labels:
+                obj["metadata"]["labels"] = dict(labels)
 
     @staticmethod
     def _generate_selector(obj: Object, spec: Object) -> None:
         """A Job selects by its own uid unless the client insists on a selector of its own."""
         if spec.get("manualSelector"):
+            spec["template"].setdefault("metadata", {}).setdefault("labels", {})
             return
         uid, name = obj["metadata"]["uid"], obj["metadata"]["name"]
-        template = spec.setdefault("template", {})
+        template = spec["template"]
         metadata = template.get("metadata") or {}
         labels = metadata.get("labels") or {}
         # A label that the client set to something else stays, and makes validation refuse the job.

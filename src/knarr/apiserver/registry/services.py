@@ -15,7 +15,7 @@ from knarr.api import errors
 from knarr.api.types import Object
 from knarr.apiserver.registry.allocators import AddressAllocator, AllocationError, PortAllocator, node_ports_of
 from knarr.apiserver.registry.base import Strategy
-from knarr.apiserver.registry.simple import Generation, Plain
+from knarr.apiserver.registry.simple import Plain
 
 if TYPE_CHECKING:
     from knarr.apiserver.call import Call
@@ -297,7 +297,7 @@ class Service(Strategy):
             if spec.get("clusterIP") == before.get("clusterIP") and spec.get("clusterIPs") == before.get("clusterIPs"):
                 spec.pop("clusterIP", None)
                 spec.pop("clusterIPs", None)
-            for key in ("ipFamilies", "ipFamilyPolicy"):
+            for key in ("ipFamilies", "ipFamilyPolicy", "internalTrafficPolicy"):
                 if spec.get(key) == before.get(key):
                     spec.pop(key, None)
         uses_ports = ("NodePort", "LoadBalancer")
@@ -372,6 +372,10 @@ class IPAddress(Plain):
     field_names = ()
 
 
-class ServiceCIDR(Generation):
-    """A range of service addresses."""
+class ServiceCIDR(KeepsMetadataOnStatus):
+    """A range of service addresses; a status brought along on creation is taken."""
+
     has_generation = False
+
+    def prepare_create(self, call: Call, obj: Object) -> None:
+        return None

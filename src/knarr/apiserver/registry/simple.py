@@ -74,14 +74,15 @@ class DaemonSet(Generation):
 
 
 class ReplicaSet(Generation):
+    pass
+
+
+class ReplicationController(Generation):
+    default_gc = ORPHAN
     field_names = ("status.replicas",)
 
     def fields(self, obj: Object) -> tuple[str, ...]:
         return (str((obj.get("status") or {}).get("replicas") or 0),)
-
-
-class ReplicationController(ReplicaSet):
-    default_gc = ORPHAN
 
 
 class StatefulSet(Generation):
@@ -97,6 +98,11 @@ class ControllerRevision(Plain):
 
 
 class PodTemplate(Plain):
+    has_generation = True
+    returns_deleted = True
+
+
+class DeviceClass(Plain):
     has_generation = True
 
 
@@ -129,10 +135,6 @@ class AdmissionConfiguration(Plain):
     unconditional_update = False
 
 
-class AdmissionPolicy(Generation):
-    unconditional_update = False
-
-
 class KeepsMetadataOnStatus(Generation):
     """The status subresource leaves all metadata but managedFields alone."""
 
@@ -151,12 +153,16 @@ class FlowControl(KeepsMetadataOnStatus):
     pass
 
 
+class AdmissionPolicy(KeepsMetadataOnStatus):
+    unconditional_update = False
+
+
 class PodDisruptionBudget(Generation):
     unconditional_update = False
 
 
 class ResourceQuota(Strategy):
-    pass
+    returns_deleted = True
 
 
 class Event(Plain):
@@ -168,11 +174,13 @@ class Event(Plain):
         "involvedObject.kind", "involvedObject.namespace", "involvedObject.name", "involvedObject.uid", "involvedObject.apiVersion",
         "involvedObject.resourceVersion", "involvedObject.fieldPath", "reason", "reportingComponent", "source", "type",
     )  # fmt: skip
-    field_aliases = {
-        "regarding.kind": "involvedObject.kind", "regarding.namespace": "involvedObject.namespace", "regarding.name": "involvedObject.name",
-        "regarding.uid": "involvedObject.uid", "regarding.apiVersion": "involvedObject.apiVersion",
-        "regarding.resourceVersion": "involvedObject.resourceVersion", "regarding.fieldPath": "involvedObject.fieldPath",
-        "reportingController": "reportingComponent",
+    versioned_fields = {
+        "events.k8s.io": {
+            **{f"regarding.{part}": f"involvedObject.{part}" for part in (
+                "kind", "namespace", "name", "uid", "apiVersion", "resourceVersion", "fieldPath")},
+            "reason": "reason", "reportingController": "reportingComponent", "type": "type", "metadata.name": "metadata.name",
+            "metadata.namespace": "metadata.namespace",
+        },
     }  # fmt: skip
 
     def fields(self, obj: Object) -> tuple[str, ...]:
@@ -246,8 +254,9 @@ class CSIDriver(Plain):
     has_generation = False
 
 
-class VolumeAttachment(Strategy):
+class VolumeAttachment(KeepsMetadataOnStatus):
     unconditional_update = False
+    has_generation = False
 
 
 class PersistentVolume(Strategy):
@@ -270,10 +279,6 @@ class PersistentVolume(Strategy):
 
 class PersistentVolumeClaim(Strategy):
     returns_deleted = True
-    field_names = ("name",)
-
-    def fields(self, obj: Object) -> tuple[str, ...]:
-        return (obj["metadata"].get("name") or "",)
 
     def prepare_create(self, call: Call, obj: Object) -> None:
         super().prepare_create(call, obj)
@@ -296,8 +301,8 @@ def _data_sources(spec: Object) -> None:
             spec["dataSource"] = {key: value for key, value in reference.items() if key != "namespace"}
 
 
-class ResourceClaim(Strategy):
-    pass
+class ResourceClaim(KeepsMetadataOnStatus):
+    has_generation = False
 
 
 class ServiceAccount(Plain):
@@ -318,3 +323,28 @@ class ResourceSlice(Plain):
 
 class APIService(Strategy):
     """Status updates may change annotations, as upstream's do."""
+
+
+class CustomResourceDefinition(Generation):
+    """The storage version of every write is remembered."""
+
+    def prepare_create(self, call: Call, obj: Object) -> None:
+        super().prepare_create(call, obj)
+        obj["status"] = {"conditions": None, "acceptedNames": {"plural": "", "kind": ""}, "storedVersions": []}
+        self._note_stored(obj)
+
+    def prepare_update(self, call: Call, obj: Object, old: Object) -> None:
+        super().prepare_update(call, obj, old)
+        if "status" in obj:
+            obj["status"] = dict(obj["status"])
+        self._note_stored(obj)
+
+    @staticmethod
+    def _note_stored(obj: Object) -> None:
+        status = obj.setdefault("status", {})
+        stored = status.get("storedVersions") or []
+        for version in (obj.get("spec") or {}).get("versions") or []:
+            if version.get("storage"):
+                if version.get("name") not in stored:
+                    status["storedVersions"] = [*stored, version.get("name")]
+                break

@@ -8,6 +8,7 @@ from __future__ import annotations
 from knarr.aiokits import clock
 from knarr.api import decode as decoding
 from knarr.api import errors
+from knarr.api.errors import StatusError
 from knarr.api.types import Object
 from knarr.apiserver.call import Call
 from knarr.apiserver.store import ResourceStore
@@ -29,7 +30,8 @@ async def bind(call: Call) -> None:
         raise errors.bad_request(f"name in URL does not match name in Binding object: {call.info.name} {metadata['name']}")
     found = _validate(binding)
     if found:
-        raise errors.invalid("Binding", name, found)
+        # Upstream returns these errors bare: an internal error without a reason.
+        raise StatusError(500, "", "; ".join(str(error) for error in found))
     admission = call.server.admission_for("CREATE", call.endpoint.resource, "binding")
     if admission is not None:
         from knarr.apiserver.verbs.create import admission_request
@@ -60,7 +62,7 @@ async def _assign(call: Call, pods: ResourceStore, name: str, binding: Object) -
     def change(pod: Object) -> Object:
         metadata, spec = pod["metadata"], pod["spec"]
         if given.get("uid") and given["uid"] != metadata["uid"]:
-            raise errors.conflict("pods/binding", name, (
+            raise errors.conflict("pods", name, (
                 f"StorageError: invalid object, Code: 4, Key: {pods.cache.prefix}{call.namespace}/{name}, ResourceVersion: 0, "
                 f"AdditionalErrorMsg: Precondition failed: UID in precondition: {given['uid']}, UID in object meta: {metadata['uid']}"))
         if metadata.get("deletionTimestamp"):
@@ -74,7 +76,6 @@ async def _assign(call: Call, pods: ResourceStore, name: str, binding: Object) -
             if given.get(key):
                 metadata[key] = {**(metadata.get(key) or {}), **given[key]}
         _scheduled(pod)
-        metadata["generation"] = (metadata.get("generation") or 0) + 1
         return pod
 
     if call.dry_run:
@@ -88,8 +89,8 @@ async def _assign(call: Call, pods: ResourceStore, name: str, binding: Object) -
 
 def _scheduled(pod: Object) -> None:
     status = pod.setdefault("status", {})
-    condition = {"type": "PodScheduled", "status": "True", "lastProbeTime": None, "lastTransitionTime": clock.now_rfc3339()}
-    generation = (pod["metadata"].get("generation") or 0) + 1
+    condition: Object = {"type": "PodScheduled", "status": "True", "lastProbeTime": None, "lastTransitionTime": clock.now_rfc3339()}
+    generation = pod["metadata"].get("generation") or 0
     others = [c for c in status.get("conditions") or [] if c.get("type") != "PodScheduled"]
     before = next((c for c in status.get("conditions") or [] if c.get("type") == "PodScheduled"), None)
     if before is not None and before.get("observedGeneration"):

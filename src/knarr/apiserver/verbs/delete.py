@@ -22,6 +22,8 @@ from knarr.apiserver.verbs.read import list_options
 ORPHAN_FINALIZER = "orphan"
 FOREGROUND_FINALIZER = "foregroundDeletion"
 DELETE_WORKERS = 16
+OWN_STATUS = frozenset({"resource.k8s.io", "storage.k8s.io"})
+"""Groups whose scheme upstream prefers for Status itself, so that it comes back under their version."""
 
 
 async def read_options(call: Call) -> Object:
@@ -38,7 +40,7 @@ async def read_options(call: Call) -> Object:
         orphan = call.boolean("orphanDependents")
         if orphan is not None:
             options["orphanDependents"] = orphan
-        if call.parameter("propagationPolicy"):
+        if "propagationPolicy" in call.query:
             options["propagationPolicy"] = call.parameter("propagationPolicy")
         if call.query.get("dryRun"):
             options["dryRun"] = call.query["dryRun"]
@@ -90,7 +92,7 @@ def success(call: Call, options: Object, code: int, uid: str = "") -> Object:
     resource = call.endpoint.resource
     details: Object = {"name": call.info.name, "group": resource.group, "kind": resource.plural, "uid": uid or call.annotations.pop("uid", "")}
     return {
-        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success",
+        "kind": "Status", "apiVersion": resource.api_version if resource.group in OWN_STATUS else "v1", "metadata": {}, "status": "Success",
         "details": {key: value for key, value in details.items() if value},
     }  # fmt: skip
 
@@ -159,7 +161,14 @@ async def _try_delete(call: Call, cached: CachedObject, options: Object) -> tupl
         if waits or (metadata.get("deletionGracePeriodSeconds") or 0) > 0:
             written = await _store(call, cached, obj) if graceful or changed or metadata != was else cached
             return None if written is None else (False, written)
+        # Marked as deleted first, then deleted: watchers see both, as with upstream.
+        marked = await _store(call, cached, obj)
+        if marked is None:
+            return None
+        if isinstance(marked, CachedObject):
+            cached = marked
     if call.dry_run:
+        call.annotations["uid"] = cached.uid
         return True, obj if strategy.returns_deleted else None
     gone = await store.remove(cached)
     if gone is None:
@@ -180,7 +189,7 @@ async def _store(call: Call, cached: CachedObject, obj: Object) -> CachedObject 
 def _check_preconditions(call: Call, options: Object, cached: CachedObject) -> None:
     wanted = options.get("preconditions") or {}
     resource = call.endpoint.resource
-    kind = f"{resource.plural}.{resource.group}" if resource.group else resource.plural
+    kind = resource.group_kind
     uid = wanted.get("uid")
     if uid is not None and uid != cached.uid:
         raise errors.conflict(kind, cached.name, (

@@ -39,20 +39,16 @@ async def evict(call: Call) -> None:
     pod = pods.get_nowait(call.namespace, name)
     if pod is None:
         raise errors.not_found("pods", name)
-    if _may_ignore_budgets(pod):
-        await _delete(call, name, options)
-        return
-    budget = _budget_of(call, pod)
+    budget = None if _may_ignore_budgets(pod) else _budget_of(call, pod)
     if budget is not None:
-        needs_no_budget = _unhealthy_may_go(pod, budget)
-        if needs_no_budget:
+        if _unhealthy_may_go(pod, budget):
             # Nothing may have become healthy meanwhile: delete exactly the pod that was looked at.
             preconditions = dict(options.get("preconditions") or {})
             preconditions.setdefault("resourceVersion", pod["metadata"]["resourceVersion"])
             options["preconditions"] = preconditions
         else:
             await _charge(call, budget, name)
-    await _mark_disrupted(call, name)
+    await _mark_disrupted(call, name, options)
     await _delete(call, name, options)
 
 
@@ -91,7 +87,7 @@ def _budget_of(call: Call, pod: Object) -> Object | None:
         except SelectorError:
             continue
     if len(found) > 1:
-        raise StatusError(500, "InternalError", "This pod has more than one PodDisruptionBudget, which the eviction subresource does not support.")
+        raise StatusError(500, "", "This pod has more than one PodDisruptionBudget, which the eviction subresource does not support.")
     return found[0] if found else None
 
 
@@ -133,12 +129,19 @@ def _refused(message: str, seconds: int) -> StatusError:
     return error
 
 
-async def _mark_disrupted(call: Call, name: str) -> None:
-    """Note on the pod why it ends, for controllers that count failures."""
+async def _mark_disrupted(call: Call, name: str, options: Object) -> None:
+    """Note on the pod why it ends, for controllers that count failures. Preconditions hold for this write already."""
     if call.dry_run:
         return
+    preconditions = options.get("preconditions") or {}
 
     def change(pod: Object) -> Object | None:
+        metadata = pod["metadata"]
+        for key in ("uid", "resourceVersion"):
+            if preconditions.get(key) is not None and preconditions[key] != metadata[key]:
+                raise errors.conflict("Pod", name, (
+                    f"the {'UID' if key == 'uid' else 'ResourceVersion'} in the precondition ({preconditions[key]}) does not match the "
+                    f"{'UID' if key == 'uid' else 'ResourceVersion'} in record ({metadata[key]}). The object might have been modified"))
         status = pod.setdefault("status", {})
         conditions = [c for c in status.get("conditions") or [] if c.get("type") != "DisruptionTarget"]
         conditions.append({
@@ -148,4 +151,6 @@ async def _mark_disrupted(call: Call, name: str) -> None:
         status["conditions"] = conditions
         return pod
 
-    await call.endpoint.live_store.update(call.namespace, name, change)
+    written = await call.endpoint.live_store.update(call.namespace, name, change)
+    if preconditions.get("resourceVersion") is not None:
+        options["preconditions"] = {**preconditions, "resourceVersion": written["metadata"]["resourceVersion"]}

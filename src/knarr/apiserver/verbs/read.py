@@ -59,10 +59,11 @@ def selection_of(call: Call) -> Selection:
 
 
 def _known_fields(call: Call, cache: ResourceCache, fields: FieldSelector) -> FieldSelector:
-    aliases = call.endpoint.strategy.field_aliases
+    strategy = call.endpoint.strategy
+    versioned = strategy.versioned_fields.get(call.endpoint.resource.group)
     terms: list[FieldTerm] = []
     for term in fields.terms:
-        name = aliases.get(term.field, term.field)
+        name = strategy.field_aliases.get(term.field, term.field) if versioned is None else versioned.get(term.field, "")
         if name not in cache.field_index and name not in ("metadata.name", "metadata.namespace"):
             if call.endpoint.resource.custom:
                 raise errors.bad_request(f"field label not supported: {term.field}")
@@ -93,13 +94,17 @@ def list_options(call: Call, *, watch: bool) -> ListOptions:
     version = call.parameter("resourceVersion")
     match = call.parameter("resourceVersionMatch")
     token = call.parameter("continue")
-    found = listing.validate_options(
-        watch=watch, version=version, match=match, continue_token=token, send_initial_events=call.boolean("sendInitialEvents"),
-    )
+    initial = call.boolean("sendInitialEvents")
+    if watch and initial is None and not match and version in ("", "0"):
+        initial, match = True, "NotOlderThan"
+    found = listing.validate_options(watch=watch, version=version, match=match, continue_token=token, send_initial_events=initial)
     if found:
         raise errors.invalid("ListOptions.meta.k8s.io", "", found)
     limit = call.integer("limit") or 0
-    revision = listing.parse_revision(version)
+    revision = listing.parse_revision(version, for_list=not watch)
+    if revision == 0 and not watch:
+        # "Any version will do" is answered from the cache, which upstream's never pages.
+        limit = 0
     if token and revision:
         raise errors.bad_request("specifying resource version is not allowed when using continue")
     return ListOptions(selection, max(0, limit), token, revision, match == "Exact", match)
@@ -159,7 +164,7 @@ def watch(call: Call) -> None:
     elif revision is None or revision == 0:
         pass  # sendInitialEvents=false: from now on
     elif revision > storage.revision:
-        error = listing.too_large_version(revision, storage.revision)
+        pass  # nothing has happened since: whatever comes will be later still
     else:
         events = cache.events_after(revision)
         if events is None:

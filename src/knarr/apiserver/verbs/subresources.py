@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from knarr.api import decode as decoding
-from knarr.api import errors
+from knarr.api import errors, table
 from knarr.api.types import Object
 from knarr.apiserver.attributes import ResourceKey, ReviewRequest
 from knarr.apiserver.call import Call
@@ -104,6 +104,11 @@ async def review(call: Call) -> None:
 def respond_plain(call: Call, status: int, obj: Object) -> None:
     """Answer with an object of a kind other than the endpoint's, in JSON, YAML or protobuf."""
     form, yaml, pretty = call.form()
+    if form.name == "table":
+        group = obj["apiVersion"].rpartition("/")[0]
+        metadata = {"resourceVersion": obj["metadata"]["resourceVersion"]} if "resourceVersion" in (obj.get("metadata") or {}) else {}
+        include = call.parameter("includeObject") or "Metadata"
+        obj = table.table((group, obj["kind"]), [obj], metadata, include_object=include)
     if form.name == "protobuf":
         from knarr.apiserver.protoforms import encode_envelope
 
