@@ -15,7 +15,7 @@ from knarr.api import errors
 from knarr.api.types import Object
 from knarr.apiserver.registry.allocators import AddressAllocator, AllocationError, PortAllocator, node_ports_of
 from knarr.apiserver.registry.base import Strategy
-from knarr.apiserver.registry.simple import Plain
+from knarr.apiserver.registry.simple import KeepsMetadataOnStatus, Plain
 
 if TYPE_CHECKING:
     from knarr.apiserver.call import Call
