@@ -232,9 +232,8 @@ def _error(body: Any, response: Response, normaliser: Normaliser) -> dict[str, A
     out: dict[str, Any] = {}
     if not isinstance(body, dict):
         return out
-    for key in ("reason", "code"):
-        if key in body:
-            out[key] = body[key]
+    out["reason"] = body.get("reason", "")
+    out["code"] = body.get("code")
     details = body.get("details") or {}
     causes = details.get("causes") or []
     if causes:

@@ -48,6 +48,7 @@ class Strategy:
     resets_status = True
     """Status is owned by the status subresource (False: a plain field, as Node's on create)."""
     default_gc = DELETE
+    warns_of_orphans = False
     graceful = False
     returns_deleted = False
     """DELETE answers with the object, not a Status, even when it is gone at once."""

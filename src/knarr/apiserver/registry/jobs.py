@@ -20,6 +20,7 @@ OLD_NAME, NAME = "job-name", "batch.kubernetes.io/job-name"
 class Job(Strategy):
     has_generation = True
     default_gc = ORPHAN
+    warns_of_orphans = True
     field_names = ("status.successful",)
 
     def fields(self, obj: Object) -> tuple[str, ...]:

@@ -103,6 +103,7 @@ class PodTemplate(Plain):
 
 
 class DeviceClass(Plain):
+    returns_deleted = True
     has_generation = True
 
 
@@ -250,11 +251,13 @@ class PriorityClass(Plain):
 
 
 class CSIDriver(Plain):
+    returns_deleted = True
     unconditional_update = False
     has_generation = False
 
 
 class VolumeAttachment(KeepsMetadataOnStatus):
+    returns_deleted = True
     unconditional_update = False
     has_generation = False
 
@@ -302,6 +305,7 @@ def _data_sources(spec: Object) -> None:
 
 
 class ResourceClaim(KeepsMetadataOnStatus):
+    returns_deleted = True
     has_generation = False
 
 
@@ -313,6 +317,7 @@ class ServiceAccount(Plain):
 
 
 class ResourceSlice(Plain):
+    returns_deleted = True
     has_generation = True
     field_names = ("spec.nodeName", "spec.driver")
 
@@ -348,3 +353,13 @@ class CustomResourceDefinition(Generation):
                 if version.get("name") not in stored:
                     status["storedVersions"] = [*stored, version.get("name")]
                 break
+
+
+class ReturnsDeleted(Plain):
+    """DELETE answers with the object that was."""
+
+    returns_deleted = True
+
+
+class CSINode(ReturnsDeleted):
+    unconditional_update = False

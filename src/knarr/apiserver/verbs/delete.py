@@ -22,8 +22,10 @@ from knarr.apiserver.verbs.read import list_options
 ORPHAN_FINALIZER = "orphan"
 FOREGROUND_FINALIZER = "foregroundDeletion"
 DELETE_WORKERS = 16
-OWN_STATUS = frozenset({"resource.k8s.io", "storage.k8s.io"})
-"""Groups whose scheme upstream prefers for Status itself, so that it comes back under their version."""
+ORPHAN_WARNING = (
+    "child pods are preserved by default when jobs are deleted; set propagationPolicy=Background to remove them or set "
+    "propagationPolicy=Orphan to suppress this warning"
+)
 
 
 async def read_options(call: Call) -> Object:
@@ -76,6 +78,7 @@ async def delete(call: Call) -> None:
     """Answer a DELETE of one object."""
     call.form()
     options = await read_options(call)
+    warn_about_orphans(call, options)
     gone, obj = await delete_object(call, call.info.name, options)
     code = 202 if not gone and options.get("orphanDependents") is False else 200
     if obj is not None:
@@ -87,12 +90,18 @@ async def delete(call: Call) -> None:
     call.answer_status(success(call, options, code))
 
 
+def warn_about_orphans(call: Call, options: Object) -> None:
+    """Kinds that orphan their dependents unless told otherwise say so."""
+    if call.endpoint.strategy.warns_of_orphans and options.get("propagationPolicy") is None and options.get("orphanDependents") is None:
+        call.warnings.append(ORPHAN_WARNING)
+
+
 def success(call: Call, options: Object, code: int, uid: str = "") -> Object:
     """Return the Status of a deletion that leaves nothing to show."""
     resource = call.endpoint.resource
     details: Object = {"name": call.info.name, "group": resource.group, "kind": resource.plural, "uid": uid or call.annotations.pop("uid", "")}
     return {
-        "kind": "Status", "apiVersion": resource.api_version if resource.group in OWN_STATUS else "v1", "metadata": {}, "status": "Success",
+        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success",
         "details": {key: value for key, value in details.items() if value},
     }  # fmt: skip
 
@@ -286,6 +295,7 @@ async def delete_collection(call: Call) -> None:
     call.form(many=True)
     listed = list_options(call, watch=False)
     options = await read_options(call)
+    warn_about_orphans(call, options)
     store = call.endpoint.live_store
     result = listing.list_nowait(store.storage, store.cache, listed) or await listing.list_at(store.storage, store.cache, listed)
     todo = list(reversed(result.objects))
