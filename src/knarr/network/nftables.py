@@ -138,14 +138,18 @@ def value(data: bytes) -> bytes:
 
 
 class Element:
-    """One element: key bytes, encoded data (from `value`, `goto`, …; empty in sets), end of the range in interval sets."""
+    """One element: key bytes, encoded data (from `value`, `goto`, …; empty in sets).
 
-    __slots__ = ("data", "end", "key")
+    In interval sets of concatenations `end` is the range's last key; in those of one field an element that `closes` is the first key behind the range.
+    """
 
-    def __init__(self, key: bytes, data: bytes = b"", end: bytes = b"") -> None:
+    __slots__ = ("closes", "data", "end", "key")
+
+    def __init__(self, key: bytes, data: bytes = b"", end: bytes = b"", *, closes: bool = False) -> None:
         self.key = key
         self.data = data
         self.end = end
+        self.closes = closes
 
     def encode(self) -> bytes:
         """The element as netlink attributes."""
@@ -153,6 +157,8 @@ class Element:
         body = struct.pack("=HHHH", length + 8, 0x8001, length + 4, 1) + self.key
         if self.end:
             body += nested(10, attribute(1, self.end))
+        if self.closes:
+            body += be32(3, _INTERVAL_END)
         body += self.data
         return struct.pack("=HH", len(body) + 4, 0x8001) + body
 

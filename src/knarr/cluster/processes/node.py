@@ -85,6 +85,7 @@ class Node:
         """Until cancelled; a part that fails ends the process, and the supervisor starts it again."""
         from knarr.cluster.nodeapi import NodeAPI, socket_path
         from knarr.kubelet.kubelet import Kubelet
+        from knarr.network.policy import PolicyEngine
         from knarr.network.proxy.service_proxy import ServiceProxy
 
         authority = pki.Authority(self.config.pki, "ca", "kubernetes")
@@ -106,11 +107,13 @@ class Node:
         network_client = self.client(common.pair(self.config, "network"), "knarr-network")
         informers = Informers(network_client)
         proxy = ServiceProxy(network_client, informers, node_name=self.node.name, table=f"knarr{self.config.suffix}", pod_cidrs=(self.config.pod_cidr,))
+        policy = PolicyEngine(network_client, informers, node_name=self.node.name, table=f"knarr{self.config.suffix}-policy")
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(Kubelet(kubelet_client, runtime, runtime, self.kubelet_config(serving)).run(), name="kubelet")
                 group.create_task(self.follow_own_node(informers, network, runtime), name="own-node")
                 group.create_task(proxy.run(), name="proxy")
+                group.create_task(policy.run(), name="policy")
                 group.create_task(self.serve_dns(network_client, informers, network), name="dns")
                 group.create_task(self.reach_other_nodes(informers, network), name="routes")
                 group.create_task(self.report_ready(informers, proxy), name="ready")

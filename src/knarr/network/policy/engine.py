@@ -1,0 +1,165 @@
+"""Network policy of one node: watches Pods, Namespaces and NetworkPolicies, keeps the policy table true.
+
+Role: cluster runs one per node beside the proxy. Events change `PolicyState`; a task commits what has gathered as one transaction in a worker thread.
+Invariants: as long as `run` has not loaded once, nothing is filtered. A policy with a part that cannot be enforced allows less, never more, and says so in an event. Ending `run`
+leaves the table in force; `cleanup` removes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from knarr.aiokits.backoff import Backoff
+from knarr.aiokits.log import get_logger
+from knarr.api.resources import NAMESPACES, NETWORK_POLICIES, PODS
+from knarr.api.types import Object
+from knarr.client.events import EventRecorder
+from knarr.client.informer import Informers
+from knarr.client.rest import Client
+from knarr.network.nftables import StateMismatch
+from knarr.network.objects import object_key
+from knarr.network.policy.model import compile_policy, read_pod
+from knarr.network.policy.state import PolicyState
+from knarr.network.policy.table import PolicyTable
+
+log = get_logger(__name__)
+T = TypeVar("T")
+
+
+def trim_pod(obj: Object) -> Object:
+    """Keep of a Pod what policies and `why` read; a node holds every pod of the cluster here."""
+    meta, spec, status = obj["metadata"], obj.get("spec") or {}, obj.get("status") or {}
+    containers = [
+        {"name": container.get("name", ""), "ports": container["ports"]} for container in spec.get("containers") or () if container.get("ports")
+    ]
+    sidecars = [
+        {"name": container.get("name", ""), "ports": container["ports"], "restartPolicy": "Always"}
+        for container in spec.get("initContainers") or ()
+        if container.get("ports") and container.get("restartPolicy") == "Always"
+    ]
+    kept_meta = {name: meta[name] for name in ("name", "namespace", "uid", "labels", "resourceVersion") if name in meta}
+    kept_spec = {name: spec[name] for name in ("nodeName", "hostNetwork") if name in spec}
+    kept_status = {name: status[name] for name in ("phase", "podIP", "podIPs") if name in status}
+    return {"metadata": kept_meta, "spec": {**kept_spec, "containers": containers, "initContainers": sidecars}, "status": kept_status}
+
+
+class PolicyEngine:
+    """See the module.
+
+    Args:
+      table: Name of the nftables table; one owner per name.
+      netns: Path of the node's network namespace; None is the process's.
+    """
+
+    def __init__(self, client: Client, informers: Informers, *, node_name: str, table: str = "knarr-policy", netns: str | None = None) -> None:
+        self._informers = informers
+        self._pods = informers.get(PODS, transform=trim_pod)
+        self._namespaces = informers.get(NAMESPACES)
+        self._policies = informers.get(NETWORK_POLICIES)
+        self._recorder = EventRecorder(client, "knarr-policy", node_name)
+        self.state = PolicyState(node_name)
+        self._table = PolicyTable(table, netns=netns)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="policy")
+        self._wake = asyncio.Event()
+        self._loaded = asyncio.Event()
+        self._subscribed = False
+
+    @property
+    def synced(self) -> bool:
+        """Whether the first complete load is in the kernel."""
+        return self._loaded.is_set()
+
+    async def wait_synced(self) -> None:
+        """Wait for the first complete load."""
+        await self._loaded.wait()
+
+    async def run(self) -> None:
+        """Keep the table true until cancelled."""
+        self._subscribe()
+        await self._informers.start()
+        for informer in (self._namespaces, self._policies, self._pods):
+            await informer.wait_synced()
+        backoff = Backoff(0.2, 30.0)
+        load = True
+        try:
+            while True:
+                self._wake.clear()
+                wanted = self.state.wanted()
+                try:
+                    if load:
+                        await self._in_worker(lambda: self._table.load(wanted))  # noqa: B023
+                    else:
+                        await self._in_worker(lambda: self._table.change(wanted))  # noqa: B023
+                except (OSError, StateMismatch) as error:
+                    log.warning("policies are not in force as they should, will load anew", error=str(error))
+                    load = True
+                    await backoff.sleep()
+                    continue
+                load = False
+                backoff.reset()
+                self._loaded.set()
+                await self._wake.wait()
+                # One turn of the loop lets the rest of a burst in.
+                await asyncio.sleep(0)
+        finally:
+            await self._recorder.close()
+
+    def _subscribe(self) -> None:
+        if self._subscribed:
+            return
+        self._subscribed = True
+        self._namespaces.add_handler(self._namespace_seen, lambda _old, new: self._namespace_seen(new), self._namespace_gone)
+        self._policies.add_handler(self._policy_seen, lambda _old, new: self._policy_seen(new), self._policy_gone)
+        self._pods.add_handler(self._pod_seen, lambda _old, new: self._pod_seen(new), self._pod_gone)
+
+    def _namespace_seen(self, obj: Object) -> None:
+        self.state.set_namespace(obj["metadata"]["name"], obj["metadata"].get("labels") or {})
+        self._wake.set()
+
+    def _namespace_gone(self, obj: Object) -> None:
+        self.state.drop_namespace(obj["metadata"]["name"])
+
+    def _pod_seen(self, obj: Object) -> None:
+        pod = read_pod(obj)
+        key = object_key(obj)
+        if pod is None:
+            if key not in self.state.pods:
+                return
+            self.state.drop_pod(key)
+        elif self.state.pods.get(key) == pod:
+            return
+        else:
+            self.state.set_pod(pod)
+        self._wake.set()
+
+    def _pod_gone(self, obj: Object) -> None:
+        self.state.drop_pod(object_key(obj))
+        self._wake.set()
+
+    def _policy_seen(self, obj: Object) -> None:
+        policy = compile_policy(obj)
+        known = self.state.policies.get(policy.key)
+        if policy.problems and (known is None or known.problems != policy.problems):
+            self._recorder.event(obj, "Warning", "PolicyNotEnforceable", "; ".join(policy.problems))
+        self.state.set_policy(policy)
+        self._wake.set()
+
+    def _policy_gone(self, obj: Object) -> None:
+        self.state.drop_policy(object_key(obj))
+        self._wake.set()
+
+    async def _in_worker(self, function: Callable[[], T]) -> T:
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._worker, function))
+
+    async def cleanup(self) -> None:
+        """Remove the table and close; call after `run` has ended."""
+        await self._in_worker(self._table.remove)
+        await self.close()
+
+    async def close(self) -> None:
+        """Close sockets and the worker; the table stays in force."""
+        await self._in_worker(self._table.close)
+        self._worker.shutdown(wait=False)
