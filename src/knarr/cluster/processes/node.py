@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from knarr.aiokits.log import get_logger
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from knarr.runtime.embedded import EmbeddedRuntime
 
 RESOLVE_SECONDS = 0.05
+CIDR_FILE = "pod-cidrs"
 
 log = get_logger(__name__)
 
@@ -99,6 +101,10 @@ class Node:
             server=True,
         )
         network = self.make_network()
+        if known := self.remembered_cidrs():
+            # A process that follows a killed one goes on with its network at once, so that the node never shows NotReady.
+            await network.set_pod_cidrs(known)
+            self.network_started.set()
         runtime = self.make_runtime(network)
         await runtime.start()
         api = NodeAPI(runtime, socket_path(self.config, self.node.name))
@@ -110,8 +116,9 @@ class Node:
         policy = PolicyEngine(network_client, informers, node_name=self.node.name, table=f"knarr{self.config.suffix}-policy")
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(Kubelet(kubelet_client, runtime, runtime, self.kubelet_config(serving)).run(), name="kubelet")
-                group.create_task(self.follow_own_node(informers, network, runtime), name="own-node")
+                kubelet = Kubelet(kubelet_client, runtime, runtime, self.kubelet_config(serving))
+                group.create_task(kubelet.run(), name="kubelet")
+                group.create_task(self.follow_own_node(informers, network, runtime, kubelet.reporter.changed), name="own-node")
                 group.create_task(proxy.run(), name="proxy")
                 group.create_task(policy.run(), name="policy")
                 group.create_task(self.serve_dns(network_client, informers, network), name="dns")
@@ -146,7 +153,13 @@ class Node:
             node_taints=tuple(self.node.taints),
         )
 
-    async def follow_own_node(self, informers: Informers, network: BridgeNetwork, runtime: EmbeddedRuntime) -> None:
+    def remembered_cidrs(self) -> list[str]:
+        try:
+            return (self.state / CIDR_FILE).read_text().split()
+        except FileNotFoundError:
+            return []
+
+    async def follow_own_node(self, informers: Informers, network: BridgeNetwork, runtime: EmbeddedRuntime, changed_network: Callable[[], None]) -> None:
         """Give the pod network its CIDRs as soon as the node has them, and again should they change."""
         wake = asyncio.Event()
         seen: dict[str, list[str]] = {}
@@ -164,7 +177,9 @@ class Node:
             await wake.wait()
             wake.clear()
             await network.set_pod_cidrs(seen["cidrs"])
+            (self.state / CIDR_FILE).write_text("\n".join(seen["cidrs"]))
             self.network_started.set()
+            changed_network()
             freed = await network.recover([sandbox.id for sandbox in await runtime.list_pod_sandboxes()])
             if freed:
                 log.info("freed the network of sandboxes that are gone", count=len(freed))
