@@ -63,6 +63,18 @@ def field_schema(name: str, field: str) -> FieldSchema | None:
 
 
 @cache
+def message_of(name: str) -> typeinfo.Message | None:
+    """The type facts of an OpenAPI definition, None for one that a 1.35 server does not have or that has no protobuf form."""
+    proto = "k8s.io." + name.removeprefix("io.k8s.")
+    for openapi, protobuf in (("apiextensions-apiserver", "apiextensions_apiserver"), ("kube-aggregator", "kube_aggregator")):
+        proto = proto.replace(openapi, protobuf)
+    try:
+        return typeinfo.message(proto)
+    except KeyError:
+        return None
+
+
+@cache
 def definition_name(api_version: str, kind: str) -> str:
     """OpenAPI definition of a top-level kind: "io.k8s.api.apps.v1.Deployment".
 

@@ -561,6 +561,9 @@ def _compile(info: Message) -> Handler:
     handlers: dict[str, Handler] = {
         key: _field_handler(one, info.name.startswith(_JSON_STORED)) for key, one in info.fields.items()
     }
+    if info.name == _META + "ObjectMeta":
+        # An empty list asks to forget all ownership (knarr.api.apply reads and removes it).
+        handlers["managedFields"] = _list(pruner(_META + "ManagedFieldsEntry"), dict, KEEP_EMPTY)
     for key in GATED_OFF.get(info.name, ()):
         if key in handlers:
             handlers[key] = _gated_off

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
-from knarr.api import schema, typeinfo
+from knarr.api import schema
 
 REF = "#/components/schemas/"
 
@@ -32,17 +32,10 @@ def group_version_kind(api_version: str, kind: str) -> dict[str, str]:
     return {"group": group if slash else "", "version": version, "kind": kind}
 
 
-def _message_name(name: str) -> str:
-    return name.removeprefix("io.").replace("apiextensions-apiserver", "apiextensions_apiserver").replace("kube-aggregator", "kube_aggregator")
-
-
 def _served_fields(name: str) -> set[str] | None:
     """JSON fields of a definition that a 1.35 server knows; None if there is no telling."""
-    try:
-        fields = set(typeinfo.message(_message_name(name)).fields)
-    except KeyError:
-        return None
-    return fields | {"apiVersion", "kind"}
+    message = schema.message_of(name)
+    return None if message is None else {*message.fields, "apiVersion", "kind"}
 
 
 @cache
