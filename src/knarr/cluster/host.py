@@ -25,7 +25,7 @@ from knarr.network.sysctl import SysctlRecord
 MNT_DETACH = 2
 CGROUPS = Path("/sys/fs/cgroup")
 NETNS_FOLDER = Path("/run/netns")
-TERM_SECONDS = 5.0
+TERM_SECONDS = 2.0
 KILL_SECONDS = 5.0
 
 
