@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from knarr.aiokits.tasks import Tasks
 from knarr.api.types import Object
@@ -23,6 +24,9 @@ from knarr.kubelet.tokens import Tokens
 from knarr.kubelet.userns import UserNamespaces
 from knarr.kubelet.volumes.manager import Volumes
 from knarr.runtime.cri import ImageService, RuntimeService
+
+if TYPE_CHECKING:
+    from knarr.kubelet.resize import Resizes
 
 RecordEvent = Callable[..., None]
 """(object, type, reason, message, field_path="")"""
@@ -62,7 +66,7 @@ class Node:
     runtime_class: Callable[[str], Object | None]
     capacity: Capacity
     tasks: Tasks
-    resize: object | None = None
+    resize: Resizes | None = None
 
     def event(self, pod: Object, kind: str, reason: str, message: str) -> None:
         """Record an event about a pod."""

@@ -84,16 +84,21 @@ async def stop_one(
 
 
 async def _pre_stop(worker: PodWorker, spec: Object, container_id: str, hook: Object, grace: float) -> None:
+    """Run the hook, at most as long as the grace period; one that takes longer ends with its container, as a failure."""
     node, pod = worker.node, worker.pod
     ip = worker.ips[0] if worker.ips else (node.config.node_ip if podutil.host_network(pod) else "")
-    try:
-        async with asyncio.timeout(grace):
+
+    async def run() -> None:
+        try:
             await hooks.run_hook(node.runtime, pod, spec, container_id, hook, ip)
-    except TimeoutError:
+        except hooks.HookError as e:
+            log.info("preStop hook failed", pod=worker.key, container=spec["name"], error=str(e))
+            node.container_event(pod, spec["name"], "Warning", "FailedPreStopHook", "PreStopHook failed")
+
+    task = node.tasks.spawn(run(), f"pre-stop-{worker.key}/{spec['name']}")
+    done, _ = await asyncio.wait({task}, timeout=grace)
+    if not done:
         log.info("preStop hook not completed in grace period", pod=worker.key, container=spec["name"])
-    except hooks.HookError as e:
-        log.info("preStop hook failed", pod=worker.key, container=spec["name"], error=str(e))
-        node.container_event(pod, spec["name"], "Warning", "FailedPreStopHook", "PreStopHook failed")
 
 
 async def kill_container(worker: PodWorker, observed: Observed, kill: Kill) -> None:

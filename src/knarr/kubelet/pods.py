@@ -63,6 +63,7 @@ class PodWorkers:
             if refusal is not None:
                 self._reject(pod, *refusal)
                 return
+        pod = self._allocated(pod)
         worker = PodWorker(self._node, pod)
         self._workers[uid] = worker
         if podutil.is_deleted(pod) or podutil.is_terminal_phase(podutil.phase(pod)):
@@ -74,6 +75,7 @@ class PodWorkers:
         worker.task.add_done_callback(lambda _: self._ended(worker))
 
     def _ended(self, worker: PodWorker) -> None:
+        self._room_made()
         if worker.orphan or podutil.is_static(worker.pod):
             if self._workers.get(worker.uid) is worker:
                 del self._workers[worker.uid]
@@ -111,8 +113,23 @@ class PodWorkers:
         if worker is None:
             self.add(pod)
             return
-        worker.update(pod)
+        worker.update(self._allocated(pod))
         self._node.status.on_api_update(pod)
+
+    def _allocated(self, pod: Object) -> Object:
+        """The pod with the resources that it really has; what was asked for may have to wait."""
+        if self._node.resize is None:
+            return pod
+        return self._node.resize.allocated(pod, self.active_pods(), self._admit)
+
+    def _room_made(self) -> None:
+        """A pod ended: a resize that waits may fit now."""
+        if self._node.resize is None:
+            return
+        for pod in self._node.resize.deferred():
+            worker = self._workers.get(podutil.uid(pod))
+            if worker is not None:
+                worker.update(self._allocated(pod))
 
     def delete(self, pod: Object) -> None:
         """The pod is gone from its source: end it at once if it still runs, then remove every trace."""
@@ -145,6 +162,8 @@ class PodWorkers:
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 30.0)
         self._node.status.forget(worker.uid)
+        if self._node.resize is not None:
+            self._node.resize.forget(worker.uid)
         if self._workers.get(worker.uid) is worker:
             del self._workers[worker.uid]
 

@@ -1,15 +1,20 @@
-"""In-place resize of running containers: notices a changed spec, updates cgroups, reports conditions.
+"""In-place resize of running containers: allocates what fits, updates cgroups, reports conditions.
 
-Callers: pod_sync (pending, apply, fill). Invariant: what a container's cgroup has is read from the runtime, so a restart of the
-kubelet in the middle changes nothing. Source: KEP-1287, pkg/kubelet/kuberuntime doPodResizeAction, pkg/kubelet/allocation.
+Callers: pods (allocated: which resources of a changed spec are in force), pod_sync (pending, apply, fill). Invariants: what is
+allocated is on disk beside the pod; what a container's cgroup has is read from the runtime, so a restart of the kubelet in the
+middle changes nothing. Source: KEP-1287, pkg/kubelet/allocation, pkg/kubelet/kuberuntime doPodResizeAction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
+import orjson
+
 from knarr.aiokits.log import get_logger
+from knarr.api import quantity
 from knarr.api.types import Object
 from knarr.kubelet import podutil, resources
 from knarr.kubelet.node import Node
@@ -28,6 +33,85 @@ class Resizes:
         self._errors: dict[str, str] = {}
         """Pod uid to why its last resize could not be carried out."""
         self._running: set[str] = set()
+        self._allocated: dict[str, dict[str, Object]] = {}
+        """Pod uid to container name to the resources in force."""
+        self._waiting: dict[str, tuple[str, str, Object]] = {}
+        """Pod uid to (reason, message, pod) of a resize that was not granted."""
+
+    # --- allocation ---
+
+    def _file(self, uid: str) -> str:
+        return os.path.join(self._node.config.pods_dir, uid, "allocated.json")
+
+    def _load(self, uid: str) -> dict[str, Object] | None:
+        if uid not in self._allocated:
+            try:
+                with open(self._file(uid), "rb") as file:
+                    self._allocated[uid] = orjson.loads(file.read())
+            except (OSError, ValueError):
+                return None
+        return self._allocated[uid]
+
+    def _store(self, pod: Object) -> None:
+        uid = podutil.uid(pod)
+        self._allocated[uid] = _resources_of(pod)
+        path = self._file(uid)
+        try:
+            os.makedirs(os.path.dirname(path), 0o750, exist_ok=True)
+            with open(path + ".new", "wb") as file:
+                file.write(orjson.dumps(self._allocated[uid]))
+            os.replace(path + ".new", path)
+        except OSError as e:
+            log.warning("allocated resources not recorded", pod=podutil.key(pod), error=str(e))
+
+    def allocated(self, pod: Object, others: Iterable[Object], admit: Callable[[Object, Iterable[Object]], tuple[str, str] | None]) -> Object:
+        """The pod as it is in force: its own spec, with the resources of before when the new ones do not fit.
+
+        Args:
+          admit: the node's resource check, asked with the wanted pod and the others.
+        """
+        uid = podutil.uid(pod)
+        held = self._load(uid)
+        if held is None:
+            if _may_resize(pod):
+                self._allocated[uid] = _resources_of(pod)
+            return pod
+        if held == _resources_of(pod):
+            self._waiting.pop(uid, None)
+            return pod
+        refusal = self._refusal(pod, [p for p in others if podutil.uid(p) != uid], admit)
+        if refusal is None:
+            self._waiting.pop(uid, None)
+            self._store(pod)
+            return pod
+        self._waiting[uid] = (*refusal, pod)
+        return _with_resources(pod, held)
+
+    def _refusal(
+        self, pod: Object, others: list[Object], admit: Callable[[Object, Iterable[Object]], tuple[str, str] | None]
+    ) -> tuple[str, str] | None:
+        if podutil.is_static(pod):
+            return "Infeasible", "In-place resize of static-pods is not supported"
+        requests, _ = resources.pod_totals(pod)
+        allocatable = self._node.capacity.allocatable
+        room = {"memory": quantity.value(allocatable["memory"]), "cpu": quantity.cpu_millicores(allocatable["cpu"])}
+        for name in ("memory", "cpu"):
+            if requests[name] > room[name]:
+                return "Infeasible", f"Node didn't have enough capacity: {name}, requested: {requests[name]}, capacity: {room[name]}"
+        refused = admit(pod, others)
+        return ("Deferred", refused[1]) if refused is not None else None
+
+    def deferred(self) -> list[Object]:
+        """Pods whose resize waits for room; look at them again when room was made."""
+        return [pod for reason, _, pod in self._waiting.values() if reason == "Deferred"]
+
+    def forget(self, uid: str) -> None:
+        """The pod is gone."""
+        for store in (self._allocated, self._waiting, self._errors):
+            store.pop(uid, None)
+        self._running.discard(uid)
+
+    # --- actuation ---
 
     def _wanted(self, pod: Object, spec: Object) -> LinuxResources:
         node = self._node
@@ -97,12 +181,19 @@ class Resizes:
                 waiting = True
                 actuated[spec["name"]] = _shown(spec, status.resources)
         given.actuated = actuated
-        if waiting and not given.terminal:
+        if given.terminal:
+            return
+        held = self._waiting.get(podutil.uid(pod))
+        if held is not None:
+            pending: Object = {"type": "PodResizePending", "status": "True", "reason": held[0], "message": held[1]}
+            pending["observedGeneration"] = held[2]["metadata"].get("generation") or generation
+            given.resize_conditions = [pending]
+        if waiting:
             error = self._errors.get(podutil.uid(pod))
             condition: Object = {"type": "PodResizeInProgress", "status": "True", "observedGeneration": generation}
             if error:
                 condition.update(reason="Error", message=error)
-            given.resize_conditions = [condition]
+            given.resize_conditions = [*given.resize_conditions, condition]
 
 
 def _shown(spec: Object, actual: LinuxResources) -> Object:
@@ -120,8 +211,28 @@ def _shown(spec: Object, actual: LinuxResources) -> Object:
     return out
 
 
-def _summary(pod: Object) -> str:
-    import orjson
+def _may_resize(pod: Object) -> bool:
+    return not podutil.is_terminal_phase(podutil.phase(pod))
 
+
+def _resources_of(pod: Object) -> dict[str, Object]:
+    specs = (*podutil.containers(pod), *podutil.init_containers(pod))
+    out = {c["name"]: c.get("resources") or {} for c in specs}
+    if pod["spec"].get("resources"):
+        out[""] = pod["spec"]["resources"]
+    return out
+
+
+def _with_resources(pod: Object, held: dict[str, Object]) -> Object:
+    spec = dict(pod["spec"])
+    for kind in ("containers", "initContainers"):
+        if spec.get(kind):
+            spec[kind] = [{**c, "resources": held.get(c["name"], c.get("resources") or {})} for c in spec[kind]]
+    if "" in held:
+        spec["resources"] = held[""]
+    return {**pod, "spec": spec}
+
+
+def _summary(pod: Object) -> str:
     containers = [{"name": c["name"], "resources": c.get("resources") or {}} for c in podutil.containers(pod)]
     return orjson.dumps({"containers": containers, "generation": pod["metadata"].get("generation", 0)}).decode()

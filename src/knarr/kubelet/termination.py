@@ -64,9 +64,11 @@ def _has_initialized(pod: Object, status: Object) -> bool:
     for entry in status.get("containerStatuses") or []:
         if entry.get("started") or (entry.get("lastState") or {}).get("terminated") or (entry.get("state") or {}).get("terminated"):
             return True
-    inits = status.get("initContainerStatuses") or []
     if not podutil.init_containers(pod):
         return True
+    # What the API server knew before the end counts: an init container that ends well because it was told to stop has not
+    # made room for the main ones.
+    inits = (pod.get("status") or {}).get("initContainerStatuses") or []
     if not inits or len(inits) != len(podutil.init_containers(pod)):
         return False
     last, spec = inits[-1], podutil.init_containers(pod)[-1]

@@ -30,6 +30,8 @@ Event = Callable[[Object, str, str, str, str], None]
 """(pod, container name, type, reason, message)"""
 
 _TRIES = 3
+_SETTLE_SECONDS = 1.0
+_FIRST_PAUSE_SECONDS = 0.05
 _FIELDS: tuple[tuple[Kind, str], ...] = (("startup", "startupProbe"), ("liveness", "livenessProbe"), ("readiness", "readinessProbe"))
 
 
@@ -132,6 +134,8 @@ class Probes:
         if delay > 0:
             await asyncio.sleep(delay)
         results = {"startup": self.startup, "liveness": self.liveness, "readiness": self.readiness}[kind]
+        if not probe.get("initialDelaySeconds") and await self._settle(running, spec, status, kind, probe):
+            return
         period = max(1, probe.get("periodSeconds") or 10)
         last: bool | None = None
         streak = 0
@@ -158,6 +162,30 @@ class Probes:
             next_at += period
             await asyncio.sleep(max(0.0, next_at - asyncio.get_running_loop().time()))
             next_at = max(next_at, asyncio.get_running_loop().time() - period)
+
+    async def _settle(self, running: _Running, spec: Object, status: ContainerStatus, kind: Kind, probe: Object) -> bool:
+        """The first second of a container: a program that is still starting up is tried often and not blamed.
+
+        Upstream's first try comes about a second after the start. A good answer here counts; True ends the probe (startup).
+        """
+        settled = status.started_at_ns / 1e9 + _SETTLE_SECONDS
+        if kind == "liveness" or (probe.get("successThreshold") or 1) > 1:
+            await asyncio.sleep(max(0.0, settled - clock.now()))
+            return False
+        results = self.startup if kind == "startup" else self.readiness
+        pause = _FIRST_PAUSE_SECONDS
+        while status.id not in results and clock.now() < settled:
+            if (await self._once(running, spec, status.id, probe)).success:
+                results[status.id] = True
+                if kind == "startup":
+                    running.started[status.id].set()
+                self._changed(podutil.uid(running.pod))
+                if kind == "readiness":
+                    await asyncio.sleep(max(1, probe.get("periodSeconds") or 10))
+                return kind == "startup"
+            await asyncio.sleep(max(0.0, min(pause, settled - clock.now())))
+            pause *= 2
+        return False
 
     def _tell(self, pod: Object, spec: Object, kind: Kind, outcome: Outcome) -> None:
         word = kind.capitalize()
