@@ -36,7 +36,6 @@ from knarr.runtime.cri import NetworkResult, RuntimeFault, SandboxNetwork
 log = get_logger(__name__)
 T = TypeVar("T")
 
-POD_INDEX = 2
 NODE_MAC = "ee:ee:ee:ee:ee:ee"
 """Hardware address of every node-side link; each stands alone on its wire."""
 _DOOMED_GROUP = 0x6B6E6472
@@ -269,22 +268,13 @@ class BridgeNetwork:
         mac = pod_mac(addressing.addresses[0])
         target = os.open(sandbox.netns_path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            add = rtnl.add_veth(name, peer="eth0", peer_netns=target, mtu=self.mtu, peer_mac=mac, peer_index=POD_INDEX, mac=NODE_MAC)
-            index = POD_INDEX
             try:
-                netlink.send(add)
+                netlink.send(rtnl.add_veth(name, peer="eth0", peer_netns=target, mtu=self.mtu, peer_mac=mac, mac=NODE_MAC))
             except NetlinkError as error:
-                if error.errno == errno.EBUSY:
-                    # Some kernels put fallback tunnels into every new namespace; let the kernel number the link then.
-                    add = rtnl.add_veth(name, peer="eth0", peer_netns=target, mtu=self.mtu, peer_mac=mac, mac=NODE_MAC)
-                    netlink.send(add)
-                    index = 0
-                elif error.errno == errno.EEXIST and not fresh:
-                    index = 0
-                else:
+                if error.errno != errno.EEXIST or fresh:
                     raise
             with open_netlink(target) as inside:
-                self._configure_pod(inside, index or rtnl.link(inside, "eth0").index, addressing)
+                self._configure_pod(inside, rtnl.link(inside, "eth0").index, addressing)
         finally:
             os.close(target)
         self._configure_node_side(netlink, rtnl.link(netlink, name).index, addressing, mac)

@@ -84,13 +84,13 @@ def add_dummy(name: str) -> Message:
 
 
 def add_veth(
-    name: str, *, peer: str, peer_netns: int, mtu: int, peer_mac: str = "", peer_index: int = 0, master: int = 0, mac: str = "",
+    name: str, *, peer: str, peer_netns: int, mtu: int, peer_mac: str = "", master: int = 0, mac: str = "",
 ) -> Message:
     """Make a pair: `name` here, up and enslaved to `master`; `peer` in the namespace behind a descriptor, down.
 
-    The kernel opens the peer before it knows its partner, so that one must be set up afterwards. peer_index fixes the peer's interface index, so that addresses can be added without asking for it.
+    The kernel opens the peer before it knows its partner, so that one must be set up afterwards.
     """
-    inner = _ifinfo(peer_index) + text(IFLA_IFNAME, peer) + u32(IFLA_MTU, mtu) + u32(IFLA_NET_NS_FD, peer_netns)
+    inner = _ifinfo() + text(IFLA_IFNAME, peer) + u32(IFLA_MTU, mtu) + u32(IFLA_NET_NS_FD, peer_netns)
     if peer_mac:
         inner += attribute(IFLA_ADDRESS, mac_bytes(peer_mac))
     body = _ifinfo(flags=IFF_UP, change=IFF_UP) + text(IFLA_IFNAME, name) + u32(IFLA_MTU, mtu)

@@ -1,0 +1,186 @@
+"""The pod network: what pods can reach, what survives a crash, what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from knarr.network import netns, rtnl
+from knarr.network.ipam import AddressManager, PoolExhausted
+from knarr.network.podnet import BridgeNetwork
+from knarr.runtime.cri import PortMapping, RuntimeFault, SandboxNetwork
+
+from .world import World
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(60)]
+
+
+@pytest.fixture
+async def world():
+    async with World(dual_stack=True) as made:
+        yield made
+
+
+def node_state(world: World) -> str:
+    """Everything of the node's namespace that the network could leave behind."""
+    name = Path(world.node.path).name
+    commands = ["ip -o link", "ip -o addr", "ip route", "ip -6 route", "nft list ruleset", "sysctl -a -r '^net.ipv[46].(ip_forward|conf.(all|lan0).)' -N"]
+    values = ["sysctl -a -r '^net.ipv[46].(ip_forward|conf.(all|lan0)[.](forwarding|accept_ra))'"]
+    run = lambda command: subprocess.run(["ip", "netns", "exec", name, "sh", "-c", command], capture_output=True, text=True, check=False).stdout
+    text = "\n".join(run(command) for command in (*commands[:5], *values))
+    # Link-local addresses settle on their own.
+    return "\n".join(line for line in text.splitlines() if "fe80" not in line and "ff00" not in line)
+
+
+async def ask(place, *arguments, **options):
+    return await asyncio.to_thread(lambda: place.ask(*arguments, **options))
+
+
+async def test_pods_talk_in_both_families_and_the_world_outside_sees_the_node(world):
+    a, b = await world.pod("a"), await world.pod("b")
+    for family, index in ((2, 0), (10, 1)):
+        a.serve("a", 8080 + family, family=family)
+        assert await ask(b, a.ips[index], 8080 + family) == ("a", b.ips[index])
+        world.client.serve("outside", 9000 + family, family=family)
+        assert await ask(b, world.client.ips[index], 9000 + family) == ("outside", world.node.ips[index])
+        world.node.serve("node", 9100 + family, family=family)
+        assert await ask(b, world.network.gateways[index], 9100 + family) == ("node", b.ips[index])
+        assert (await ask(world.node, a.ips[index], 8080 + family))[0] == "a"
+
+
+async def test_host_ports_side_by_side_on_addresses_and_protocols(world):
+    address = world.node.ip
+    one = await world.pod("one", ports=[PortMapping("TCP", 8080, 54323, "127.0.0.1")])
+    two = await world.pod("two", ports=[PortMapping("TCP", 8080, 54323, address)])
+    three = await world.pod("three", ports=[PortMapping("UDP", 8081, 54323, address)])
+    every = await world.pod("every", ports=[PortMapping("TCP", 8080, 8088)])
+    one.serve("one", 8080), two.serve("two", 8080), three.serve("three", 8081, udp=True), every.serve("every", 8080)
+    assert (await ask(world.node, "127.0.0.1", 54323, source=address))[0] == "one"
+    assert (await ask(world.node, "127.0.0.1", 54323))[0] == "one"
+    for place in (world.client, world.node, one, two):
+        assert (await ask(place, address, 54323))[0] == "two"
+        assert (await ask(place, address, 54323, udp=True))[0] == "three"
+    # The client's address is kept, as upstream's port mapping keeps it.
+    assert await ask(world.client, address, 8088) == ("every", world.client.ip)
+    assert (await ask(world.node, "127.0.0.1", 8088))[0] == "every"
+    assert (await ask(every, address, 8088))[0] == "every"
+
+
+async def test_a_taken_host_port_fails_the_pod_and_leaves_nothing(world):
+    await world.pod("one", ports=[PortMapping("TCP", 80, 7000)])
+    before = node_state(world)
+    with pytest.raises(RuntimeFault, match="host port 7000/TCP is held"):
+        await world.pod("two", ports=[PortMapping("TCP", 80, 7000)])
+    await asyncio.sleep(0.2)
+    assert node_state(world) == before
+
+
+async def test_teardown_frees_address_and_host_port_and_is_idempotent(world):
+    pod = await world.pod("one", ports=[PortMapping("TCP", 80, 7000)])
+    _place, sandbox = world.pods[-1]
+    again = await world.network.setup(sandbox)
+    assert again.ips == pod.ips
+    for _ in range(2):
+        await world.network.teardown(sandbox)
+    other = await world.pod("two", ports=[PortMapping("TCP", 80, 7000)])
+    other.serve("two", 80)
+    assert (await ask(world.client, world.node.ip, 7000))[0] == "two"
+    assert other.ip != pod.ip
+
+
+async def test_a_killed_node_process_finds_its_pods_again_and_frees_the_dead(world):
+    living, dead = await world.pod("living", ports=[PortMapping("TCP", 80, 7000)]), await world.pod("dead")
+    living.serve("living", 80)
+    sandboxes = [sandbox for _place, sandbox in world.pods]
+    # Without any goodbye, a new process with the same folder takes over.
+    successor = BridgeNetwork(
+        bridge="knt0", pod_cidrs=world.network.pod_cidrs, cluster_cidrs=world.cluster_cidrs, state_dir=world.directory / "state", table="knt-pods",
+        netns=world.node.path, mtu=1400,
+    )  # fmt: skip
+    await successor.start()
+    assert await successor.recover([sandboxes[0].sandbox_id]) == [sandboxes[1].sandbox_id]
+    assert (await ask(world.client, world.node.ip, 7000))[0] == "living"
+    assert successor.lease(sandboxes[0].sandbox_id).ips == living.ips
+    third = SandboxNetwork("f" * 64, dead.path, "default", "third", "uid")
+    await asyncio.sleep(0.3)
+    assert (await successor.setup(third)).ips[0] not in (living.ip,)
+    await successor.teardown(third)
+    await successor.close()
+
+
+async def test_cleanup_leaves_the_node_as_it_was(world):
+    await world.network.cleanup()
+    before = node_state(world)
+    await world.network.start()
+    for number in range(3):
+        await world.pod(f"p{number}", ports=[PortMapping("TCP", 80, 7000 + number)])
+    await world.network.cleanup()
+    assert node_state(world) == before
+    assert not (world.directory / "state").exists()
+    world.network.pod_cidrs = list(world.network.pod_cidrs)
+
+
+async def test_bandwidth_annotations_limit_what_a_pod_receives_and_sends(world):
+    limits = {"kubernetes.io/ingress-bandwidth": "10M", "kubernetes.io/egress-bandwidth": "20M"}
+    pod = await world.pod("slow", annotations=limits)
+    name = world.network.lease(world.pods[-1][1].sandbox_id).link
+    show = lambda path, link: subprocess.run(
+        ["ip", "netns", "exec", Path(path).name, "tc", "qdisc", "show", "dev", link], capture_output=True, text=True, check=False
+    ).stdout
+    assert "tbf" in show(world.node.path, name)
+    assert "rate 10Mbit" in show(world.node.path, name)
+    assert "rate 20Mbit" in show(pod.path, "eth0")
+
+
+async def test_a_pod_is_attached_within_milliseconds(world):
+    times = []
+    for number in range(20):
+        path = netns.create_named(f"{world.label}-quick{number}")
+        sandbox = SandboxNetwork(f"{number:08x}{'e' * 56}", str(path), "default", f"q{number}", "uid")
+        started = time.perf_counter()
+        await world.network.setup(sandbox)
+        times.append(time.perf_counter() - started)
+        await world.network.teardown(sandbox)
+        netns.delete_named(path)
+    assert sorted(times)[10] < 0.008
+
+
+async def test_without_a_pod_cidr_the_network_says_so(tmp_path):
+    network = BridgeNetwork(state_dir=tmp_path / "state")
+    try:
+        assert "no pod CIDR" in (await network.ready() or "")
+        with pytest.raises(RuntimeFault, match="no pod CIDR"):
+            await network.setup(SandboxNetwork("a", "/nowhere", "default", "a", "a"))
+    finally:
+        await network.close()
+
+
+def test_addresses_are_used_up_before_one_is_used_again(tmp_path):
+    manager = AddressManager(tmp_path, ["10.1.0.0/29"])
+    first = [manager.acquire(f"s{n}", "link", "pod").ips[0] for n in range(5)]
+    assert first == [f"10.1.0.{n}" for n in range(2, 7)]
+    with pytest.raises(PoolExhausted):
+        manager.acquire("more", "link", "pod")
+    manager.release("s1")
+    assert manager.acquire("more", "link", "pod").ips == ["10.1.0.3"]
+    manager.release("s0")
+    again = AddressManager(tmp_path, ["10.1.0.0/29"])
+    assert {lease.ips[0] for lease in again.leases.values()} == {"10.1.0.3", "10.1.0.4", "10.1.0.5", "10.1.0.6"}
+    assert again.acquire("new", "link", "pod").ips == ["10.1.0.2"]
+
+
+def test_a_torn_lease_file_does_not_stop_the_start(tmp_path):
+    manager = AddressManager(tmp_path, ["10.1.0.0/29"])
+    manager.acquire("good", "link", "pod")
+    (tmp_path / "torn").write_text('{"sandbox_id": "to')
+    (tmp_path / ".half").write_text("x")
+    assert set(AddressManager(tmp_path, ["10.1.0.0/29"]).leases) == {"good"}
+    assert not (tmp_path / "torn").exists()
+
+
+def test_links_are_deleted_only_by_their_prefix():
+    assert rtnl.host_network(rtnl.IPv4Address("10.0.0.1")).prefixlen == 32
