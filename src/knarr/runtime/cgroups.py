@@ -8,12 +8,16 @@ runc decides. `root` is a parameter, so tests use faked trees.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import select
 import signal
+import time
 from dataclasses import dataclass
 from functools import cache
 
-CGROUP2_SUPER_MAGIC = 0x63677270
+_KILL_MILLISECONDS = 2000
+_REMOVE_TRIES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,21 +98,30 @@ class Cgroups:
                         found.update(int(line) for line in file.read().split())
         return found
 
+    def exists(self, group: str) -> bool:
+        """Whether any controller knows the group."""
+        return any(os.path.isdir(self.path(group, controller)) for controller in self.controllers)
+
     def kill(self, group: str) -> int:
-        """Kill every process of a group, newcomers of a fork bomb included; returns how many were signalled."""
+        """Kill every process of a group, newcomers of a fork bomb included, and wait for their end; returns how many there were."""
         killed: set[int] = set()
-        if self.version == 2:
-            killed = self.pids(group)
-            with contextlib.suppress(OSError), open(os.path.join(self.path(group, ""), "cgroup.kill"), "w") as file:
-                file.write("1")
-                return len(killed)
         for _ in range(64):
             present = self.pids(group) - {os.getpid()}
             if not present:
                 break
+            waiting = select.poll()
+            pidfds = []
             for pid in present:
-                with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(OSError):
+                    pidfds.append(os.pidfd_open(pid))
+                    waiting.register(pidfds[-1], select.POLLIN)
                     os.kill(pid, signal.SIGKILL)
+            if self.version == 2:
+                with contextlib.suppress(OSError), open(os.path.join(self.path(group, ""), "cgroup.kill"), "w") as file:
+                    file.write("1")
+            waiting.poll(_KILL_MILLISECONDS)
+            for pidfd in pidfds:
+                os.close(pidfd)
             killed |= present
         return len(killed)
 
@@ -118,8 +131,30 @@ class Cgroups:
             return
         for controller in self.controllers:
             for base, _, _ in os.walk(self.path(group, controller), topdown=False):
-                with contextlib.suppress(OSError):
-                    os.rmdir(base)
+                _remove_one(base)
+
+
+def _remove_one(path: str) -> None:
+    for attempt in range(_REMOVE_TRIES):
+        try:
+            os.rmdir(path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            # The kernel lets go of a group a moment after its last process; there is no event for that.
+            if error.errno != errno.EBUSY or _has_processes(path):
+                return
+            time.sleep(0.005 * attempt)
+        else:
+            return
+
+
+def _has_processes(path: str) -> bool:
+    try:
+        with open(os.path.join(path, "cgroup.procs")) as file:
+            return bool(file.read(1))
+    except OSError:
+        return False
 
 
 @cache

@@ -353,13 +353,19 @@ class Containers:
         except RuntimeFault as error:
             log.warning("the OCI runtime could not delete", container=container.id, error=error)
             await self._workers.run(lambda: self._cgroups.kill(container.cgroup))
-            await self._workers.run(lambda: self._cgroups.remove(container.cgroup))
-        await self._workers.run(lambda: self._roots.unmount(self.bundle(container.id)))
+            self._runc.forget(container.id)
+        await self._workers.run(lambda: self._drop_blocking(container))
         container.cleaned = True
         if container.complete and container.id in self._containers:
             await self._save(container)
         if (live := self._live.get(container.id)) is not None:
             live.dropped.set()
+
+    def _drop_blocking(self, container: Container) -> None:
+        if self._cgroups.exists(container.cgroup):
+            self._cgroups.kill(container.cgroup)
+            self._cgroups.remove(container.cgroup)
+        self._roots.unmount(self.bundle(container.id))
 
     # Stop, remove, update
 
@@ -474,6 +480,13 @@ class Containers:
         for container_id in await self._workers.run(lambda: os.listdir(self._state)):
             if container_id not in self._containers:
                 await self._remove_stray(container_id)
+        sandboxes = {sandbox.id for sandbox in self._sandboxes.all()}
+        for container_id in self._runc.known():
+            if container_id not in self._containers and container_id not in sandboxes:
+                await self._remove_stray(container_id)
+        for container_id in os.listdir(self._conmon.exit_dir):
+            if container_id not in self._containers:
+                self._conmon.forget(container_id)
 
     async def _remove_stray(self, container_id: str) -> None:
         await self._workers.run(lambda: kill_strays(container_id))

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from knarr.runtime import process
+from knarr.runtime import disk, process
 from knarr.runtime.cri import RuntimeFault
 
 
@@ -57,6 +57,18 @@ class Runc:
     async def delete(self, container_id: str) -> None:
         """Kill what is left of a container and remove its state and groups; nothing there is success."""
         await self._call("delete", "--force", container_id)
+        self.forget(container_id)
+
+    def forget(self, container_id: str) -> None:
+        """Remove the state folder of a container whose processes are gone: a runtime killed half-way leaves one that it cannot read."""
+        disk.remove_tree(os.path.join(self.root, container_id))
+
+    def known(self) -> list[str]:
+        """Ids of all containers that have a state folder."""
+        try:
+            return os.listdir(self.root)
+        except FileNotFoundError:
+            return []
 
     async def state(self, container_id: str) -> dict[str, Any] | None:
         """The runtime's view ({"status", "pid"}), None when it knows no such container."""

@@ -1,0 +1,188 @@
+"""The runtime ends and comes back at any moment; conmon, runc and containers are killed: state is right and nothing leaks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from knarr.runtime.cri import ContainerState, RuntimeFault, SandboxState
+from tests.runtime.conftest import Bench, mounts_below, processes_naming
+
+
+async def test_running_containers_are_found_again(bench: Bench) -> None:
+    container_id = await bench.run("sh", "-c", "trap 'exit 5' TERM; echo up; while :; do sleep 0.05; done")
+    before = await bench.runtime.container_status(container_id)
+    await bench.restart()
+    after = await bench.runtime.container_status(container_id)
+    assert after == before
+    assert (await bench.runtime.exec_sync(container_id, ["echo", "x"])).stdout == b"x\n"
+    await bench.runtime.stop_container(container_id, 5)
+    assert (await bench.runtime.container_status(container_id)).exit_code == 5
+
+
+async def test_an_end_that_happened_while_nobody_watched_is_found(bench: Bench) -> None:
+    container_id = await bench.run("sh", "-c", "sleep 0.3; echo last words; exit 42")
+    begin = time.time_ns()
+    await bench.runtime.close()
+    await asyncio.sleep(0.7)
+    bench.runtime = bench.make()
+    await bench.runtime.start()
+    status = await bench.ended(container_id)
+    assert (status.exit_code, status.reason) == (42, "Error")
+    assert begin < status.finished_at_ns < begin + 600_000_000
+    assert bench.log(status) == "last words\n"
+
+
+async def test_a_created_container_can_be_started_after_a_restart(bench: Bench) -> None:
+    sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox())
+    container_id = await bench.runtime.create_container(sandbox_id, bench.container("sh", "-c", "exit 4"))
+    await bench.restart()
+    await bench.runtime.start_container(container_id)
+    assert (await bench.ended(container_id)).exit_code == 4
+
+
+async def test_sandbox_facts_survive_a_restart(bench: Bench) -> None:
+    sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox(labels={"a": "b"}))
+    before = await bench.runtime.pod_sandbox_status(sandbox_id)
+    await bench.restart()
+    assert await bench.runtime.pod_sandbox_status(sandbox_id) == before
+    assert [item.id for item in await bench.runtime.list_pod_sandboxes({"a": "b"})] == [sandbox_id]
+    assert await bench.runtime.list_pod_sandboxes({"a": "c"}) == []
+
+
+async def test_a_killed_conmon_ends_its_container(bench: Bench) -> None:
+    container_id = await bench.run("sleep", "1000")
+    os.kill(int((bench.folder / f"state/containers/{container_id}/conmon.pid").read_text()), signal.SIGKILL)
+    status = await bench.ended(container_id)
+    assert status.exit_code == 137
+    assert status.reason == "Error"
+    assert "conmon" in status.message
+    await bench.runtime.remove_container(container_id)
+    assert processes_naming(container_id) == []
+
+
+async def test_conmon_killed_while_the_runtime_is_down(bench: Bench) -> None:
+    container_id = await bench.run("sleep", "1000")
+    await bench.runtime.close()
+    os.kill(int((bench.folder / f"state/containers/{container_id}/conmon.pid").read_text()), signal.SIGKILL)
+    bench.runtime = bench.make()
+    await bench.runtime.start()
+    assert (await bench.ended(container_id)).exit_code == 137
+
+
+async def test_after_a_restart_of_the_machine_everything_is_over_but_known(bench: Bench) -> None:
+    """The volatile folder is gone and every process has ended."""
+    container_id = await bench.run("sleep", "1000")
+    sandbox_id = (await bench.runtime.container_status(container_id)).sandbox_id
+    await bench.runtime.close()
+    conmon = int((bench.folder / f"state/containers/{container_id}/conmon.pid").read_text())
+    pid = int((bench.folder / f"state/containers/{container_id}/pid").read_text())
+    for number in (conmon, pid):
+        os.kill(number, signal.SIGKILL)
+    await asyncio.sleep(0.2)
+    import shutil
+    import subprocess
+
+    for mount in reversed(mounts_below(bench.folder)):
+        subprocess.run(["umount", "-l", mount], check=True)
+    shutil.rmtree(bench.folder / "state")
+    bench.runtime = bench.make()
+    await bench.runtime.start()
+    status = await bench.ended(container_id)
+    assert (status.state, status.exit_code) == (ContainerState.EXITED, 255)
+    assert (await bench.runtime.pod_sandbox_status(sandbox_id)).state is SandboxState.NOTREADY
+    await bench.runtime.remove_pod_sandbox(sandbox_id)
+
+
+async def test_damaged_records_do_not_stop_the_others(bench: Bench) -> None:
+    broken, whole = await bench.run("sleep", "1000", name="a"), await bench.run("sleep", "1000", name="b")
+    (bench.folder / f"root/containers/{broken}/container.json").write_text("{")
+    await bench.restart()
+    assert [item.id for item in await bench.runtime.list_containers()] == [whole]
+    assert processes_naming(broken) == []
+
+
+async def test_a_start_interrupted_by_a_crash_is_taken_back(bench: Bench) -> None:
+    """conmon has created the container but nobody let it go."""
+    sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox())
+    container_id = await bench.runtime.create_container(sandbox_id, bench.container("sleep", "1000"))
+    containers = bench.runtime._containers
+
+    async def crash(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    containers._runc.start = crash  # type: ignore[method-assign]
+    containers._kill_leftovers = lambda _: asyncio.sleep(0)  # type: ignore[method-assign,assignment]
+    with contextlib.suppress(asyncio.CancelledError):
+        await bench.runtime.start_container(container_id)
+    assert processes_naming(container_id)
+    await bench.restart()
+    status = await bench.runtime.container_status(container_id)
+    assert (status.state, status.reason, status.exit_code) == (ContainerState.EXITED, "StartError", 128)
+    assert processes_naming(container_id) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_random_kills_during_churn_leak_nothing(bench: Bench, seed: int) -> None:
+    """conmon, runc and container processes are killed at random while pods come and go, and the runtime is restarted twice."""
+    chance = random.Random(seed)
+    stop = time.monotonic() + 4
+    kills = 0
+
+    async def killer() -> None:
+        nonlocal kills
+        while time.monotonic() < stop:
+            await asyncio.sleep(chance.uniform(0.005, 0.06))
+            pids = []
+            for entry in os.listdir("/proc"):
+                if entry.isdigit():
+                    with contextlib.suppress(OSError):
+                        command = Path(f"/proc/{entry}/cmdline").read_bytes()
+                        if str(bench.folder).encode() in command and int(entry) != os.getpid():
+                            pids.append(int(entry))
+            if pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(chance.choice(pids), signal.SIGKILL)
+                    kills += 1
+
+    async def churn() -> None:
+        while time.monotonic() < stop:
+            runtime = bench.runtime
+            with contextlib.suppress(RuntimeFault, OSError, RuntimeError, asyncio.CancelledError):
+                sandbox_id = await runtime.run_pod_sandbox(bench.sandbox())
+                for name in ("a", "b"):
+                    container_id = await runtime.create_container(sandbox_id, bench.container("sh", "-c", "sleep 0.1; echo x; sleep 5", name=name))
+                    await runtime.start_container(container_id)
+                    await runtime.exec_sync(container_id, ["true"], 5)
+                await runtime.stop_container(container_id, 0.1)
+                await runtime.remove_pod_sandbox(sandbox_id)
+
+    async def restarts() -> None:
+        for _ in range(2):
+            await asyncio.sleep(1.3)
+            await bench.restart()
+
+    async with asyncio.timeout(60):
+        await asyncio.gather(killer(), churn(), churn(), churn(), restarts())
+    assert kills > 10
+    await bench.restart()
+    for container in await bench.runtime.list_containers():
+        assert container.state in (ContainerState.RUNNING, ContainerState.EXITED, ContainerState.CREATED)
+    await bench.clean()
+    assert await bench.runtime.list_containers() == []
+    assert mounts_below(bench.folder) == []
+    assert processes_naming(str(bench.folder)) == []
+    assert list((bench.folder / "state/containers").iterdir()) == []
+    assert list((bench.folder / "state/sandboxes").iterdir()) == []
+    assert list((bench.folder / "root/containers").iterdir()) == []
+    assert list((bench.folder / "state/exits").iterdir()) == []
+    assert list((bench.folder / "state/oci").iterdir()) == []
+    for controller in ("memory", "pids"):
+        assert list(Path(f"/sys/fs/cgroup/{controller}/{bench.group}").glob("*/*/")) == []
