@@ -41,7 +41,9 @@ class Endpoint:
         self.strategy = strategy
         self.from_stored = from_stored
         self.to_stored = to_stored
-        self.json: Form = Form(resource) if from_stored is None else ConvertedForm(resource, from_stored)
+        self.json: Form = Form(resource)
+        if from_stored is not None and store is not None:
+            self.json = ConvertedForm(resource, from_stored, store.cache.head)
         self._table = table
         self._protobuf = protobuf
         self._forms: dict[tuple[object, ...], Form] = {("json",): self.json}

@@ -107,9 +107,10 @@ class ConvertedForm(Form):
 
     name = "converted"
 
-    def __init__(self, resource: Resource, convert: Converter) -> None:
+    def __init__(self, resource: Resource, convert: Converter, stored_head: bytes = b"{") -> None:
         super().__init__(resource)
         self._convert = convert
+        self._stored_head = stored_head
 
     def item(self, cached: CachedObject) -> bytes:
         forms = cached.forms
@@ -121,7 +122,7 @@ class ConvertedForm(Form):
         return made
 
     def _make(self, cached: CachedObject) -> bytes:
-        return item_of(self._convert(orjson.loads(cached.item)))
+        return item_of(self._convert(orjson.loads(self._stored_head + cached.item[1:])))
 
     def _items(self, objects: Sequence[CachedObject]) -> bytes:
         return b",".join([self.item(cached) for cached in objects])

@@ -1,4 +1,4 @@
-"""Managed fields on the write paths: who set what, tracked by knarr.api.apply.
+"""Managed fields on the write paths: which FieldManager an endpoint's writes go to.
 
 Source: apimachinery util/managedfields.
 """
@@ -7,13 +7,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from knarr.api.apply import FieldManager, manager_for
 from knarr.api.types import Object
 
 if TYPE_CHECKING:
     from knarr.apiserver.call import Call
+    from knarr.apiserver.endpoint import Endpoint
+
+
+def field_manager(endpoint: Endpoint, subresource: str = "") -> FieldManager:
+    """Return the shared FieldManager of an endpoint (custom resources bring theirs along with their schema)."""
+    if endpoint.schema is not None:
+        made: FieldManager = endpoint.schema.field_manager(subresource)
+        return made
+    return manager_for(endpoint.resource, subresource)
 
 
 def track_update(call: Call, obj: Object, old: Object | None, subresource: str = "") -> None:
-    """Keep what is tracked already; until the tracker is in place nothing is added."""
-    if old is not None and "managedFields" not in obj["metadata"] and "managedFields" in old["metadata"]:
-        obj["metadata"]["managedFields"] = old["metadata"]["managedFields"]
+    """Record a create, update or patch in the object's managedFields."""
+    field_manager(call.endpoint, subresource).update(old, obj, call.manager)

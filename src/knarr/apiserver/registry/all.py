@@ -5,12 +5,13 @@ Callers: server.py at start. Kinds not named here follow the plain conventions: 
 
 from __future__ import annotations
 
+from knarr.api import conversion
 from knarr.api.scheme import SCHEME, Resource
 from knarr.apiserver.attributes import Services
 from knarr.apiserver.endpoint import Endpoint, TableFactory
+from knarr.apiserver.forms import Converter
 from knarr.apiserver.registry import core, jobs, pods, services, simple
 from knarr.apiserver.registry.base import Strategy
-from knarr.apiserver.registry.versions import CONVERTERS
 from knarr.apiserver.storage import Storage
 from knarr.apiserver.store import ResourceStore
 
@@ -123,10 +124,20 @@ def build(registry: Registry, storage: Storage, owner: Services, table: TableFac
             lease = event_ttl_seconds if resource.plural == "events" else strategy.lease_seconds
             shared = made[resource.prefix] = (ResourceStore(storage, cache, resource, lease_seconds=lease), strategy)
         store, strategy = shared
-        converters = CONVERTERS.get((resource.api_version, resource.kind), (None, None))
-        endpoint = Endpoint(resource, store, strategy, from_stored=converters[0], to_stored=converters[1], table=table)
+        from_stored, to_stored = _converters(resource)
+        endpoint = Endpoint(resource, store, strategy, from_stored=from_stored, to_stored=to_stored, table=table)
         endpoint.warnings = DEPRECATED.get((resource.group, resource.plural), ())
         registry.add(endpoint)
+
+
+def _converters(resource: Resource) -> tuple[Converter | None, Converter | None]:
+    """Return how to get from the stored version to the served one and back; None where they are the same."""
+    if not conversion.needed(resource.api_version, resource.storage_api_version):
+        return None, None
+    return (
+        lambda obj: conversion.convert(obj, resource.api_version),
+        lambda obj: conversion.convert(obj, resource.storage_api_version),
+    )
 
 
 def _is_stored(resource: Resource) -> bool:

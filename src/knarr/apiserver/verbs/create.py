@@ -95,12 +95,13 @@ def dedup_owner_references(call: Call, metadata: Object, *, after_admission: boo
     )
 
 
-async def create_object(call: Call, obj: Object, *, name: str = "") -> CachedObject | Object:
+async def create_object(call: Call, obj: Object, *, name: str = "", tracked: bool = False) -> CachedObject | Object:
     """Carry a decoded object through admission, strategy and validation into the store.
 
     Args:
       obj: Private; changed and given away.
       name: The name from the URL (create by PUT or apply); "" takes the object's.
+      tracked: Managed fields are there already (apply).
 
     Returns:
       What was stored; a plain object for a dry run.
@@ -122,7 +123,8 @@ async def create_object(call: Call, obj: Object, *, name: str = "") -> CachedObj
     generated = not metadata.get("name") and bool(metadata.get("generateName"))
     if generated:
         metadata["name"] = generated_name(metadata["generateName"])
-    track_update(call, obj, None)
+    if not tracked:
+        track_update(call, obj, None)
     pristine = deep_copy(obj) if generated else None
     for attempt in range(NAME_TRIES):
         result = await _try_create(call, obj)
@@ -206,15 +208,3 @@ def admission_request(call: Call, operation: str, obj: Object | None, old: Objec
         name=call.info.name or metadata.get("name") or "", object=obj, old_object=old, user=call.user, dry_run=call.dry_run, options=options,
     )
 
-
-def decode_apply(body: bytes) -> Object:
-    """Read an apply patch, which is YAML. Raises 400."""
-    from knarr.api import yamldoc
-
-    try:
-        obj, _ = yamldoc.load(body)
-    except yamldoc.YAMLError as error:
-        raise errors.bad_request(f"error decoding YAML: {error}") from error
-    if not isinstance(obj, dict):
-        raise errors.bad_request("error decoding YAML: not an object")
-    return obj

@@ -11,8 +11,9 @@ from knarr.api.patch import APPLY_PATCH, apply_patch, patch_type
 from knarr.api.types import Object
 from knarr.apiserver import machinery
 from knarr.apiserver.call import Call
+from knarr.apiserver.verbs.apply import apply
 from knarr.apiserver.verbs.create import read_body
-from knarr.apiserver.verbs.update import UpdateMode, answer, change_object
+from knarr.apiserver.verbs.update import UpdateMode, answer, change_object, check_url_name
 
 PATCH_TRIES = 12
 
@@ -26,9 +27,8 @@ async def patch(call: Call, mode: UpdateMode) -> None:
     body = await read_body(call)
     call.write_options("PatchOptions")
     force = call.boolean("force")
+    mode.uid_precondition = False
     if kind == APPLY_PATCH:
-        from knarr.apiserver.verbs.apply import apply
-
         await apply(call, mode, body, force=bool(force))
         return
     if force is not None:
@@ -40,10 +40,7 @@ async def patch(call: Call, mode: UpdateMode) -> None:
         call.warnings += warnings
         _complete(call, new)
         call.log_object = new
-        metadata = new.get("metadata")
-        if isinstance(metadata, dict) and metadata.get("name") != call.info.name:
-            raise errors.bad_request(
-                f"the name of the object ({metadata.get('name') or ''}) does not match the name on the URL ({call.info.name})")
+        check_url_name(call, new)
         return new
 
     result, created = await change_object(call, mode, change, tries=PATCH_TRIES)
@@ -56,15 +53,3 @@ def _complete(call: Call, new: Object) -> None:
         default_builtin(call.endpoint.resource, new)
     else:
         call.warnings += machinery.complete(call.endpoint, new)
-
-
-def apply_plain(call: Call, current: Object, body: bytes, content_type: str, kind: tuple[str, str]) -> Object:
-    """Patch an object that is not the endpoint's own kind (a Scale)."""
-    if patch_type(content_type) == APPLY_PATCH:
-        from knarr.apiserver.verbs.create import decode_apply
-
-        given = decode_apply(body)
-        return {**current, "spec": given.get("spec") or {}}
-    new, warnings = apply_patch(kind, current, body, content_type, call.field_validation or "Warn")
-    call.warnings += warnings
-    return new

@@ -9,9 +9,14 @@ import orjson
 
 from knarr.api import decode as decoding
 from knarr.api import errors
+from knarr.api.apply import FieldManager, apply_body, manager_for, scale_from_parent, scale_to_parent
+from knarr.api.meta import deep_copy
+from knarr.api.patch import APPLY_PATCH, apply_patch, patch_type
+from knarr.api.resources import DEPLOYMENTS
 from knarr.api.selectors import LabelSelector, from_label_selector, from_map
 from knarr.api.types import Object
 from knarr.apiserver.call import Call
+from knarr.apiserver.managed import field_manager
 from knarr.apiserver.verbs.create import read_body
 from knarr.apiserver.verbs.update import MODIFIED, UpdateMode, change_object
 
@@ -73,19 +78,45 @@ async def handle(call: Call) -> None:
         call.write_options("PatchOptions")
         given = {}
 
+    manager = field_manager(call.endpoint, "scale") if call.endpoint.schema is None else manager_for(DEPLOYMENTS, "scale")
+    path = call.endpoint.schema.scale.replicas_path if call.endpoint.schema is not None else ("spec", "replicas")
+
     async def change(old: Object | None, attempt: int) -> Object:
         assert old is not None
-        wanted = given
-        if call.info.verb == "patch":
-            from knarr.apiserver.verbs.patch import apply_plain
+        entries = old["metadata"].get("managedFields")
+        before = scale_of(call, old)
+        before["metadata"]["managedFields"] = scale_from_parent(entries, path)
+        wanted = _wanted(call, before, given, body, content_type, manager)
+        new = _scaled(call, old, wanted)
+        owners = scale_to_parent(entries, wanted["metadata"].get("managedFields"), call.endpoint.resource.api_version, path)
+        if owners:
+            new["metadata"]["managedFields"] = owners
+        return new
 
-            wanted = apply_plain(call, scale_of(call, old), body, content_type, SCALE)
-        return _scaled(call, old, wanted)
-
-    mode = UpdateMode(call.endpoint.strategy.prepare_update, "scale", unconditional=True)
+    mode = UpdateMode(call.endpoint.strategy.prepare_update, "scale", unconditional=True, tracks=False)
     result, _ = await change_object(call, mode, change)
     obj = result if isinstance(result, dict) else orjson.loads(call.endpoint.json.single(result))
     _respond(call, scale_of(call, obj))
+
+
+def _wanted(call: Call, before: Object, given: Object, body: bytes, content_type: str, manager: FieldManager) -> Object:
+    """Return the Scale that the request wants, with its managed fields."""
+    if call.info.verb != "patch":
+        wanted = deep_copy(given)
+        manager.update(before, wanted, call.manager)
+        return wanted
+    if patch_type(content_type) == APPLY_PATCH:
+        if not call.field_manager:
+            raise errors.invalid("PatchOptions.meta.k8s.io", "", [errors.required("fieldManager", "is required for apply patch")])
+        wanted, warnings = apply_body(
+            manager, before, body, call.field_manager, force=bool(call.boolean("force")), field_validation=call.field_validation or "Warn",
+        )
+        call.warnings += warnings
+        return wanted
+    wanted, warnings = apply_patch(SCALE, before, body, content_type, call.field_validation or "Warn")
+    call.warnings += warnings
+    manager.update(before, wanted, call.manager)
+    return wanted
 
 
 def _scaled(call: Call, old: Object, wanted: Object) -> Object:

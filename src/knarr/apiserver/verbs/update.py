@@ -42,6 +42,8 @@ class UpdateMode:
     """Managed fields are tracked by comparing old and new (apply brings its own)."""
     validate: Callable[[Call, Object, Object], list[FieldError]] | None = None
     admit: bool = True
+    uid_precondition: bool = True
+    """A uid in the body must be that of the stored object, else Conflict (PUT); patches get it checked as a field."""
 
 
 def mode_of(call: Call, subresource: str = "", *, may_create: bool = False) -> UpdateMode:
@@ -93,9 +95,17 @@ def check_names(call: Call, obj: Object) -> None:
     if not isinstance(metadata, dict):
         metadata = obj["metadata"] = {}
     check_namespace(call, metadata)
-    name = metadata.get("name")
+    check_url_name(call, obj)
+
+
+def check_url_name(call: Call, obj: Object) -> None:
+    """The name of an object must be that of the URL. Raises 400."""
+    metadata = obj.get("metadata")
+    name = metadata.get("name") if isinstance(metadata, dict) else None
+    if not name:
+        raise errors.bad_request(f"the name of the object ({call.info.name} based on URL) was undeterminable: name must be provided")
     if name != call.info.name:
-        raise errors.bad_request(f"the name of the object ({name or ''}) does not match the name on the URL ({call.info.name})")
+        raise errors.bad_request(f"the name of the object ({name}) does not match the name on the URL ({call.info.name})")
 
 
 async def change_object(call: Call, mode: UpdateMode, change: Change, *, tries: int = UPDATE_TRIES) -> tuple[CachedObject | Object, bool]:
@@ -115,7 +125,7 @@ async def change_object(call: Call, mode: UpdateMode, change: Change, *, tries: 
             await _authorize_create(call)
             created = await change(None, attempt)
             try:
-                return await create_object(call, created, name=call.info.name), True
+                return await create_object(call, created, name=call.info.name, tracked=not mode.tracks), True
             except StatusError as error:
                 if not errors.is_already_exists(error):
                     raise
@@ -215,7 +225,7 @@ def _check_preconditions(call: Call, mode: UpdateMode, metadata: Object, old: Ob
     resource = call.endpoint.resource
     name = call.info.name
     uid = metadata.get("uid")
-    if uid and uid != old.get("uid"):
+    if mode.uid_precondition and uid and uid != old.get("uid"):
         key = f"{call.endpoint.live_store.cache.prefix}{call.namespace + '/' if call.namespace else ''}{name}"
         raise errors.conflict(resource, name, (
             f"StorageError: invalid object, Code: 4, Key: {key}, ResourceVersion: 0, AdditionalErrorMsg: Precondition failed: "
@@ -245,9 +255,10 @@ def _prepare(call: Call, mode: UpdateMode, new: Object, old: Object) -> None:
     mode.prepare(call, new, old)
     metadata = new["metadata"]
     machinery.fill_status(call.endpoint.resource, new)
-    for field in ("uid", "creationTimestamp"):
-        if before.get(field):
-            metadata[field] = before[field]
+    if not metadata.get("uid"):
+        metadata["uid"] = before.get("uid", "")
+    if before.get("creationTimestamp"):
+        metadata["creationTimestamp"] = before["creationTimestamp"]
     if before.get("deletionTimestamp"):
         metadata["deletionTimestamp"] = before["deletionTimestamp"]
         if "deletionGracePeriodSeconds" in before and "deletionGracePeriodSeconds" not in metadata:
