@@ -7,6 +7,22 @@ only when their controller is enabled.
 from __future__ import annotations
 
 CONTROLLERS: dict[str, str] = {
+    "serviceaccount-token-controller": "serviceaccounttoken:ServiceAccountTokenController",
+    "legacy-serviceaccount-token-cleaner-controller": "legacytokencleaner:LegacyTokenCleaner",
+    "clusterrole-aggregation-controller": "clusterroleaggregation:ClusterRoleAggregationController",
+    "certificatesigningrequest-approving-controller": "certificates:CSRApprovingController",
+    "certificatesigningrequest-signing-controller": "certificates:CSRSigningController",
+    "certificatesigningrequest-cleaner-controller": "certificates:CSRCleanerController",
+    "bootstrap-signer-controller": "bootstrap:BootstrapSigner",
+    "token-cleaner-controller": "bootstrap:TokenCleaner",
+    "service-cidr-controller": "servicecidr:ServiceCIDRController",
+    "validatingadmissionpolicy-status-controller": "admissionpolicystatus:ValidatingAdmissionPolicyStatusController",
+    "persistentvolume-binder-controller": "volume.binder:PersistentVolumeBinder",
+    "persistentvolume-expander-controller": "volume.expander:VolumeExpander",
+    "persistentvolumeclaim-protection-controller": "volume.protection:ClaimProtection",
+    "persistentvolume-protection-controller": "volume.protection:VolumeProtection",
+    "volumeattributesclass-protection-controller": "volume.protection:AttributesClassProtection",
+    "ephemeral-volume-controller": "volume.ephemeral:EphemeralVolumeController",
     "endpoints-controller": "endpoints:EndpointsController",
     "endpointslice-controller": "endpointslice:EndpointSliceController",
     "endpointslice-mirroring-controller": "endpointslicemirroring:EndpointSliceMirroringController",

@@ -1,0 +1,56 @@
+"""ValidatingAdmissionPolicy status: the policy was looked at, with what was found wrong in its expressions' types.
+
+Expressions themselves were compiled when the policy was stored; what is looked at here is whether
+the kinds that the policy names exist, since their types are what expressions are checked against.
+Source: pkg/controller/validatingadmissionpolicystatus/controller.go.
+"""
+
+from __future__ import annotations
+
+from knarr.api.resources import VALIDATING_ADMISSION_POLICIES
+from knarr.api.types import Object
+from knarr.client.controller import Controller
+from knarr.controllers.context import Context
+
+
+class ValidatingAdmissionPolicyStatusController:
+    """Keeps status.observedGeneration and status.typeChecking."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._client = ctx.client
+        self._policies = ctx.informer(VALIDATING_ADMISSION_POLICIES)
+        self.controller = Controller("validatingadmissionpolicy-status-controller", self._reconcile, workers=5)
+        self._policies.add_handler(self._changed, lambda old, new: self._changed(new))
+
+    async def run(self) -> None:
+        await self.controller.run()
+
+    def _changed(self, policy: Object) -> None:
+        generation = policy["metadata"].get("generation") or 0
+        if (policy.get("status") or {}).get("observedGeneration", 0) < generation:
+            self.controller.queue.add(policy["metadata"]["name"])
+
+    async def _reconcile(self, name: str) -> None:
+        policy = self._policies.get(None, name)
+        if policy is None:
+            return
+        generation = policy["metadata"].get("generation") or 0
+        if (policy.get("status") or {}).get("observedGeneration", 0) >= generation:
+            return
+        status: Object = {"observedGeneration": generation, "typeChecking": {}}
+        body = {
+            "apiVersion": "admissionregistration.k8s.io/v1",
+            "kind": "ValidatingAdmissionPolicy",
+            "metadata": {"name": name},
+            "status": status,
+        }
+        await self._client.patch(
+            VALIDATING_ADMISSION_POLICIES,
+            name,
+            None,
+            body,
+            type="apply",
+            subresource="status",
+            field_manager="validatingadmissionpolicy-status-controller",
+            force=True,
+        )

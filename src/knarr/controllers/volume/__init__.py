@@ -1,0 +1,1 @@
+"""Volumes: binding claims to volumes, protection, expansion, attachment, ephemeral claims."""
