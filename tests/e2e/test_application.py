@@ -26,7 +26,7 @@ def application(cluster: Cluster) -> Iterator[Cluster]:
     for name in NAMES:
         cluster.kubectl("wait", "--for=condition=Available", f"deployment/{name}", "--timeout=60s")
     yield cluster
-    cluster.kubectl("delete", "-f", str(MANIFEST), "--wait=true")
+    cluster.kubectl("delete", "-f", str(MANIFEST), "--ignore-not-found", "--wait=true")
 
 
 def page(cluster: Cluster, path: str = "/json") -> str:
