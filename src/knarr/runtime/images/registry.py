@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import os
 import ssl
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,6 +131,7 @@ class Puller:
     def __init__(self, store: ImageStore, workers: Workers, tasks: Tasks, mirrors: Mirrors) -> None:
         self._store, self._workers, self._tasks, self._mirrors = store, workers, tasks, mirrors
         self._blobs: dict[str, asyncio.Task[LayerBlob]] = {}
+        self._uses: Counter[str] = Counter()
 
     async def pull(self, text: str, auth: Sequence[AuthConfig] = (), progress: Progress | None = None) -> StoredImage:
         """Bring an image here.
@@ -204,11 +206,15 @@ class Puller:
         sources = [LayerSource(item, self._fetcher(endpoint, item, size, slots, progress)) for item, size in zip(digests, sizes, strict=True)]
         names = [f"{reference.repository}@{item}" for item in dict.fromkeys([top, digest])]
         size = existing.size_bytes if existing is not None else len(raw) + len(config) + sum(sizes)
+        self._uses.update(digests)
         try:
             return await self._store.add(config, sources, names=[reference] if reference.tag else [], digests=names, size_bytes=size)
         finally:
+            self._uses.subtract(digests)
             for item in digests:
-                if item not in self._blobs:
+                # Another pull may still be unpacking the same blob.
+                if self._uses[item] <= 0:
+                    del self._uses[item]
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(self._ingest_path(item, done=True))
 
@@ -294,18 +300,21 @@ class Puller:
                 file.seek(offset)
                 pending: list[bytes] = []
                 waiting = 0
-                async for chunk in response.iter_chunks():
-                    pending.append(chunk)
-                    waiting += len(chunk)
-                    offset += len(chunk)
-                    if offset > size:
-                        raise ImagePullError(f"blob {digest} is longer than the manifest says")
-                    if waiting >= _WRITE_CHUNK:
-                        data, pending, waiting = b"".join(pending), [], 0
-                        await self._workers.run(lambda data=data: file.write(data))  # type: ignore[misc]
-                        if progress is not None:
-                            progress(digest, offset, size)
-                file.write(b"".join(pending))
+                try:
+                    async for chunk in response.iter_chunks():
+                        pending.append(chunk)
+                        waiting += len(chunk)
+                        offset += len(chunk)
+                        if offset > size:
+                            raise ImagePullError(f"blob {digest} is longer than the manifest says")
+                        if waiting >= _WRITE_CHUNK:
+                            data, pending, waiting = b"".join(pending), [], 0
+                            await self._workers.run(lambda data=data: file.write(data))  # type: ignore[misc]
+                            if progress is not None:
+                                progress(digest, offset, size)
+                finally:
+                    # What came before the connection broke is kept: the next try asks only for the rest.
+                    file.write(b"".join(pending))
         if offset < size:
             raise ConnectionLost(f"{offset} of {size} bytes came")
         if progress is not None:

@@ -294,11 +294,12 @@ def parse_config(config: bytes) -> dict[str, Any]:
 def _write_blob(path: str, data: bytes) -> None:
     if os.path.exists(path):
         return
-    with open(f"{path}.new", "wb") as file:
+    temporary = f"{path}.{os.urandom(4).hex()}.new"
+    with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(f"{path}.new", path)
+    os.replace(temporary, path)
 
 
 @lru_cache(maxsize=64)
