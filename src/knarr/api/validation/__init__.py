@@ -8,6 +8,7 @@ upstream's paths, types and words.
 from knarr.api.errors import FieldError
 from knarr.api.scheme import Resource
 from knarr.api.types import Object
+from knarr.api.validation import kinds  # noqa: F401
 from knarr.api.validation.registry import create_errors, update_errors
 
 __all__ = ["validate_create", "validate_update"]

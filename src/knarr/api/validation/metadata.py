@@ -101,15 +101,12 @@ def validate_finalizers(finalizers: list[str] | None, path: str, errors: Errors)
         errors.append(invalid_value(path, finalizers, "finalizer orphan and foregroundDeletion cannot be both set"))
 
 
-def validate_core_finalizers(finalizers: list[str] | None, path: str, errors: Errors, *, indexed: bool = True) -> None:
-    """The stricter rule of built-in kinds: names without a domain must be well known."""
+def validate_core_finalizers(finalizers: list[str] | None, path: str, errors: Errors) -> None:
+    """The stricter rule of most built-in kinds: names without a domain must be well known."""
     for index, finalizer in enumerate(finalizers or ()):
-        own_path = f"{path}[{index}]" if indexed else path
-        found = label_key_errors(finalizer)
-        add(errors, own_path, finalizer, found)
         if "/" not in finalizer and finalizer not in _STANDARD_FINALIZERS:
             message = "name is neither a standard finalizer name nor is it fully qualified"
-            errors.append(invalid_value(own_path, finalizer, message))
+            errors.append(invalid_value(f"{path}[{index}]", finalizer, message))
 
 
 def validate_managed_fields(entries: list[Object] | None, path: str, errors: Errors) -> None:
@@ -153,7 +150,9 @@ def _common(metadata: Object, namespaced: bool, errors: Errors, path: str) -> No
         validate_managed_fields(metadata["managedFields"], f"{path}.managedFields", errors)
 
 
-def validate_object_meta(metadata: Object, namespaced: bool, rule: Rule, errors: Errors, path: str = "metadata") -> None:
+def validate_object_meta(
+    metadata: Object, namespaced: bool, rule: Rule, errors: Errors, path: str = "metadata", *, core_finalizers: bool = True
+) -> None:
     """Check the metadata of an object of a kind whose names follow `rule`."""
     generate_name, name = metadata.get("generateName") or "", metadata.get("name") or ""
     if generate_name:
@@ -163,6 +162,8 @@ def validate_object_meta(metadata: Object, namespaced: bool, rule: Rule, errors:
     else:
         add(errors, f"{path}.name", name, rule(name))
     _common(metadata, namespaced, errors, path)
+    if core_finalizers and "finalizers" in metadata:
+        validate_core_finalizers(metadata["finalizers"], f"{path}.finalizers", errors)
 
 
 def validate_generic_meta(metadata: Object, namespaced: bool, errors: Errors, path: str = "metadata") -> None:

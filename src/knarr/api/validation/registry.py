@@ -12,7 +12,13 @@ from typing import Any
 
 from knarr.api.errors import FieldError
 from knarr.api.scheme import Resource
-from knarr.api.validation.metadata import Errors, validate_generic_meta, validate_object_meta, validate_object_meta_update
+from knarr.api.validation.metadata import (
+    Errors,
+    validate_core_finalizers,
+    validate_generic_meta,
+    validate_object_meta,
+    validate_object_meta_update,
+)
 from knarr.api.validation.strings import Rule, dns_subdomain, path_segment
 
 Object = dict[str, Any]
@@ -26,13 +32,15 @@ class Kind:
 
     create: checks everything but the metadata. update: checks what may change and what may not;
     None means that `create` must hold for the new object and nothing more. `update` gets the
-    subresource as its last argument. `own_metadata`: the functions check metadata themselves.
+    subresource as its last argument. `core_finalizers`: finalizers without a domain must be well
+    known. `rechecks_metadata`: an update checks the whole metadata by the kind's rules again.
     """
 
     create: Create | None = None
     update: Update | None = None
     name: Rule = dns_subdomain
-    own_metadata: bool = False
+    core_finalizers: bool = True
+    rechecks_metadata: bool = False
 
 
 _DEFAULT = Kind()
@@ -46,8 +54,7 @@ def create_errors(resource: Resource, obj: Object) -> list[FieldError]:
     kind = KINDS.get((resource.group, resource.plural), _DEFAULT)
     errors: Errors = []
     metadata = obj.get("metadata") or {}
-    if not kind.own_metadata:
-        validate_object_meta(metadata, resource.namespaced, kind.name, errors)
+    validate_object_meta(metadata, resource.namespaced, kind.name, errors, core_finalizers=kind.core_finalizers)
     if kind.create is not None:
         kind.create(obj, errors)
     if not errors:
@@ -56,28 +63,25 @@ def create_errors(resource: Resource, obj: Object) -> list[FieldError]:
 
 
 def update_errors(resource: Resource, new: Object, old: Object, subresource: str) -> list[FieldError]:
-    """See validate_update."""
+    """See validate_update. Upstream checks metadata up to four times; the causes of its answer repeat accordingly."""
     kind = KINDS.get((resource.group, resource.plural), _DEFAULT)
     errors: Errors = []
     new_metadata, old_metadata = new.get("metadata") or {}, old.get("metadata") or {}
     validate_generic_meta(new_metadata, resource.namespaced, errors)
     validate_object_meta_update(new_metadata, old_metadata, errors)
+    if errors or not _same_metadata(new_metadata, old_metadata):
+        validate_object_meta_update(new_metadata, old_metadata, errors)
+        if kind.core_finalizers:
+            validate_core_finalizers(new_metadata.get("finalizers"), "metadata.finalizers", errors)
+        if kind.rechecks_metadata and not subresource:
+            validate_object_meta(new_metadata, resource.namespaced, kind.name, errors, core_finalizers=kind.core_finalizers)
     if kind.update is not None:
         kind.update(new, old, errors, subresource)
     elif kind.create is not None and not subresource:
         kind.create(new, errors)
-    return _distinct(errors)
+    return errors
 
 
-def _distinct(errors: list[FieldError]) -> list[FieldError]:
-    """The generic rules and the kind's own report some faults twice; once is enough."""
-    if len(errors) < 2:
-        return errors
-    seen: set[str] = set()
-    result = []
-    for error in errors:
-        text = str(error)
-        if text not in seen:
-            seen.add(text)
-            result.append(error)
-    return result
+def _same_metadata(new: Object, old: Object) -> bool:
+    """What was valid and has not changed is valid; most updates change a status."""
+    return all(new.get(key) == old.get(key) for key in ("labels", "annotations", "ownerReferences", "finalizers"))
