@@ -61,6 +61,8 @@ class Stream:
         self._discarding = False
         self.local_closed = False
         self.was_reset = False
+        self.refused = False
+        """Reset before it was accepted."""
         self.replied: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def read(self) -> bytes:
@@ -180,7 +182,7 @@ class Session:
         self.send_control(SYN_STREAM, 0, struct.pack(">IIH", number, 0, 0) + self._pack(headers))
         await self._connection.drain()
         await stream.replied
-        if stream.was_reset:
+        if stream.refused:
             raise SPDYError("the stream was refused")
         return stream
 
@@ -210,6 +212,7 @@ class Session:
         finally:
             self.closed.set()
             for stream in list(self._streams.values()):
+                stream.refused = not stream.replied.done()
                 stream.was_reset = True
                 stream.end()
                 self._reply(stream)
@@ -261,6 +264,7 @@ class Session:
     def _reset(self, number: int) -> None:
         stream = self._streams.pop(number, None)
         if stream is not None:
+            stream.refused = not stream.replied.done()
             stream.was_reset = stream.local_closed = True
             stream.end()
             self._reply(stream)

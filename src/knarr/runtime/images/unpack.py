@@ -170,7 +170,8 @@ class Unpacker:
     def _parents(self, parent: str) -> None:
         if os.path.isdir(parent):
             return
-        os.makedirs(parent, 0o755, exist_ok=True)
+        # A link to a directory that is not there (yet) is followed, inside this root.
+        os.makedirs(os.path.realpath(parent), 0o755, exist_ok=True)
         self.inodes += 1
 
     def _whiteout(self, parent: str, name: str) -> None:
