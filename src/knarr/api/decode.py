@@ -268,13 +268,13 @@ def _decode_custom(resource: Resource, body: bytes, kind_of_body: str, field_val
     if not obj.get("kind"):
         raise _unrecognized(resource.kind, f"Object 'Kind' is missing in '{body.decode('utf-8', 'replace')}'", body)
     given_version, given_kind = _identity(obj, resource.api_version, resource.kind, body)
-    if given_kind != resource.kind:
-        raise bad_request(f"{given_kind} in version {go_quote(given_version.rpartition('/')[2])} cannot be handled as a "
-                          f"{resource.kind}: unexpected kind")
+    # A wrong kind is for validation to refuse, as upstream does with custom objects.
     if given_version != resource.api_version:
         raise bad_request(
             f"the API version in the data ({given_version}) does not match the expected API version ({resource.api_version})"
         )
+    if _FRACTION.search(body) is not None:
+        canonical_numbers(obj)
     warnings: list[str] = [duplicates] if duplicates else []
     if strict and kind_of_body == JSON and re.search(rb'"\s*:', body) is not None:
         counter = typeinfo.State()
@@ -287,6 +287,25 @@ def _decode_custom(resource: Resource, body: bytes, kind_of_body: str, field_val
     if warnings and field_validation == STRICT:
         raise bad_request(_cannot_handle(given_kind, given_version, resource.kind, f"strict decoding error: {', '.join(warnings)}"))
     return obj, warnings
+
+
+_FRACTION = re.compile(rb"[0-9][.eE]")
+
+
+def canonical_numbers(value: Any) -> Any:
+    """Rewrite whole floats as integers in place, as Go's encoder writes them: 1.0 becomes 1."""
+    if value.__class__ is float:
+        whole = value.is_integer() and abs(value) < 1e21 and not (value == 0 and str(value)[0] == "-")
+        return int(value) if whole else value
+    if value.__class__ is dict:
+        for key, item in value.items():
+            if item.__class__ in (float, dict, list):
+                value[key] = canonical_numbers(item)
+    elif value.__class__ is list:
+        for index, item in enumerate(value):
+            if item.__class__ in (float, dict, list):
+                value[index] = canonical_numbers(item)
+    return value
 
 
 def check_metadata(obj: Object, path: str = "metadata") -> list[str]:
