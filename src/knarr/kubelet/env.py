@@ -49,8 +49,7 @@ async def container_env(pod: Object, container: Object, context: EnvContext) -> 
     values: dict[str, str] = {}
     for source in container.get("envFrom") or []:
         prefix = source.get("prefix") or ""
-        for key, value in (await _env_from(pod, source, context)).items():
-            values[prefix + key] = value
+        values.update({prefix + key: text for key, text in (await _env_from(pod, source, context)).items()})
     lookup = expansion.mapping(values, service_env)
     for entry in container.get("env") or []:
         raw = entry.get("value")

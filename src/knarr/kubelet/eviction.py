@@ -176,8 +176,8 @@ class Eviction:
                 parts.append(f"Container {container['name']} was using {_bytes(usage)}, request is {_bytes(request) if request else '0'}, has larger consumption of {resource}. ")
         return "".join(parts)
 
-    def evict(self, worker: PodWorker, message: str, grace_seconds: int) -> None:
-        """Fail a pod with reason Evicted."""
+    def evict(self, worker: PodWorker, message: str, grace_seconds: int, *, disruption: bool = True) -> None:
+        """Fail a pod with reason Evicted; `disruption` marks it as a victim of the node, not of its own limits."""
         pod = worker.pod
         self._node.event(pod, "Warning", "Evicted", message)
         log.info("pod evicted", pod=worker.key, message=message)
@@ -188,7 +188,7 @@ class Eviction:
             "message": message,
             "lastTransitionTime": clock.now_rfc3339(),
         }
-        worker.terminate(grace_seconds, ("Evicted", message), condition)
+        worker.terminate(grace_seconds, ("Evicted", message), condition if disruption else None)
 
     def _ranked(self, resource: str) -> list[tuple[PodWorker, int]]:
         """Running pods in the order of their eviction: over their request first, lowest priority first, biggest first."""
@@ -230,7 +230,7 @@ class Eviction:
                 continue
             message = await self._over_limit(worker)
             if message:
-                self.evict(worker, message, 1)
+                self.evict(worker, message, 1, disruption=False)
                 return True
         return False
 

@@ -26,6 +26,8 @@ from knarr.runtime.cri import AuthConfig, Image, ImagePullError, ImageService, R
 
 log = get_logger(__name__)
 
+_SHOW_SECONDS = 1.0
+
 Event = Callable[[str, str, str], None]
 """(type, reason, message) about one container."""
 
@@ -144,7 +146,8 @@ class ImageManager:
             self._failed_at[key] = failed
             reason, message = _pull_fault(image, e)
             self._last_error[key] = f"{reason}: {message}"
-            raise ImageProblem(reason, message, self._back_off.delay(key)) from e
+            # The next look shows the back-off; the pull after that comes when it is over.
+            raise ImageProblem(reason, message, _SHOW_SECONDS) from e
         now = clock.now()
         event(
             "Normal",

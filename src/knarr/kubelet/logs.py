@@ -8,6 +8,7 @@ Follow waits on inotify and on the container's end, never on a clock. Source: st
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from knarr.kubelet.inotify import IN_CREATE, IN_MODIFY, IN_MOVED_TO, Inotify
 log = get_logger(__name__)
 
 _BLOCK = 64 * 1024
-_END_GRACE_SECONDS = 0.5
+_END_GRACE_SECONDS = 0.02
 """How long a follower waits for the last lines after a container's end."""
 
 
@@ -191,13 +192,12 @@ def _reopen(path: str, fd: int) -> int | None:
 async def _wait_more(watch: Inotify, ended: Callable[[], Awaitable[bool]], changed: asyncio.Event | None) -> bool:
     """Wait until there is more to read; True when the container has ended and this was the last wait."""
     if await ended():
-        try:
-            async with asyncio.timeout(_END_GRACE_SECONDS if watch.changed.is_set() else 0.02):
+        # What was written before the end is in the file; conmon's last write may be under way.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_END_GRACE_SECONDS):
                 await watch.wait()
-        except TimeoutError:
-            pass
         return True
-    waits = [asyncio.ensure_future(watch.wait())]
+    waits: list[asyncio.Future[object]] = [asyncio.ensure_future(_wait_event(watch.changed))]
     if changed is not None:
         changed.clear()
         if await ended():
@@ -209,12 +209,13 @@ async def _wait_more(watch: Inotify, ended: Callable[[], Awaitable[bool]], chang
     finally:
         for wait in waits:
             wait.cancel()
+    watch.changed.clear()
     return False
 
 
-async def _wait_event(event: asyncio.Event) -> list[object]:  # type: ignore[misc]
+async def _wait_event(event: asyncio.Event) -> object:
     await event.wait()
-    return []
+    return None
 
 
 async def tail_text(path: str, lines: int, limit_bytes: int) -> str:

@@ -248,7 +248,7 @@ class Volumes:
 
 
 def _used_names(pod: Object) -> set[str]:
-    used = set()
+    used: set[str] = set()
     for container in podutil.all_containers(pod):
         used.update(m["name"] for m in container.get("volumeMounts") or [])
         used.update(d["name"] for d in container.get("volumeDevices") or [])
