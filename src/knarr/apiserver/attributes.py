@@ -161,6 +161,12 @@ class AdmissionChain(Protocol):
 
     async def validate(self, request: AdmissionRequest) -> None: ...
 
+    async def start(self) -> None:
+        """Called once the stores are loaded."""
+        ...
+
+    async def close(self) -> None: ...
+
 
 ReviewHandler = Callable[[ReviewRequest], Awaitable[Object]]
 PathHandler = Callable[[Request], Awaitable[None]]

@@ -16,6 +16,7 @@ Memory: the ring keeps events for RING_SECONDS, at most RING_EVENTS of them; a w
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Callable
@@ -47,7 +48,7 @@ FieldsFunction = Callable[[Object], tuple[str, ...]]
 class CachedObject:
     """One version of one object."""
 
-    __slots__ = ("fields", "forms", "item", "key", "labels", "name", "namespace", "obj", "revision", "uid")
+    __slots__ = ("fields", "forms", "item", "key", "labels", "name", "namespace", "obj", "revision", "uid", "version")
 
     def __init__(
         self, key: str, item: bytes, revision: int, namespace: str, name: str, uid: str, labels: dict[str, str],
@@ -66,12 +67,16 @@ class CachedObject:
         """Values of the selectable fields, in the order of the resource's field names."""
         self.obj: Object | None = None
         self.forms: dict[Any, Any] | None = None
+        self.version = ""
+        """apiVersion as stored, where several are stored side by side (custom resources)."""
 
     def at_revision(self, revision: int) -> CachedObject:
         """Return the same object as if written at another revision: what a DELETED event carries."""
         rest = self.item.index(b'"', len(_ITEM_HEAD))
         item = b"%b%d%b" % (_ITEM_HEAD, revision, self.item[rest:])
-        return CachedObject(self.key, item, revision, self.namespace, self.name, self.uid, self.labels, self.fields)
+        made = CachedObject(self.key, item, revision, self.namespace, self.name, self.uid, self.labels, self.fields)
+        made.version = self.version
+        return made
 
 
 class Event:
@@ -102,6 +107,8 @@ class ResourceCache:
         self.prefix = prefix
         self.head = b"{"
         """What item lacks: `{"kind":…,"apiVersion":…,` of the stored version; set by the resource's store."""
+        self.versioned = False
+        """Objects may be stored under several apiVersions."""
         self.field_names = field_names
         self.field_index = {name: index for index, name in enumerate(field_names)}
         self._fields = fields
@@ -132,10 +139,21 @@ class ResourceCache:
         metadata = obj["metadata"]
         labels = metadata.get("labels") or _NO_LABELS
         fields = self._fields(obj) if self._fields is not None else None
-        return CachedObject(
+        made = CachedObject(
             key, splice(value, revision), revision, metadata.get("namespace") or "", metadata["name"], metadata.get("uid") or "",
             labels, fields,
         )  # fmt: skip
+        if self.versioned:
+            made.version = sys.intern(obj["apiVersion"])
+        return made
+
+    def reindex(self, field_names: tuple[str, ...], fields: FieldsFunction | None) -> None:
+        """Change the selectable fields; every object's are worked out anew."""
+        self.field_names = field_names
+        self.field_index = {name: index for index, name in enumerate(field_names)}
+        self._fields = fields
+        for cached in self.objects.values():
+            cached.fields = fields(self.private(cached)) if fields is not None else None
 
     def load(self, items: list[tuple[str, bytes, int]], revision: int) -> None:
         """Take the state at a revision (key without the prefix, value, its revision), before any event."""
@@ -260,12 +278,14 @@ class ResourceCache:
         """Return the object as a dict, decoded once; shared, never to be changed."""
         obj = cached.obj
         if obj is None:
-            obj = cached.obj = orjson.loads(self.head + cached.item[1:])
+            obj = cached.obj = self.private(cached)
         return obj
 
     def private(self, cached: CachedObject) -> Object:
         """Return the object as a dict of the caller's own, to be changed at will."""
         obj: Object = orjson.loads(self.head + cached.item[1:])
+        if cached.version:
+            obj["apiVersion"] = cached.version
         return obj
 
     def range(self, namespace: str, after: str = "") -> tuple[int, int]:

@@ -35,6 +35,7 @@ class Endpoint:
     def __init__(
         self, resource: Resource, store: ResourceStore | None, strategy: Strategy, *, from_stored: Converter | None = None,
         to_stored: Converter | None = None, table: TableFactory | None = None, protobuf: bool = True,
+        schema: Any = None,
     ) -> None:  # fmt: skip
         self.resource = resource
         self.store = store
@@ -48,7 +49,7 @@ class Endpoint:
         self._protobuf = protobuf
         self._forms: dict[tuple[object, ...], Form] = {("json",): self.json}
         self._by_accept: dict[tuple[str, str, bool], tuple[Form, bool, bool]] = {}
-        self.schema: Any = None
+        self.schema = schema
         """Compiled functions of a custom resource's schema (prune, default, validate); None for built-in kinds."""
         self.warnings: tuple[str, ...] = ()
         """Sent with every answer (deprecated versions)."""

@@ -68,12 +68,18 @@ class Form:
     def list(self, objects: Sequence[CachedObject], revision: int, continue_token: str = "", remaining: int | None = None) -> bytes:
         """Return the body of a list."""
         if self.resource.custom:
-            head, item = self.head, self.item
-            items = b",".join([head + item(cached)[1:] for cached in objects])
-        else:
-            items = self._items(objects)
+            return self._custom_list(objects, revision, continue_token, remaining)
+        items = self._items(objects)
         metadata = orjson.dumps(list_metadata(revision, continue_token, remaining))
         return b'%b%b,"items":[%b]}\n' % (self.list_head, metadata, items)
+
+    def _custom_list(self, objects: Sequence[CachedObject], revision: int, continue_token: str, remaining: int | None) -> bytes:
+        """Lists of custom objects are untyped upstream: keys in order, items with their kind, continue always there."""
+        head, item = self.head, self.item
+        items = b",".join([head + item(cached)[1:] for cached in objects])
+        metadata = orjson.dumps({"continue": continue_token, **list_metadata(revision, continue_token, remaining)})
+        kinds = orjson.dumps(self.resource.api_version), items, orjson.dumps(self.resource.list_kind), metadata
+        return b'{"apiVersion":%b,"items":[%b],"kind":%b,"metadata":%b}\n' % kinds
 
     def _items(self, objects: Sequence[CachedObject]) -> bytes:
         return b",".join([cached.item for cached in objects])
@@ -122,7 +128,12 @@ class ConvertedForm(Form):
         return made
 
     def _make(self, cached: CachedObject) -> bytes:
-        return item_of(self._convert(orjson.loads(self._stored_head + cached.item[1:])))
+        obj = orjson.loads(self._stored_head + cached.item[1:])
+        if cached.version:
+            obj["apiVersion"] = cached.version
+        made = item_of(self._convert(obj))
+        # Mostly nothing changes: then the same bytes serve both.
+        return cached.item if made == cached.item else made
 
     def _items(self, objects: Sequence[CachedObject]) -> bytes:
         return b",".join([self.item(cached) for cached in objects])

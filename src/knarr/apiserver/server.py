@@ -22,6 +22,7 @@ from knarr.apiserver.attributes import AdmissionChain, Attributes, Auth, Connect
 from knarr.apiserver.audit import Audit
 from knarr.apiserver.call import Call, respond_error
 from knarr.apiserver.config import APIServerConfig
+from knarr.apiserver.crd.controller import CustomResources
 from knarr.apiserver.discovery import Discovery
 from knarr.apiserver.flow import FlowControl
 from knarr.apiserver.metrics import Metrics
@@ -93,6 +94,8 @@ class APIServer:
             self.port = config.listen_sock.getsockname()[1]
         await bootstrap.bootstrap(self)
         await self.auth.start()
+        if self.admission is not None:
+            await self.admission.start()
         for start in self._starters:
             await start()
         if config.listen_sock is not None:
@@ -113,6 +116,7 @@ class APIServer:
         from knarr.apiserver.proxy.setup import build_connect
 
         self.admission = build_admission(self)
+        self._starters.append(CustomResources(self).start)
         self.connects.update(build_connect(self))
 
     async def stop(self) -> None:
@@ -130,6 +134,8 @@ class APIServer:
         if self._http is not None:
             await self._http.close(grace_seconds=self.config.shutdown_grace_seconds)
         await self.tasks.close()
+        if self.admission is not None:
+            await self.admission.close()
         if self.auth is not None:
             await self.auth.close()
         if self.audit is not None:

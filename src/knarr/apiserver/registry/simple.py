@@ -344,6 +344,23 @@ class CustomResourceDefinition(Generation):
             obj["status"] = dict(obj["status"])
         self._note_stored(obj)
 
+    def before_delete(self, call: Call, obj: Object) -> Object | None:
+        from knarr.aiokits import clock
+        from knarr.apiserver.crd import naming
+
+        metadata = obj["metadata"]
+        if metadata.get("deletionTimestamp"):
+            return obj if metadata.get("finalizers") else None
+        now = clock.now_rfc3339()
+        metadata["deletionTimestamp"] = now
+        metadata["deletionGracePeriodSeconds"] = 0
+        metadata["generation"] = (metadata.get("generation") or 0) + 1
+        if naming.FINALIZER not in (metadata.get("finalizers") or []):
+            metadata["finalizers"] = [*(metadata.get("finalizers") or []), naming.FINALIZER]
+        message = "CustomResourceDefinition marked for deletion; CustomResource deletion will begin soon"
+        naming.set_condition(obj, "Terminating", "True", "InstanceDeletionPending", message, now)
+        return obj
+
     @staticmethod
     def _note_stored(obj: Object) -> None:
         status = obj.setdefault("status", {})
