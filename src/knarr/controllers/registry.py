@@ -29,6 +29,7 @@ CONTROLLERS: dict[str, str] = {
     "resourcequota-controller": "resourcequota:ResourceQuotaController",
     "disruption-controller": "disruption:DisruptionController",
     "ttl-after-finished-controller": "ttlafterfinished:TTLAfterFinishedController",
+    "horizontal-pod-autoscaler-controller": "autoscaler.controller:HorizontalPodAutoscalerController",
     "ttl-controller": "ttl:TTLController",
     "replicationcontroller-controller": "replicaset:replication_controllers",
     "namespace-controller": "namespace:NamespaceController",

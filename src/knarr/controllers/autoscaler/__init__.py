@@ -1,0 +1,1 @@
+"""HorizontalPodAutoscaler: `metrics` asks the metrics APIs, `calculator` proposes, `behavior` limits, `controller` acts."""
