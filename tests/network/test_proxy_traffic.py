@@ -177,3 +177,21 @@ async def test_two_services_claiming_one_address_are_settled_first_come_and_hand
     assert (await ask(world.client, "172.31.0.1", 80))[0] == "a"
     world.proxy.table.change({"one": render_service({**one, "spec": {"clusterIP": "None"}}, [], HERE)})
     assert (await ask(world.client, "172.31.0.1", 80))[0] == "b"
+
+
+async def test_two_clusters_in_one_namespace_do_not_take_each_others_marks(world):
+    pods = [await world.pod(f"p{number}") for number in range(4)]
+    for number, pod in enumerate(pods):
+        pod.serve(f"p{number}", 8080)
+    client = await world.pod("client")
+    neighbours = [ProxyTable(f"knt-{number}", ["10.99.0.0/16"], netns=world.node.path) for number in range(2)]
+    neighbours[0].load({})
+    sticky = service("web", "10.96.0.10", HTTP, sessionAffinity="ClientIP")
+    other = service("other", "10.96.9.9", HTTP, sessionAffinity="ClientIP")
+    world.proxy.put(sticky, endpoint_slice("web", BACK, [ready(pod.ip) for pod in pods]))
+    neighbours[1].load({"other": render_service(other, [endpoint_slice("other", BACK, [ready(pods[0].ip)])], HERE)})
+    assert len({await ask(client, "10.96.0.10", 80) for _ in range(15)}) == 1
+    assert len({await ask(client, "10.96.9.9", 80) for _ in range(5)}) == 1
+    for neighbour in neighbours:
+        neighbour.remove()
+        neighbour.close()

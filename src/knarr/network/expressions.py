@@ -94,6 +94,11 @@ def mark(bit: int) -> bytes:
     return meta_load(META_MARK, R) + bitwise + meta_set(META_MARK, R)
 
 
+def unmark(bit: int) -> bytes:
+    """Clear one bit of the packet's mark."""
+    return meta_load(META_MARK, R) + masked(R, ~bit & 0xFFFFFFFF) + meta_set(META_MARK, R)
+
+
 def dnat(family: int, address: int, port: int) -> bytes:
     """Send the connection to the address and port in registers."""
     return expression("nat", be32(1, 1), be32(2, 2 if family == 4 else 10), be32(3, address), be32(5, port))

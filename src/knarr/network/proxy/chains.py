@@ -41,6 +41,7 @@ from knarr.network.expressions import (
     numgen,
     original,
     payload,
+    unmark,
     update,
     verdict,
 )
@@ -48,7 +49,7 @@ from knarr.network.nftables import ElementBatch
 
 MASQUERADE_MARK = 0x4000
 AFFINITY_MARK = 0x2000
-SKELETON_VERSION = 2
+SKELETON_VERSION = 3
 _FAMILIES = ((4, "ip", "ipv4_addr", "0.0.0.0"), (6, "ip6", "ipv6_addr", "::"))
 
 
@@ -165,7 +166,6 @@ _BASE_CHAINS = f""" chain source_in {{
   meta mark & 0x2000 != 0 jump learn
  }}
  chain learn {{
-  meta mark set meta mark xor 0x2000
  }}
  chain filter_in {{
   type filter hook input priority filter; policy accept;
@@ -274,6 +274,8 @@ def add_learn_chain(batch: ElementBatch, table: str, family: int, seconds: int) 
     frontend, data = _original_frontend(registers, R + registers.words, address=True)
     chosen = payload(1, registers.target_offset, registers.length, data) + payload(2, 2, 2, data + registers.words)
     add_chain(batch, table, name)
+    # Taken off only here: the mark may be another cluster's, whose own table comes after ours.
+    add_rule(batch, table, name, unmark(AFFINITY_MARK))
     add_rule(batch, table, name, registers.only() + client + frontend + chosen + update(f"affinity{family}", R, data, seconds))
 
 
