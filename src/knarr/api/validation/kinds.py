@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from knarr.api.validation import apps, batch, core, rbac, service
+from knarr.api.validation import apps, autoscaling, batch, certificates, core, networking, policy, rbac, service, small, storage
 from knarr.api.validation.claims import create_claim, update_claim
 from knarr.api.validation.pod import create_pod, create_pod_template, update_pod
 from knarr.api.validation.registry import KINDS, Kind
@@ -37,5 +37,34 @@ KINDS.update(
         (rbac.GROUP, "clusterrolebindings"): Kind(
             rbac.create_cluster_role_binding, rbac.update_cluster_role_binding, name=rbac.rbac_name, rechecks_metadata=True
         ),
+        ("autoscaling", "horizontalpodautoscalers"): Kind(autoscaling.create_autoscaler, autoscaling.update_autoscaler),
+        ("networking.k8s.io", "ingresses"): Kind(networking.create_ingress, networking.update_ingress, rechecks_metadata=True),
+        ("networking.k8s.io", "ingressclasses"): Kind(networking.create_ingress_class, networking.update_ingress_class),
+        ("networking.k8s.io", "networkpolicies"): Kind(networking.create_network_policy),
+        ("networking.k8s.io", "ipaddresses"): Kind(
+            networking.create_ip_address, networking.update_ip_address, name=networking.ip_address_name
+        ),
+        ("networking.k8s.io", "servicecidrs"): Kind(networking.create_service_cidr, networking.update_service_cidr),
+        ("discovery.k8s.io", "endpointslices"): Kind(
+            networking.create_endpoint_slice, networking.update_endpoint_slice, rechecks_metadata=True
+        ),
+        ("policy", "poddisruptionbudgets"): Kind(policy.create_budget, policy.update_budget),
+        ("node.k8s.io", "runtimeclasses"): Kind(small.create_runtime_class, small.update_runtime_class, core_finalizers=False),
+        ("scheduling.k8s.io", "priorityclasses"): Kind(small.create_priority_class, small.update_priority_class),
+        ("coordination.k8s.io", "leases"): Kind(small.create_lease, core_finalizers=False),
+        ("certificates.k8s.io", "certificatesigningrequests"): Kind(
+            certificates.create_request, certificates.update_request, name=certificates.any_name, rechecks_metadata=True
+        ),
+        ("apiregistration.k8s.io", "apiservices"): Kind(
+            small.create_api_service, small.update_api_service, name=small.api_service_name, core_finalizers=False
+        ),
+        ("", "events"): Kind(small.create_core_event, small.update_core_event),
+        ("events.k8s.io", "events"): Kind(small.create_event, small.update_event),
+        ("storage.k8s.io", "storageclasses"): Kind(storage.create_storage_class, storage.update_storage_class),
+        ("storage.k8s.io", "volumeattributesclasses"): Kind(storage.create_attributes_class, storage.update_attributes_class),
+        ("storage.k8s.io", "volumeattachments"): Kind(storage.create_attachment, storage.update_attachment, rechecks_metadata=True),
+        ("storage.k8s.io", "csidrivers"): Kind(storage.create_driver, storage.update_driver, name=storage.csi_driver_name),
+        ("storage.k8s.io", "csinodes"): Kind(storage.create_csi_node, storage.update_csi_node),
+        ("storage.k8s.io", "csistoragecapacities"): Kind(storage.create_capacity, storage.update_capacity, rechecks_metadata=True),
     }
 )
