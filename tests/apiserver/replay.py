@@ -224,7 +224,10 @@ def _event(event: dict[str, Any], normaliser: Normaliser) -> dict[str, Any]:
     if event.get("type") == "ERROR":
         return {"type": "ERROR", "reason": obj.get("reason"), "code": obj.get("code")}
     if obj.get("kind") == "Table":
-        return {"type": event["type"], "object": {"kind": "Table"}}
+        out = {"type": event["type"], **_table(obj, normaliser)}
+        if not out["columns"]:
+            del out["columns"]
+        return out
     return {"type": event["type"], "object": normaliser.object(obj)}
 
 

@@ -29,6 +29,7 @@ GZIP_BYTES = 128 * 1024
 GZIP_THREAD_BYTES = 512 * 1024
 TRUE = frozenset({"1", "t", "T", "true", "TRUE", "True"})
 FALSE = frozenset({"0", "f", "F", "false", "FALSE", "False"})
+INCLUDE_OBJECT = ("", "None", "Metadata", "Object")
 FIELD_VALIDATION = ("", "Ignore", "Warn", "Strict")
 
 
@@ -127,7 +128,10 @@ class Call:
     def form(self, *, many: bool = False, watch: bool = False) -> tuple[Form, bool, bool]:
         """Return (form, as YAML, pretty) of the answer. Raises 406."""
         accept = self.request.headers.get("accept", "")
-        form, yaml, pretty = self.endpoint.form_for(accept, self.parameter("includeObject"), many=many, watch=watch)
+        include = self.parameter("includeObject") if self.query else ""
+        if include not in INCLUDE_OBJECT and "as=Table" in accept:
+            raise errors.bad_request(f"unrecognized includeObject value: {errors.go_quote(include)}")
+        form, yaml, pretty = self.endpoint.form_for(accept, include, many=many, watch=watch)
         if not yaml and not pretty and not watch:
             pretty = wants_pretty(self.request)
         return form, yaml, pretty
@@ -259,5 +263,11 @@ def respond_status(request: Request, status: Object, code: int, warnings: list[s
 
 
 def respond_error(request: Request, error: StatusError, warnings: list[str] | None = None, audit: str = "") -> None:
-    """Answer with an error's Status."""
+    """Answer with an error's Status; a path that names nothing gets plain text, as from Go's mux."""
+    if error.code == 404 and error.reason == "NotFound" and not error.details:
+        request.respond(404, [
+            ("Audit-Id", audit or new_uid()), ("Cache-Control", "no-cache, private"), ("Content-Type", "text/plain; charset=utf-8"),
+            ("X-Content-Type-Options", "nosniff"),
+        ], b"404 page not found\n")
+        return
     respond_status(request, error.status(), error.code, warnings, audit, error.headers)

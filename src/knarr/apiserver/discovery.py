@@ -110,7 +110,7 @@ class Discovery:
         for resource in self.resources(group, version):
             entry: Object = {
                 "name": resource.plural, "singularName": resource.singular, "namespaced": resource.namespaced, "kind": resource.kind,
-                "verbs": sorted(resource.verbs),
+                "verbs": _verbs(resource),
             }  # fmt: skip
             if resource.short_names:
                 entry["shortNames"] = list(resource.short_names)
@@ -159,7 +159,7 @@ class Discovery:
                 "resource": resource.plural,
                 "responseKind": {"group": resource.group, "version": resource.version, "kind": resource.kind},
                 "scope": "Namespaced" if resource.namespaced else "Cluster", "singularResource": resource.singular,
-                "verbs": sorted(resource.verbs),
+                "verbs": _verbs(resource),
             }  # fmt: skip
             if resource.short_names:
                 entry["shortNames"] = list(resource.short_names)
@@ -177,6 +177,10 @@ class Discovery:
         return {
             "subresource": name, "responseKind": {"group": sub.group, "version": sub.version, "kind": sub.kind}, "verbs": sorted(sub.verbs),
         }
+
+
+def _verbs(resource: Resource) -> list[str]:
+    return list(resource.verbs) if resource.custom else sorted(resource.verbs)
 
 
 def _group(name: str, versions: list[str]) -> Object:

@@ -13,6 +13,7 @@ for concatenation.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from knarr.api.scheme import Resource
 from knarr.api.types import Object
 from knarr.apiserver.cache import CachedObject
 
+_serial = itertools.count()
 Converter = Callable[[Object], Object]
 JSON = "application/json"
 INITIAL_EVENTS_END = "k8s.io/initial-events-end"
@@ -44,6 +46,8 @@ class Form:
     name = "json"
     content_type = JSON
     watch_content_type = JSON
+    special_first = False
+    """The first frames of a watch differ from later ones (first_frames)."""
 
     def __init__(self, resource: Resource) -> None:
         self.resource = resource
@@ -88,6 +92,10 @@ class Form:
         """Return one watch event."""
         return b'{"type":"%b","object":%b%b}\n' % (type.encode(), self.head, self.item(cached)[1:])
 
+    def first_frames(self, data: bytes) -> bytes:
+        """Return what a watcher gets as its first frames, when that differs."""
+        return data
+
     def bookmark(self, revision: int, *, initial_end: bool = False) -> bytes:
         """Return a BOOKMARK event; initial_end marks the end of a watch list's initial objects."""
         return self.event_of("BOOKMARK", bookmark_object(self.resource, revision, initial_end))
@@ -117,6 +125,8 @@ class ConvertedForm(Form):
         super().__init__(resource)
         self._convert = convert
         self._stored_head = stored_head
+        # Another schema of the same version makes another form: what is kept beside an object must not be mixed up.
+        self.id = (self.name, resource.api_version, next(_serial))
 
     def item(self, cached: CachedObject) -> bytes:
         forms = cached.forms
@@ -193,6 +203,7 @@ class TableForm(Form):
     """
 
     name = "table"
+    special_first = True
 
     def __init__(self, resource: Resource, version: str, columns: list[Object], row: RowFunction, include: str, single_form: Form) -> None:
         super().__init__(resource)
@@ -236,12 +247,16 @@ class TableForm(Form):
 
     def frame(self, type: str, cached: CachedObject) -> bytes:
         metadata = orjson.dumps({"resourceVersion": str(cached.revision)})
-        return b'{"type":"%b","object":%b}\n' % (type.encode(), self._table(metadata, self.row(cached), self._column_bytes))
+        return b'{"type":"%b","object":%b}\n' % (type.encode(), self._table(metadata, self.row(cached), b"null"))
+
+    def first_frames(self, data: bytes) -> bytes:
+        # Column definitions come with the first event of a watch; before them in a frame stand only type and metadata.
+        return data.replace(b'"columnDefinitions":null', b'"columnDefinitions":' + self._column_bytes, 1)
 
     def bookmark(self, revision: int, *, initial_end: bool = False) -> bytes:
         row: Object = {"cells": [], "object": bookmark_object(self.resource, revision, initial_end)}
         metadata = orjson.dumps({"resourceVersion": str(revision)})
-        return b'{"type":"BOOKMARK","object":%b}\n' % self._table(metadata, orjson.dumps(row), self._column_bytes)
+        return b'{"type":"BOOKMARK","object":%b}\n' % self._table(metadata, orjson.dumps(row), b"null")
 
     def body_of(self, obj: Object) -> bytes:
         metadata = {key: obj["metadata"][key] for key in ("resourceVersion", "continue", "remainingItemCount") if key in obj["metadata"]}

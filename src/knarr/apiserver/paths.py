@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from knarr.api import errors
+from knarr.apiserver import negotiation
 from knarr.apiserver.attributes import PathHandler, UserInfo
 from knarr.apiserver.call import audit_id, to_pretty, wants_pretty
 from knarr.http.server import Request
@@ -74,6 +75,9 @@ class Paths:
 
     async def _discovery(self, request: Request, path: str, user: UserInfo) -> None:
         accept = request.headers.get("accept", "")
+        clauses = negotiation.parse_accept(accept)
+        if accept and not any(not c.as_kind or c.as_kind == "APIGroupDiscoveryList" for c in clauses):
+            raise errors.not_acceptable(negotiation.SUPPORTED)
         found = self._server.discovery.document(path, accept)
         if found is None:
             if await self._server.delegate_path(request, user):
@@ -98,8 +102,6 @@ class Paths:
 
     @staticmethod
     def _protobuf(body: bytes, accept: str) -> bytes | None:
-        from knarr.apiserver import negotiation
-
         clauses = negotiation.parse_accept(accept)
         first = next((clause for clause in clauses if not clause.as_kind), None)
         if first is None or first.media_type != negotiation.PROTOBUF:

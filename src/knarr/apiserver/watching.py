@@ -86,6 +86,14 @@ class WatchGroup:
         if not data:
             return
         chunk = b"%x\r\n%b\r\n" % (len(data), data)
+        if self.form.special_first:
+            for member in list(self.members):
+                if member.has_had_first:
+                    member.send(chunk)
+                else:
+                    member.has_had_first = True
+                    member.send_frame(self.form.first_frames(data))
+            return
         for member in list(self.members):
             member.send(chunk)
 
@@ -141,7 +149,7 @@ def group_for(cache: ResourceCache, namespaced: bool, selection: Selection, form
 class Watcher:
     """One client's watch."""
 
-    __slots__ = ("_allowance", "_ended", "_timer", "bookmarks", "current_revision", "group", "on_end", "stream")
+    __slots__ = ("_allowance", "_ended", "_timer", "bookmarks", "current_revision", "group", "has_had_first", "on_end", "stream")
 
     def __init__(
         self, group: WatchGroup, stream: ResponseStream, *, bookmarks: bool, timeout_seconds: float, allowance_bytes: int,
@@ -152,6 +160,7 @@ class Watcher:
         self.bookmarks = bookmarks
         self.current_revision = current_revision
         self.on_end = on_end
+        self.has_had_first = allowance_bytes > 0
         self._allowance = allowance_bytes + BUFFER_BYTES
         self._ended = False
         loop = asyncio.get_running_loop()

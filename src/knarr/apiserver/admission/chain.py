@@ -8,13 +8,18 @@ Source: kubernetes pkg/kubeapiserver/options/plugins.go.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
 
+from knarr.api.meta import deep_copy
 from knarr.api.scheme import Resource
+from knarr.api.types import Object
 from knarr.apiserver.admission.certificates import CertificateApproval, CertificateSigning, CertificateSubjectRestriction
+from knarr.apiserver.admission.conditions import Conditions
 from knarr.apiserver.admission.default_toleration_seconds import DefaultTolerationSeconds
 from knarr.apiserver.admission.ingress_class import DefaultIngressClass
 from knarr.apiserver.admission.limit_ranger import LimitRanger
+from knarr.apiserver.admission.matching import GROUP, Equivalent, NamespaceMatcher
 from knarr.apiserver.admission.namespace_lifecycle import NamespaceLifecycle
 from knarr.apiserver.admission.node_restriction import NodeRestriction
 from knarr.apiserver.admission.plugin import Plugin
@@ -27,7 +32,12 @@ from knarr.apiserver.admission.service_account import ServiceAccount
 from knarr.apiserver.admission.storage import DefaultStorageClass, PersistentVolumeClaimResize, StorageObjectInUseProtection
 from knarr.apiserver.admission.taint_nodes import TaintNodesByCondition
 from knarr.apiserver.admission.topology_labels import PodTopologyLabels
+from knarr.apiserver.admission.webhook_client import WebhookClient
+from knarr.apiserver.admission.webhooks import MutatingWebhooks, ValidatingWebhooks
 from knarr.apiserver.attributes import AdmissionRequest, Services
+
+if TYPE_CHECKING:
+    from knarr.apiserver.registry.all import Registry
 
 Step = Callable[[AdmissionRequest], Awaitable[None] | None]
 Place = tuple[str, Resource, str]
@@ -39,6 +49,18 @@ class Chain:
     def __init__(self, plugins: list[Plugin]) -> None:
         self.plugins = plugins
         self._places: dict[Place, tuple[tuple[Plugin, ...], tuple[Step, ...], tuple[Step, ...]]] = {}
+        for plugin in plugins:
+            if isinstance(plugin, MutatingWebhooks):
+                plugin.again = self._again
+
+    async def _again(self, request: AdmissionRequest) -> None:
+        """Run the plugins in front of the mutating webhooks once more, on what those have made."""
+        for plugin in self._place(request.operation, request.resource, request.subresource)[0]:
+            if isinstance(plugin, MutatingWebhooks):
+                return
+            waiting = plugin.admit(request)
+            if waiting is not None:
+                await waiting
 
     def _place(self, operation: str, resource: Resource, subresource: str) -> tuple[tuple[Plugin, ...], tuple[Step, ...], tuple[Step, ...]]:
         key = (operation, resource, subresource)
@@ -81,6 +103,51 @@ class Chain:
             await plugin.close()
 
 
+class _Versions:
+    """What the registry knows about versions of a resource, for webhooks and policies."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    @property
+    def _registry(self) -> Registry | None:
+        # Looked up late: custom resources come and go.
+        return getattr(self._services, "registry", None)
+
+    def equivalents(self, resource: Resource) -> Sequence[Equivalent]:
+        """Other served versions that share the stored object."""
+        registry = self._registry
+        own = registry.find(resource.group, resource.version, resource.plural) if registry is not None else None
+        if registry is None or own is None or own.store is None:
+            return ()
+        found: list[Equivalent] = []
+        for endpoint in registry.endpoints.values():
+            if endpoint is not own and endpoint.store is own.store:
+                found.append(Equivalent(endpoint.resource, _converter(own.to_stored, endpoint.from_stored, endpoint.resource)))
+        return found
+
+    def complete(self, request: AdmissionRequest, obj: Object) -> None:
+        """Prune and default what a webhook made of an object."""
+        resource = request.resource
+        if (resource.group, resource.version, resource.kind) != request.kind:
+            return
+        registry = self._registry
+        endpoint = registry.find(resource.group, resource.version, resource.plural) if registry is not None else None
+        if endpoint is not None:
+            from knarr.apiserver import machinery
+
+            machinery.complete(endpoint, obj)
+
+
+def _converter(to_stored: Callable[[Object], Object] | None, from_stored: Callable[[Object], Object] | None, resource: Resource) -> Callable[[Object], Object]:
+    def convert(obj: Object) -> Object:
+        seen = to_stored(deep_copy(obj)) if to_stored is not None else deep_copy(obj)
+        seen = from_stored(seen) if from_stored is not None else seen
+        return {**seen, "apiVersion": resource.api_version, "kind": resource.kind}
+
+    return convert
+
+
 def _plugins(services: Services) -> list[Plugin]:
     store = services.store
     auth = services.auth
@@ -108,9 +175,22 @@ def _plugins(services: Services) -> list[Plugin]:
     if auth is not None:
         plugins += [CertificateApproval(auth.authorizer), CertificateSigning(auth.authorizer)]
     plugins.append(CertificateSubjectRestriction())
+    validating: list[Plugin] = []
+    if auth is not None:
+        matcher = NamespaceMatcher(namespaces)
+        client = WebhookClient(store("", "services"), store("discovery.k8s.io", "endpointslices"))
+        conditions = Conditions(auth.authorizer)
+        versions = _Versions(services)
+        plugins.append(MutatingWebhooks(
+            store(GROUP, "mutatingwebhookconfigurations"), matcher, client, conditions, versions.equivalents, versions.complete,
+        ))  # fmt: skip
+        validating.append(ValidatingWebhooks(
+            store(GROUP, "validatingwebhookconfigurations"), matcher, client, conditions, versions.equivalents,
+        ))  # fmt: skip
     escalation = getattr(auth, "escalation", None)
     if escalation is not None:
         plugins.append(RBACEscalation(escalation))
+    plugins += validating
     plugins.append(ResourceQuota(store("", "resourcequotas"), services.tasks))
     return plugins
 

@@ -121,7 +121,9 @@ class CustomResources:
         plural = names["plural"]
         served.group, served.plural = spec["group"], plural
         served.prefix = f"/registry/{spec['group']}/{plural}/"
-        storage = next(v for v in spec["versions"] if v.get("storage"))
+        storage = next((v for v in spec["versions"] if v.get("storage")), None)
+        if storage is None:
+            return
         selectable = serving.SelectableFields(_all_fields(spec["versions"]))
         cache = await server.storage.add_loaded(served.prefix, selectable.names, selectable if selectable.names else None)
         cache.versioned = True
@@ -135,6 +137,9 @@ class CustomResources:
             server.registry.add(serving.endpoint_of(crd, version, store))
             server.registry.stores[spec["group"], plural] = store
         if served.signature is not None:
+            # What was made for the old schemas will not be asked for again.
+            for cached in cache.objects.values():
+                cached.forms = None
             # What watchers see may have changed shape: they resume from where they were.
             close_watchers(cache)
         served.versions = versions

@@ -67,6 +67,9 @@ def check_namespace(call: Call, metadata: Object) -> None:
         elif given != call.namespace:
             raise errors.bad_request("the namespace of the provided object does not match the namespace sent on the request")
     elif given:
+        if call.endpoint.resource.custom:
+            del metadata["namespace"]
+            return
         if call.endpoint.resource.plural != "namespaces" or given != metadata.get("name"):
             raise errors.bad_request("the namespace of the provided object does not match the namespace sent on the request")
         del metadata["namespace"]

@@ -176,7 +176,7 @@ def watch(call: Call) -> None:
     stream = call.request.start_stream_nowait(200, [
         ("Audit-Id", call.audit_id), ("Cache-Control", "no-cache, private"), ("Content-Type", form.watch_content_type),
     ])
-    data = b"".join(frames)
+    data = form.first_frames(b"".join(frames)) if frames else b""
     stream.write(data)
     watcher = Watcher(
         group, stream, bookmarks=bookmarks, timeout_seconds=seconds, allowance_bytes=len(data),

@@ -45,7 +45,13 @@ def scale_of(call: Call, obj: Object) -> Object:
         if key in metadata:
             out["metadata"][key] = metadata[key]
     if scaler is not None:
-        replicas, current, selector = scaler.read(obj)
+        try:
+            replicas, current, selector = scaler.read(obj)
+        except errors.StatusError:
+            # Writing a first number is fine, reading an absent one is not.
+            if call.info.verb == "get":
+                raise
+            replicas, current, selector = 0, 0, ""
     else:
         replicas = (obj.get("spec") or {}).get("replicas") or 0
         current = (obj.get("status") or {}).get("replicas") or 0
@@ -135,6 +141,9 @@ def _scaled(call: Call, old: Object, wanted: Object) -> Object:
             f"Precondition failed: UID in precondition: {metadata['uid']}, UID in object meta: {old['metadata']['uid']}"))
     replicas = (wanted.get("spec") or {}).get("replicas") or 0
     if replicas < 0:
+        if resource.custom:
+            path = "." + ".".join(call.endpoint.schema.scale.replicas_path)
+            raise errors.invalid(resource, call.info.name, [errors.invalid_value(path, replicas, "should be a non-negative integer")])
         raise errors.invalid("Scale.autoscaling", call.info.name, [
             errors.invalid_value("spec.replicas", replicas, "must be greater than or equal to 0")])
     if call.endpoint.schema is not None and call.endpoint.schema.scale is not None:

@@ -32,9 +32,13 @@ async def handle(call: Call) -> None:
     resource = call.endpoint.resource
     known = resource.subresources.get(info.subresource)
     if known is None:
+        if resource.custom:
+            raise errors.not_found(resource, info.name)
         raise errors.route_not_found()
     verb = info.verb
     if verb not in known.verbs:
+        if resource.custom:
+            raise errors.method_not_supported(resource, verb)
         raise errors.method_not_allowed()
     if info.subresource == "scale":
         await scale.handle(call)
