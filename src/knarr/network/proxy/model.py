@@ -26,6 +26,8 @@ UdpFlow = tuple[str, int]
 
 SERVICE_PROXY_NAME = "service.kubernetes.io/service-proxy-name"
 HEADLESS = "service.kubernetes.io/headless"
+HOST_PORTS = "knarr.dev/host-ports"
+"""Annotation of a Service: "8080:80,8443:https" publishes its ports 80 and https on every node's 8080 and 8443."""
 REFUSE, LOSE = goto("refuse"), goto("lose")
 
 
@@ -56,6 +58,16 @@ def is_proxied(service: Object) -> bool:
     return SERVICE_PROXY_NAME not in (service["metadata"].get("labels") or {})
 
 
+def host_ports(service: Object) -> list[tuple[int, str]]:
+    """Ports of the nodes that the Service's annotation asks for, as (host port, Service port name or number)."""
+    found = []
+    for item in ((service["metadata"].get("annotations") or {}).get(HOST_PORTS) or "").split(","):
+        number, _colon, wanted = item.strip().partition(":")
+        if number.isdigit() and 0 < int(number) < 65536:
+            found.append((int(number), wanted or number))
+    return found
+
+
 def _version(address: str) -> int:
     return 6 if ":" in address else 4
 
@@ -64,6 +76,7 @@ def _version(address: str) -> int:
 class _Port:
     """One Service port in one family, ready to be written."""
 
+    name: str
     protocol: str
     number: int
     node_port: int
@@ -93,7 +106,7 @@ def render_service(service: Object, slices: Iterable[Object], node: NodeView) ->
         version = _version(address)
         out.elements[f"cluster_ip{version}", packed_address(address)] = b""
         for port in spec.get("ports") or ():
-            ready = _prepare(spec, port, slices, version, node, out)
+            ready = _prepare(spec, bool(host_ports(service)), port, slices, version, node, out)
             if ready is not None:
                 _write_port(out, service, ready, address)
     local_policy = spec.get("externalTrafficPolicy") == "Local"
@@ -102,13 +115,13 @@ def render_service(service: Object, slices: Iterable[Object], node: NodeView) ->
     return out
 
 
-def _prepare(spec: dict[str, Any], port: dict[str, Any], slices: Sequence[Object], version: int, node: NodeView, out: Rendered) -> _Port | None:
+def _prepare(spec: dict[str, Any], published: bool, port: dict[str, Any], slices: Sequence[Object], version: int, node: NodeView, out: Rendered) -> _Port | None:
     protocol = port.get("protocol") or "TCP"
     if protocol not in PROTOCOLS:
         out.problems.append(f"port {port.get('port')}: protocol {protocol} is not supported")
         return None
     internal_local = spec.get("internalTrafficPolicy") == "Local"
-    external = bool(port.get("nodePort") or spec.get("externalIPs") or spec.get("type") == "LoadBalancer")
+    external = bool(port.get("nodePort") or published or spec.get("externalIPs") or spec.get("type") == "LoadBalancer")
     external_local = external and spec.get("externalTrafficPolicy") == "Local"
     uses_cluster = not internal_local or (external and not external_local)
     family = "IPv4" if version == 4 else "IPv6"
@@ -125,7 +138,7 @@ def _prepare(spec: dict[str, Any], port: dict[str, Any], slices: Sequence[Object
             packed = packed_address(endpoint.ip)
             out.shared.add((f"hairpin{version}", packed + packed))
     return _Port(
-        protocol, int(port["port"]), int(port.get("nodePort") or 0), version, backends,
+        port.get("name") or "", protocol, int(port["port"]), int(port.get("nodePort") or 0), version, backends,
         backends.local if internal_local else backends.cluster, external_local, int(seconds),
     )  # fmt: skip
 
@@ -141,13 +154,16 @@ def _write_port(out: Rendered, service: Object, port: _Port, cluster_ip: str) ->
             if address and item.get("ipMode", "VIP") != "Proxy" and _version(address) == port.version:
                 balancers.append(address)
     for address in dict.fromkeys([*externals, *balancers]):
-        _external(out, port, address)
+        _external(out, port, address, port.number)
     ranges = [text.strip() for text in spec.get("loadBalancerSourceRanges") or ()]
     if ranges:
         for address in balancers:
             _limit_sources(out, port, address, ranges)
     if port.node_port:
-        _external(out, port, "")
+        _external(out, port, "", port.node_port)
+    for number, wanted in host_ports(service):
+        if wanted in (port.name, str(port.number)):
+            _external(out, port, "", number)
 
 
 def _key(port: _Port, address: str, number: int) -> bytes:
@@ -184,10 +200,9 @@ def _internal(out: Rendered, port: _Port, address: str) -> None:
     _write_endpoints(out, f"endpoint{port.version}", key, endpoints)
 
 
-def _external(out: Rendered, port: _Port, address: str) -> None:
-    """One frontend that the world outside may use; no address means the node port."""
+def _external(out: Rendered, port: _Port, address: str, number: int) -> None:
+    """One frontend that the world outside may use; no address means all of the node's own."""
     node_port = not address
-    number = port.node_port if node_port else port.number
     key = _key(port, address, number)
     prefix = "port_" if node_port else ""
     table = f"{'port' if node_port else 'service'}{port.version}"
