@@ -17,6 +17,7 @@ from knarr.api.types import Object
 from knarr.apiserver.admission.certificates import CertificateApproval, CertificateSigning, CertificateSubjectRestriction
 from knarr.apiserver.admission.conditions import Conditions
 from knarr.apiserver.admission.default_toleration_seconds import DefaultTolerationSeconds
+from knarr.apiserver.admission.expression_check import ExpressionCheck
 from knarr.apiserver.admission.ingress_class import DefaultIngressClass
 from knarr.apiserver.admission.limit_ranger import LimitRanger
 from knarr.apiserver.admission.matching import GROUP, Equivalent, NamespaceMatcher
@@ -24,6 +25,7 @@ from knarr.apiserver.admission.namespace_lifecycle import NamespaceLifecycle
 from knarr.apiserver.admission.node_restriction import NodeRestriction
 from knarr.apiserver.admission.plugin import Plugin
 from knarr.apiserver.admission.pod_security import PodSecurity
+from knarr.apiserver.admission.policies import ValidatingAdmissionPolicies
 from knarr.apiserver.admission.priority import Priority
 from knarr.apiserver.admission.rbac_escalation import RBACEscalation
 from knarr.apiserver.admission.resource_quota import ResourceQuota
@@ -34,7 +36,7 @@ from knarr.apiserver.admission.taint_nodes import TaintNodesByCondition
 from knarr.apiserver.admission.topology_labels import PodTopologyLabels
 from knarr.apiserver.admission.webhook_client import WebhookClient
 from knarr.apiserver.admission.webhooks import MutatingWebhooks, ValidatingWebhooks
-from knarr.apiserver.attributes import AdmissionRequest, Services
+from knarr.apiserver.attributes import AdmissionRequest, Services, Store
 
 if TYPE_CHECKING:
     from knarr.apiserver.registry.all import Registry
@@ -126,6 +128,14 @@ class _Versions:
                 found.append(Equivalent(endpoint.resource, _converter(own.to_stored, endpoint.from_stored, endpoint.resource)))
         return found
 
+    def find_store(self, api_version: str, kind: str) -> tuple[Store, bool] | None:
+        """Return where objects of a kind live, and whether in namespaces."""
+        registry = self._registry
+        for endpoint in registry.endpoints.values() if registry is not None else ():
+            if endpoint.resource.kind == kind and endpoint.resource.api_version == api_version and endpoint.store is not None:
+                return endpoint.store, endpoint.resource.namespaced
+        return None
+
     def complete(self, request: AdmissionRequest, obj: Object) -> None:
         """Prune and default what a webhook made of an object."""
         resource = request.resource
@@ -183,6 +193,11 @@ def _plugins(services: Services) -> list[Plugin]:
         versions = _Versions(services)
         plugins.append(MutatingWebhooks(
             store(GROUP, "mutatingwebhookconfigurations"), matcher, client, conditions, versions.equivalents, versions.complete,
+        ))  # fmt: skip
+        validating.append(ExpressionCheck())
+        validating.append(ValidatingAdmissionPolicies(
+            store(GROUP, "validatingadmissionpolicies"), store(GROUP, "validatingadmissionpolicybindings"), namespaces, auth.authorizer,
+            versions.equivalents, versions.find_store,
         ))  # fmt: skip
         validating.append(ValidatingWebhooks(
             store(GROUP, "validatingwebhookconfigurations"), matcher, client, conditions, versions.equivalents,

@@ -1,0 +1,51 @@
+"""What can go wrong with an expression.
+
+CELError
+  CompileError     the text is not a valid expression, or its types cannot fit: fix the expression
+  EvalError        evaluating it failed on these inputs (missing key, overflow, ...)
+    CostExceeded   it ran over its budget
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class CELError(Exception):
+    """Base of everything this package raises."""
+
+
+class Issue(NamedTuple):
+    """One problem found while compiling; offset is a position in the source text."""
+
+    offset: int
+    message: str
+
+
+class CompileError(CELError):
+    """Shows its issues as cel-go does: place, message, the line, and a caret below it."""
+
+    def __init__(self, source: str, issues: list[Issue]) -> None:
+        self.source = source
+        self.issues = issues
+        super().__init__("\n".join(_shown(source, issue) for issue in sorted(issues)))
+
+
+def _shown(source: str, issue: Issue) -> str:
+    before = source[: issue.offset]
+    line = before.count("\n") + 1
+    column = issue.offset - (before.rfind("\n") + 1)
+    lines = source.split("\n")
+    text = lines[line - 1] if line <= len(lines) else ""
+    return f"ERROR: <input>:{line}:{column + 1}: {issue.message}\n | {text}\n | {'.' * column}^"
+
+
+class EvalError(CELError):
+    """A run-time error; inside && and || it may be outvoted by the other side."""
+
+
+class CostExceeded(EvalError):
+    """The evaluation used up its budget."""
+
+    def __init__(self) -> None:
+        super().__init__("operation cancelled: actual cost limit exceeded")
