@@ -15,6 +15,7 @@ from knarr.api.errors import FieldError
 from knarr.api.scheme import Resource, Subresource
 from knarr.api.structural import CustomSchema
 from knarr.api.types import Object
+from knarr.apiserver.crd.rules import Rules
 from knarr.apiserver.endpoint import Endpoint
 from knarr.apiserver.forms import RowFunction
 from knarr.apiserver.registry.base import Strategy
@@ -134,9 +135,10 @@ def schema_of(crd: Object, version: Object) -> CustomSchema:
                 return found
         return None
 
+    rules = Rules((version.get("schema") or {}).get("openAPIV3Schema") or {})
     return CustomSchema(
         resource_of(crd, version), version, preserve_unknown_fields=bool(spec.get("preserveUnknownFields")), convert=convert,
-        schema_of=other_schema,
+        schema_of=other_schema, rules=None if rules.empty else rules,
     )
 
 

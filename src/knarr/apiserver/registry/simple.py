@@ -353,7 +353,6 @@ class CustomResourceDefinition(Generation):
             return obj if metadata.get("finalizers") else None
         now = clock.now_rfc3339()
         metadata["deletionTimestamp"] = now
-        metadata["generation"] = (metadata.get("generation") or 0) + 1
         if naming.FINALIZER not in (metadata.get("finalizers") or []):
             metadata["finalizers"] = [*(metadata.get("finalizers") or []), naming.FINALIZER]
         message = "CustomResourceDefinition marked for deletion; CustomResource deletion will begin soon"
