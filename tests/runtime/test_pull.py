@@ -93,7 +93,7 @@ async def test_credentials_are_tried_in_order(bench: Bench, registry: Registry, 
     add(registry)
     registry.credentials, registry.scheme = ("user", "secret"), scheme
     name = f"127.0.0.1:{registry.port}/team/app:1"
-    with pytest.raises(ImagePullError, match="authorization failed|failed to authorize"):
+    with pytest.raises(ImagePullError, match=r"authorization failed|failed to authorize"):
         await bench.runtime.pull_image(name)
     import base64
 
@@ -162,7 +162,7 @@ async def test_what_is_not_there_says_so(bench: Bench, registry: Registry) -> No
     with pytest.raises(ImagePullError, match=r"failed to pull and unpack image .*: not found") as caught:
         await bench.runtime.pull_image(f"127.0.0.1:{registry.port}/no/such:1")
     assert caught.value.reason == "ErrImagePull"
-    with pytest.raises(ImagePullError, match="connection refused|Connect call failed") as caught:
+    with pytest.raises(ImagePullError, match=r"connection refused|Connect call failed") as caught:
         await bench.runtime.pull_image("127.0.0.1:1/no/such:1")
     with pytest.raises(ImagePullError) as caught:
         await bench.runtime.pull_image("Not/Valid:::")

@@ -1,0 +1,1 @@
+"""The CRI over gRPC: containerd or CRI-O as the runtime. See client.py."""
