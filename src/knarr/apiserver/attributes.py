@@ -214,11 +214,19 @@ class Store(Protocol):
 class Auth(Protocol):
     """What build_auth returns."""
 
-    authenticator: Authenticator
-    authorizer: Authorizer
-    reviews: Mapping[ResourceKey, ReviewHandler]
-    paths: Mapping[str, PathHandler]
-    """Non-resource paths served by auth: /openid/v1/jwks and so on."""
+    @property
+    def authenticator(self) -> Authenticator: ...
+
+    @property
+    def authorizer(self) -> Authorizer: ...
+
+    @property
+    def reviews(self) -> Mapping[ResourceKey, ReviewHandler]: ...
+
+    @property
+    def paths(self) -> Mapping[str, PathHandler]:
+        """Non-resource paths served by auth: /openid/v1/jwks and so on."""
+        ...
 
     async def impersonate(self, request: Request, user: UserInfo) -> UserInfo:
         """Return whom the request acts as (the user itself without Impersonate-* headers; cheap then).

@@ -81,7 +81,8 @@ class Metrics:
             lines += source()
         from prometheus_client import REGISTRY, generate_latest
 
-        return "\n".join(lines).encode() + b"\n" + generate_latest(REGISTRY)
+        process: bytes = generate_latest(REGISTRY)
+        return "\n".join(lines).encode() + b"\n" + process
 
     def _requests(self, lines: list[str]) -> None:
         lines.append("# HELP apiserver_request_total [STABLE] Counter of apiserver requests broken out for each verb, dry run value, group, version, resource, scope, component, and HTTP response code.")

@@ -109,10 +109,8 @@ class Pipeline:
         user = server.auth.authenticator.authenticate_nowait(request) or await server.auth.authenticator.authenticate(request)
         if user is None:
             raise errors.unauthorized()
-        impersonate = getattr(server.auth, "impersonate", None)
         original = user
-        if impersonate is not None:
-            user = await impersonate(request, user)
+        user = await server.auth.impersonate(request, user)
         attributes = attributes_of(request, info, user)
         trace = server.audit.begin(request, info, original, user) if server.audit is not None else None
         try:

@@ -85,15 +85,15 @@ class APIServer:
         await self.storage.start()
         from knarr.apiserver.auth.setup import build_auth
 
-        self.auth = build_auth(self)
-        self.paths.handlers.update(self.auth.paths)
+        self.auth = auth = build_auth(self)
+        self.paths.handlers.update(auth.paths)
         self._build_optional()
         # The socket is bound first, so that the port is known to the objects written below; nobody is answered before them.
         self._http = HTTPServer(self.pipeline.handle, fast=self.pipeline.fast, ssl_context=self._tls(), max_body_bytes=3 << 20)
         if config.listen_sock is not None:
             self.port = config.listen_sock.getsockname()[1]
         await bootstrap.bootstrap(self)
-        await self.auth.start()
+        await auth.start()
         if self.admission is not None:
             await self.admission.start()
         for start in self._starters:

@@ -269,7 +269,7 @@ def _visible(node: _Node, value: Any) -> Any:
 
 
 def _optional(value: Any) -> Optional:
-    return Optional(value is not None, value)
+    return Optional(value, present=value is not None)
 
 
 def _failure(node: _Node, rule: _Rule, path: str, value: Any, inputs: dict[str, Any]) -> FieldError:

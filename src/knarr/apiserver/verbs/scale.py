@@ -108,7 +108,7 @@ async def handle(call: Call) -> None:
 def _wanted(call: Call, before: Object, given: Object, body: bytes, content_type: str, manager: FieldManager) -> Object:
     """Return the Scale that the request wants, with its managed fields."""
     if call.info.verb != "patch":
-        wanted = deep_copy(given)
+        wanted: Object = deep_copy(given)
         manager.update(before, wanted, call.manager)
         return wanted
     if patch_type(content_type) == APPLY_PATCH:
