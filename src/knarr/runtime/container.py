@@ -94,6 +94,8 @@ class _Live:
     """Set when the end is recorded."""
     dropped: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when nothing of a run is left in the kernel."""
+    saving: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """A container may end while its start is being recorded: one record at a time, the newest last."""
 
 
 class Containers:
@@ -536,8 +538,10 @@ class Containers:
             await self._failed(container, "the container was created before the machine was restarted")
 
     async def _save(self, container: Container) -> None:
-        record, path = records.to_record(container), os.path.join(self.directory(container.id), "container.json")
-        await self._workers.run(lambda: disk.write_record(path, record))
+        live = self._live.get(container.id)
+        async with live.saving if live is not None else contextlib.nullcontext():
+            record, path = records.to_record(container), os.path.join(self.directory(container.id), "container.json")
+            await self._workers.run(lambda: disk.write_record(path, record))
 
     def _publish(self, kind: Any, container: Container) -> None:
         self._events.publish(ContainerEvent(kind, container.id, container.sandbox_id, time.time_ns()))
