@@ -16,6 +16,7 @@ from bench.servers import TOKEN
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from knarr.api.typeinfo import GATED_OFF
 from tests.faults.server import Server
 
 PODS = "/api/v1/namespaces/default/pods"
@@ -24,6 +25,7 @@ MEMORY_LIMIT_BYTES = 400 << 20
 SCHEMA = orjson.loads(resources.files("knarr.api.facts").joinpath("schema.json").read_bytes())
 PROTOBUF = orjson.loads(resources.files("knarr.api.facts").joinpath("protobuf.json").read_bytes())
 MESSAGES = {message["openapi"]: message for message in PROTOBUF.values() if "openapi" in message}
+PROTOBUF_NAMES = {message["openapi"]: name for name, message in PROTOBUF.items() if "openapi" in message}
 DEFINITIONS = SCHEMA.get("definitions", SCHEMA)
 
 
@@ -86,8 +88,8 @@ def fields(definition: str, path: tuple[str, ...] = (), depth: int = 0) -> Itera
     """Every field of a type that 1.35 has, with the path to it; "[]" stands for a list's element, "{}" for a map's value."""
     known = MESSAGES.get(definition, {})
     for name, field in DEFINITIONS[definition].get("fields", {}).items():
-        if name in known.get("new", ()) or (depth == 0 and name == "status"):
-            continue
+        if name in known.get("new", ()) or name in GATED_OFF.get(PROTOBUF_NAMES.get(definition, ""), ()) or (depth == 0 and name == "status"):
+            continue  # not in 1.35, or behind a gate that is off: dropped unread, as upstream does
         yield (*path, name), field
         inner = field.get("items") or field.get("values") or field
         reference = inner.get("ref", "")
@@ -112,8 +114,8 @@ def wrong_values(field: dict[str, Any]) -> st.SearchStrategy[Any]:
         kind = DEFINITIONS.get(reference, {})
         if kind.get("intOrString") or reference.endswith(("Quantity", "IntOrString")):
             return st.one_of(boolean, listing, mapping)
-        if kind.get("anyValue"):
-            return st.nothing()
+        if kind.get("anyValue") or reference.endswith("FieldsV1"):
+            return st.nothing()  # any JSON is welcome there
         if reference.endswith(("Time", "MicroTime", "Duration")):
             return st.one_of(number, boolean, listing, mapping)
         return st.one_of(text, number, boolean, listing)
@@ -181,7 +183,8 @@ MALFORMED = {
 
 @pytest.mark.parametrize("name", sorted(MALFORMED))
 def test_malformed_json_is_a_bad_request(server: Server, loop: asyncio.AbstractEventLoop, name: str) -> None:
-    check_status(loop.run_until_complete(send(server, "POST", PODS, MALFORMED[name])), 400)
+    # A bare null is an empty object to upstream's decoder: well-formed, but without the fields that a Pod needs.
+    check_status(loop.run_until_complete(send(server, "POST", PODS, MALFORMED[name])), 422 if name == "null" else 400)
 
 
 BOMBS = {

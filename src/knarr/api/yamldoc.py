@@ -168,6 +168,7 @@ def load(text: bytes | str, *, strict: bool = False) -> tuple[Any, str]:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
+        _check_depth(text)
         loader = _LOADER(text)
         try:
             node = _compose(loader)
@@ -185,6 +186,20 @@ def load(text: bytes | str, *, strict: bool = False) -> tuple[Any, str]:
     if strict and builder.duplicates:
         duplicates = "yaml: unmarshal errors:\n  " + "\n  ".join(builder.duplicates)
     return value, duplicates
+
+
+def _check_depth(text: str) -> None:
+    """Refuse deep nesting before anything recursive sees it: libyaml's composer would overflow the C stack."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > _RECURSION_LIMIT:
+                raise YAMLError("yaml: exceeded max depth of nesting")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        elif isinstance(event, yaml.DocumentEndEvent):
+            return
 
 
 def _compose(loader: Any) -> Any:
