@@ -658,7 +658,7 @@ def _compare_semver(left: Semver, right: Semver) -> int:
 
 
 def _is_canonical(text: Any) -> bool:
-    return str(ip(text)) == text
+    return bool(str(ip(text)) == text)
 
 
 def _global_unicast(value: IP) -> bool:

@@ -163,10 +163,11 @@ class ValidatingAdmissionPolicies(Plugin):
         if "Deny" not in actions:
             return None
         failure = failures[0]
-        error = refuse(request, f"ValidatingAdmissionPolicy '{policy.name}' with binding '{name}' denied request: {failure.message}")
+        message = f"ValidatingAdmissionPolicy '{policy.name}' with binding '{name}' denied request: {failure.message}"
+        error = refuse(request, message)
         error.reason = failure.reason or "Invalid"
         error.code = _CODES.get(error.reason, 422)
-        error.details["causes"] = [*(error.details.get("causes") or ()), {"message": failure.message}]
+        error.details["causes"] = [*(error.details.get("causes") or ()), {"message": message}]
         return error
 
     def _parameters(self, policy: Policy, reference: Object | None, request: AdmissionRequest) -> list[Object | None]:

@@ -96,8 +96,8 @@ class ConnectHandlers:
         container = container_of(pod, asked)
         node = pod["spec"].get("nodeName")
         if not node:
-            # Not started anywhere: an empty log, as upstream answers.
-            request.respond(200, [("Content-Type", "text/plain")], b"")
+            # Not started anywhere: there is no log.
+            request.respond(204, [], b"")
             return
         kubelet = kubelet_of(self._nodes, node)
         path = f"/containerLogs/{pod['metadata']['namespace']}/{pod_name}/{quote(container)}?{query}"

@@ -9,13 +9,12 @@ from urllib.parse import urlencode
 
 from knarr.aiokits import clock
 from knarr.api import errors
-from knarr.api.errors import FieldError, field_forbidden, invalid_value, not_supported
+from knarr.api.errors import FieldError, field_forbidden, invalid_value
 from knarr.api.types import Object
 
 Query = dict[str, list[str]]
 _STREAMS = ("stdin", "stdout", "stderr", "tty")
 _KUBELET_NAMES = {"stdin": "input", "stdout": "output", "stderr": "error", "tty": "tty"}
-_LOG_STREAMS = ("All", "Stdout", "Stderr")
 
 
 def _flag(query: Query, name: str) -> bool:
@@ -78,7 +77,6 @@ def log_query(pod_name: str, query: Query) -> tuple[str, str, bool]:
     """
     tail, limit, since = _integer(query, "tailLines"), _integer(query, "limitBytes"), _integer(query, "sinceSeconds")
     since_time = (query.get("sinceTime") or [""])[0]
-    stream = (query.get("stream") or ["All"])[0] or "All"
     if since_time:
         try:
             since_time = clock.rfc3339(clock.parse_rfc3339(since_time))
@@ -90,19 +88,17 @@ def log_query(pod_name: str, query: Query) -> tuple[str, str, bool]:
     if limit is not None and limit < 1:
         found.append(invalid_value("limitBytes", limit, "must be greater than 0"))
     if since is not None and since_time:
-        found.append(field_forbidden("", "at most one of `sinceTime` or `sinceSeconds` may be specified"))
+        # Upstream's path has one element without a name, which prints so.
+        found.append(field_forbidden("[]", "at most one of `sinceTime` or `sinceSeconds` may be specified"))
     elif since is not None and since < 1:
         found.append(invalid_value("sinceSeconds", since, "must be greater than 0"))
-    if stream not in _LOG_STREAMS:
-        found.append(not_supported("stream", stream, _LOG_STREAMS))
-    if stream != "All" and tail is not None:
-        found.append(field_forbidden("", "`tailLines` and specific `stream` are mutually exclusive for now"))
+    if "stream" in query:
+        found.append(field_forbidden("stream", "may not be specified"))
     if found:
         raise errors.invalid("PodLogOptions", pod_name, found)
     pairs: list[tuple[str, str]] = [(name, "true") for name in ("follow", "previous", "timestamps") if _flag(query, name)]
     pairs += [(name, str(value)) for name, value in (("sinceSeconds", since), ("tailLines", tail), ("limitBytes", limit)) if value is not None]
     if since_time:
         pairs.append(("sinceTime", since_time))
-    pairs.append(("stream", stream))
     container = (query.get("container") or [""])[0]
     return container, urlencode(sorted(pairs)), _flag(query, "insecureSkipTLSVerifyBackend")
