@@ -15,6 +15,7 @@ from knarr.apiserver.proxy import options
 from knarr.apiserver.proxy.clients import Clients
 from knarr.apiserver.proxy.locations import Location, container_of, kubelet_of, node_location, pod_location, service_location
 from knarr.apiserver.proxy.relay import relay_http, relay_upgrade
+from knarr.http import websocket
 from knarr.http.errors import HTTPError
 from knarr.http.server import Request
 
@@ -108,6 +109,12 @@ class ConnectHandlers:
             async with self.clients.to(kubelet).stream("GET", path) as response:
                 if not 200 <= response.status <= 206:
                     raise _log_error(response.status, (await response.read())[:_MOST_ERROR_BYTES].decode("utf-8", "replace"), pod_name)
+                if websocket.is_upgrade(request):
+                    try:
+                        await websocket.serve_reader(request, response.iter_chunks())
+                    finally:
+                        response.abort()
+                    return
                 stream = await request.start_stream(200, [("Content-Type", "text/plain")])
 
                 def reader_left(_: object) -> None:
