@@ -47,9 +47,9 @@ class OpenAPI:
         """Answer. Raises 404."""
         path = request.path.rstrip("/")
         if path == "/openapi/v2":
-            document = await self._off_loop(self.documents.v2)
-            # Clients that would rather have protobuf take JSON as well.
-            self._respond(request, document.body, document.hash)
+            binary = V2_PROTOBUF in request.headers.get("accept", "")
+            document = await self._off_loop(self.documents.v2_protobuf if binary else self.documents.v2)
+            self._respond(request, document.body, document.hash, V2_PROTOBUF if binary else "application/json")
         elif path == "/openapi/v3":
             self._respond(request, await self._off_loop(self.documents.v3_index), "")
         elif path.startswith("/openapi/v3/"):
@@ -65,8 +65,8 @@ class OpenAPI:
         async with self._busy:
             return await asyncio.get_running_loop().run_in_executor(None, work)
 
-    def _respond(self, request: Request, body: bytes, etag: str) -> None:
-        headers: Headers = [("Audit-Id", audit_id(request)), ("Content-Type", "application/json"), ("Vary", "Accept-Encoding"), ("Vary", "Accept")]
+    def _respond(self, request: Request, body: bytes, etag: str, content_type: str = "application/json") -> None:
+        headers: Headers = [("Audit-Id", audit_id(request)), ("Content-Type", content_type), ("Vary", "Accept-Encoding"), ("Vary", "Accept")]
         if etag:
             headers.append(("ETag", f'"{etag}"'))
             if "hash" in request.query:

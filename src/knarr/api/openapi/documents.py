@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from knarr.api import schema, typeinfo
-from knarr.api.openapi import crd, definitions, paths, v2
+from knarr.api.openapi import crd, definitions, gnostic, paths, v2
 from knarr.api.scheme import SCHEME, Resource
 from knarr.api.types import Object
 
@@ -58,6 +58,7 @@ class OpenAPIDocuments:
         self._custom: dict[str, list[CustomAPI]] = {}
         self._documents: dict[str, Document] = {}
         self._v2: Document | None = None
+        self._v2_binary: Document | None = None
         self._index: bytes | None = None
 
     def set_custom(self, apis: Iterable[CustomAPI]) -> None:
@@ -69,7 +70,7 @@ class OpenAPIDocuments:
             if self._custom.get(path) != grouped.get(path):
                 self._documents.pop(path, None)
         self._custom = grouped
-        self._v2 = None
+        self._v2 = self._v2_binary = None
         self._index = None
 
     def v3_paths(self) -> list[str]:
@@ -105,6 +106,14 @@ class OpenAPIDocuments:
                 merged["components"]["schemas"].update(document["components"]["schemas"])
             self._v2 = _render(v2.convert(merged, _TITLE, _SECURITY))
         return self._v2
+
+    def v2_protobuf(self) -> Document:
+        """The same as `v2` in the binary form of `gnostic.MEDIA_TYPE`."""
+        if self._v2_binary is None:
+            json_form = self.v2()
+            body = gnostic.encode(orjson.loads(json_form.body))
+            self._v2_binary = Document(zlib.compress(body, 6), json_form.hash)
+        return self._v2_binary
 
     def _hash(self, path: str) -> str:
         """Stable without rendering: the built-in content follows from the facts, the custom one from its schemas."""
