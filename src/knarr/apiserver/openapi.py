@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from knarr.apiserver.server import APIServer
 
 V2_PROTOBUF = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf"
+# The name that is asked for is no valid media type, so answers carry another.
+V2_PROTOBUF_ANSWER = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf"
 T = TypeVar("T")
 
 
@@ -47,9 +49,9 @@ class OpenAPI:
         """Answer. Raises 404."""
         path = request.path.rstrip("/")
         if path == "/openapi/v2":
-            binary = V2_PROTOBUF in request.headers.get("accept", "")
+            binary = any(name in request.headers.get("accept", "") for name in (V2_PROTOBUF, V2_PROTOBUF_ANSWER))
             document = await self._off_loop(self.documents.v2_protobuf if binary else self.documents.v2)
-            self._respond(request, document.body, document.hash, V2_PROTOBUF if binary else "application/json")
+            self._respond(request, document.body, document.hash, V2_PROTOBUF_ANSWER if binary else "application/json")
         elif path == "/openapi/v3":
             self._respond(request, await self._off_loop(self.documents.v3_index), "")
         elif path.startswith("/openapi/v3/"):
