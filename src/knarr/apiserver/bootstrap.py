@@ -8,6 +8,7 @@ apiserver apis/flowcontrol/bootstrap.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import ipaddress
 import socket
@@ -32,24 +33,24 @@ LEASE_SECONDS = 3600
 
 
 async def bootstrap(server: APIServer) -> None:
-    """Write what is missing."""
-    for name in NAMESPACES:
-        await _create(server, "", "namespaces", {
+    """Write what is missing, all at once: the store puts it into one commit."""
+    todo: list[tuple[str, str, Object]] = [
+        ("", "namespaces", {
             "metadata": {"name": name, "labels": {"kubernetes.io/metadata.name": name}}, "spec": {"finalizers": ["kubernetes"]},
             "status": {"phase": "Active"},
-        })
-    for name, value, description in PRIORITY_CLASSES:
-        await _create(server, "scheduling.k8s.io", "priorityclasses", {
+        }) for name in NAMESPACES
+    ]  # fmt: skip
+    todo += [
+        ("scheduling.k8s.io", "priorityclasses", {
             "metadata": {"name": name, "generation": 1}, "value": value, "description": description, "preemptionPolicy": "PreemptLowerPriority",
-        })
-    for plural, objects in (
-        ("prioritylevelconfigurations", flowdefaults.priority_levels()), ("flowschemas", flowdefaults.flow_schemas()),
-    ):  # fmt: skip
-        for obj in objects:
-            await _create(server, "flowcontrol.apiserver.k8s.io", plural, obj)
-    await _service_cidr(server)
-    await kubernetes_service(server)
-    await _authentication_config(server)
+        }) for name, value, description in PRIORITY_CLASSES
+    ]  # fmt: skip
+    todo += [("flowcontrol.apiserver.k8s.io", "prioritylevelconfigurations", obj) for obj in flowdefaults.priority_levels()]
+    todo += [("flowcontrol.apiserver.k8s.io", "flowschemas", obj) for obj in flowdefaults.flow_schemas()]
+    await asyncio.gather(
+        *[_create(server, group, plural, obj) for group, plural, obj in todo], _service_cidr(server), _authentication_config(server),
+        kubernetes_service(server),
+    )
 
 
 async def _create(server: APIServer, group: str, plural: str, obj: Object) -> None:

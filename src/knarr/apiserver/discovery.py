@@ -29,13 +29,19 @@ class Discovery:
         self._documents: dict[str, bytes] = {}
         self.hidden: set[tuple[str, str, str]] = set()
         """Resources that are served but not announced (their names are not accepted yet)."""
-        self.foreign: dict[str, list[Object]] = {}
-        """Aggregated groups of extension API servers: group -> APIGroupDiscovery entries, set by the aggregator."""
-        self.foreign_versions: dict[str, list[str]] = {}
-        self.group_priority: dict[str, tuple[int, int]] = {}
+        self._foreign: dict[tuple[str, str], list[Object]] = {}
+        """Resources of extension API servers: (group, version) -> APIResource entries."""
 
-    def invalidate(self) -> None:
-        self._generation = -1
+    def set_foreign(self, group: str, version: str, resources: list[Object]) -> None:
+        """Announce what an extension API server serves."""
+        if self._foreign.get((group, version)) != resources:
+            self._foreign[group, version] = resources
+            self._generation = -1
+
+    def drop_foreign(self, group: str, version: str) -> None:
+        """Take an extension API server's version off."""
+        if self._foreign.pop((group, version), None) is not None:
+            self._generation = -1
 
     def document(self, path: str, accept: str) -> tuple[bytes, str, str] | None:
         """Return (body, content type, etag) of a discovery path, None when there is no such document."""
@@ -68,8 +74,8 @@ class Discovery:
         for group, version, plural in self._server.registry.endpoints:
             if group and (group, version, plural) not in self.hidden:
                 found.setdefault(group, set()).add(version)
-        for group, versions in self.foreign_versions.items():
-            found.setdefault(group, set()).update(versions)
+        for group, version in self._foreign:
+            found.setdefault(group, set()).add(version)
         for group in sorted(found, key=lambda name: (order[name][0], "") if name in order else (1000, name)):
             known = order[group][1] if group in order else []
             versions = sorted(found[group] - set(known), key=version_priority)
@@ -105,7 +111,9 @@ class Discovery:
             return {"kind": "APIGroup", "apiVersion": "v1", **_group(parts[1], versions)}
         return self._resource_list(parts[1], parts[2]) if parts[2] in versions else None
 
-    def _resource_list(self, group: str, version: str) -> Object:
+    def _resource_list(self, group: str, version: str) -> Object | None:
+        if (group, version) in self._foreign:
+            return None  # answered by the extension server itself
         entries: list[Object] = []
         for resource in self.resources(group, version):
             entry: Object = {
@@ -142,10 +150,6 @@ class Discovery:
             items.append({"metadata": {"creationTimestamp": None}, "versions": [self._aggregated_group("", "v1")]})
         else:
             for group, versions in self.groups().items():
-                foreign = self.foreign.get(group)
-                if foreign is not None:
-                    items += foreign
-                    continue
                 items.append({
                     "metadata": {"name": group, "creationTimestamp": None},
                     "versions": [self._aggregated_group(group, each) for each in versions],
@@ -153,6 +157,9 @@ class Discovery:
         return {"kind": "APIGroupDiscoveryList", "apiVersion": f"apidiscovery.k8s.io/{version}", "metadata": {}, "items": items}
 
     def _aggregated_group(self, group: str, version: str) -> Object:
+        foreign = self._foreign.get((group, version))
+        if foreign is not None:
+            return {"version": version, "resources": _from_resource_list(group, version, foreign), "freshness": "Current"}
         entries: list[Object] = []
         for resource in self.resources(group, version):
             entry: Object = {
@@ -186,6 +193,28 @@ def _verbs(resource: Resource) -> list[str]:
 def _group(name: str, versions: list[str]) -> Object:
     entries = [{"groupVersion": f"{name}/{version}", "version": version} for version in versions]
     return {"name": name, "versions": entries, "preferredVersion": entries[0]}
+
+
+def _from_resource_list(group: str, version: str, resources: list[Object]) -> list[Object]:
+    """Return aggregated entries made of a plain APIResourceList."""
+    entries: dict[str, Object] = {}
+    for one in resources:
+        plural, _, sub = str(one.get("name")).partition("/")
+        kind = {"group": one.get("group") or group, "version": one.get("version") or version, "kind": one.get("kind")}
+        if sub:
+            parent = entries.get(plural)
+            if parent is not None:
+                parent.setdefault("subresources", []).append({"subresource": sub, "responseKind": kind, "verbs": one.get("verbs") or []})
+            continue
+        entry: Object = {
+            "resource": plural, "responseKind": kind, "scope": "Namespaced" if one.get("namespaced") else "Cluster",
+            "singularResource": one.get("singularName") or "", "verbs": one.get("verbs") or [],
+        }  # fmt: skip
+        for key in ("shortNames", "categories"):
+            if one.get(key):
+                entry[key] = one[key]
+        entries[plural] = entry
+    return list(entries.values())
 
 
 def _aggregated_version(accept: str) -> str:

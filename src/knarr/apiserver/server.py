@@ -18,6 +18,8 @@ from knarr.api import errors
 from knarr.api.errors import StatusError
 from knarr.api.scheme import Resource
 from knarr.apiserver import bootstrap
+from knarr.apiserver.aggregation.extension import Extensions
+from knarr.apiserver.aggregation.registration import Registration
 from knarr.apiserver.attributes import AdmissionChain, Attributes, Auth, ConnectHandler, Decision, ResourceKey, UserInfo
 from knarr.apiserver.audit import Audit
 from knarr.apiserver.call import Call, respond_error
@@ -116,7 +118,8 @@ class APIServer:
         from knarr.apiserver.proxy.setup import build_connect
 
         self.admission = build_admission(self)
-        self._starters.append(CustomResources(self).start)
+        self.registration = Registration(self)
+        self._starters += [self.registration.start, CustomResources(self).start, Extensions(self).start]
         self.connects.update(build_connect(self))
 
     async def stop(self) -> None:

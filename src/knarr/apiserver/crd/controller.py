@@ -55,6 +55,7 @@ class CustomResources:
         self._store.add_handler(self._on_event)
         for crd in self._store.list_nowait():
             await self._reconcile(crd["metadata"]["name"])
+        await self._server.registration.sync_custom()
         self._server.tasks.spawn_eternal(self._run(), "custom-resources")
 
     def _on_event(self, type: str, obj: Object, old: Object | None) -> None:
@@ -70,6 +71,8 @@ class CustomResources:
                 del self._dirty[name]
                 try:
                     await self._reconcile(name)
+                    if not self._dirty:
+                        await self._server.registration.sync_custom()
                 except Exception as error:
                     log.error("custom resource definition failed", crd=name, exc_info=error)
 

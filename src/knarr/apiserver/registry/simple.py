@@ -327,7 +327,14 @@ class ResourceSlice(Plain):
 
 
 class APIService(Strategy):
-    """Status updates may change annotations, as upstream's do."""
+    """Without a Service it is served by this server, and available from the start."""
+
+    def prepare_create(self, call: Call, obj: Object) -> None:
+        from knarr.apiserver.aggregation.registration import local_status
+
+        super().prepare_create(call, obj)
+        if not (obj.get("spec") or {}).get("service"):
+            obj["status"] = local_status()
 
 
 class CustomResourceDefinition(Generation):
