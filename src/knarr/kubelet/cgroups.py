@@ -35,6 +35,8 @@ class Hierarchies:
     """Mount point of the unified hierarchy, "" when the v1 controllers count."""
     v1: dict[str, str] = field(default_factory=dict)
     """Controller to mount point."""
+    beside: str = ""
+    """A unified hierarchy beside v1 controllers: it limits nothing, but runc makes groups there too, which must go with the pod."""
 
     @classmethod
     def of_host(cls, mountinfo: str = "/proc/self/mountinfo") -> Hierarchies:
@@ -52,7 +54,7 @@ class Hierarchies:
                         if option in _CONTROLLERS:
                             out.v1.setdefault(option, point)
         if "memory" in out.v1 or "cpu" in out.v1:
-            out.v2 = ""
+            out.beside, out.v2 = out.v2, ""
         elif out.v2:
             out.v1 = {}
         return out
@@ -107,7 +109,9 @@ class Cgroups:
         return list(dict.fromkeys(limited))
 
     def _all_mounts(self) -> list[str]:
-        return [self.hierarchies.v2] if self.is_v2 else list(dict.fromkeys(self.hierarchies.v1.values()))
+        if self.is_v2:
+            return [self.hierarchies.v2]
+        return list(dict.fromkeys([*self.hierarchies.v1.values(), *([self.hierarchies.beside] if self.hierarchies.beside else [])]))
 
     def ensure_tree(self) -> None:
         """Make kubepods and the QoS groups. Raises OSError."""
