@@ -29,6 +29,13 @@ NETWORK_RULES: list[dict[str, Any]] = [
     {"apiGroups": ["networking.k8s.io"], "resources": ["networkpolicies", "servicecidrs", "ingresses", "ingressclasses"], "verbs": READ},
     {"apiGroups": ["", "events.k8s.io"], "resources": ["events"], "verbs": ["create", "patch", "update"]},
 ]
+BALANCER_RULES: list[dict[str, Any]] = [
+    {"apiGroups": [""], "resources": ["services", "nodes"], "verbs": READ},
+    {"apiGroups": [""], "resources": ["services/status"], "verbs": ["patch", "update"]},
+    {"apiGroups": ["networking.k8s.io"], "resources": ["ingresses", "ingressclasses"], "verbs": [*READ, "create"]},
+    {"apiGroups": ["networking.k8s.io"], "resources": ["ingresses/status"], "verbs": ["patch", "update"]},
+]
+"""What the control process' load balancer and ingress controllers may do beyond upstream's controller manager."""
 
 
 async def ensure(client: Client) -> None:
@@ -36,14 +43,19 @@ async def ensure(client: Client) -> None:
 
     Cancellation: leaves some objects made; the next start makes the rest.
     """
+    await _ensure_role(client, NETWORK_GROUP, NETWORK_RULES, {"kind": "Group", "name": NETWORK_GROUP})
+    await _ensure_role(client, "knarr:load-balancer", BALANCER_RULES, {"kind": "User", "name": "system:kube-controller-manager"})
+
+
+async def _ensure_role(client: Client, name: str, rules: list[dict[str, Any]], subject: dict[str, str]) -> None:
     labels = {"app.kubernetes.io/managed-by": "knarr"}
-    role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": NETWORK_GROUP, "labels": labels}, "rules": NETWORK_RULES}
+    role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": name, "labels": labels}, "rules": rules}
     binding = {
         "apiVersion": "rbac.authorization.k8s.io/v1",
         "kind": "ClusterRoleBinding",
-        "metadata": {"name": NETWORK_GROUP, "labels": labels},
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": NETWORK_GROUP},
-        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "Group", "name": NETWORK_GROUP}],
+        "metadata": {"name": name, "labels": labels},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", **subject}],
     }
     await _apply(client, CLUSTER_ROLES, role)
     await _apply(client, CLUSTER_ROLE_BINDINGS, binding)

@@ -89,6 +89,11 @@ class ClusterConfig:
         return str(ipaddress.ip_network(self.service_cidr)[offset])
 
     @property
+    def balancer_cidr(self) -> str:
+        """Addresses of LoadBalancer Services; this machine reaches them."""
+        return f"172.29.{128 + self.slot}.0/24"
+
+    @property
     def dns_ip(self) -> str:
         return self.address(10)
 

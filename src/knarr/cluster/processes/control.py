@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from knarr.client.informer import Informers
 from knarr.client.rest import Client
 from knarr.cluster import addons
 from knarr.cluster.config import ClusterConfig
@@ -15,6 +16,7 @@ def main(config: ClusterConfig, announce: Announce) -> None:
     """Run the controllers and the scheduler until stopped."""
     from knarr.controllers.context import ControllersConfig
     from knarr.controllers.manager import ControllerManager
+    from knarr.network.loadbalancer import LoadBalancerController
     from knarr.scheduler.config import SchedulerConfig
     from knarr.scheduler.scheduler import Scheduler
 
@@ -32,12 +34,15 @@ def main(config: ClusterConfig, announce: Announce) -> None:
     async def control() -> None:
         controllers = Client(common.client_config(config, common.pair(config, "controller-manager"), "kube-controller-manager"))
         scheduler = Client(common.client_config(config, common.pair(config, "scheduler"), "kube-scheduler"))
+        informers = Informers(controllers)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(ControllerManager(controllers, settings).run(), name="controllers")
                 group.create_task(addons.ensure(controllers), name="addons")
+                group.create_task(LoadBalancerController(controllers, informers, pool=(config.balancer_cidr,)).run(), name="load-balancer")
                 group.create_task(Scheduler(scheduler, SchedulerConfig()).run(), name="scheduler")
         finally:
+            await informers.close()
             await controllers.close()
             await scheduler.close()
 

@@ -63,7 +63,7 @@ class Node:
         return BridgeNetwork(
             bridge=f"knarr{config.slot}",
             cluster_cidrs=(config.pod_cidr,),
-            service_cidrs=(config.service_cidr,),
+            service_cidrs=(config.service_cidr, config.balancer_cidr),
             state_dir=self.state / "network",
             table=f"knarr{config.suffix}-net",
             link_prefix=f"kp{config.slot}-",
