@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import Any, Generic, TypeVar
 
 from knarr.aiokits import clock
 from knarr.aiokits.log import get_logger
-from knarr.aiokits.queue import BoundedQueue
 from knarr.aiokits.ratelimit import RateLimit
 from knarr.aiokits.tasks import Tasks
 from knarr.api import errors
@@ -30,6 +29,8 @@ log = get_logger(__name__)
 
 _CACHE_ENTRIES = 4096
 _UNSENT_EVENTS = 1000
+# Events of one object go through one lane, in order; lanes send at the same time.
+_LANES = 8
 _SPAM_BURST = 25
 _SPAM_PER_SECOND = 1 / 300
 _AGGREGATE_EVENTS = 10
@@ -95,9 +96,9 @@ class EventRecorder:
         self._component = component
         self._host = host
         self._new_api = api == "events.k8s.io/v1"
-        self._queue: BoundedQueue[Object] = BoundedQueue(_UNSENT_EVENTS)
         self._tasks = Tasks()
-        self._sender: asyncio.Task[None] | None = None
+        self._lanes: list[deque[Object]] = [deque() for _ in range(_LANES)]
+        self._senders: list[asyncio.Task[None] | None] = [None] * _LANES
         self._limits: _Recent[RateLimit] = _Recent()
         self._similar: _Recent[tuple[float, set[str]]] = _Recent()
         self._observed: _Recent[Object] = _Recent()
@@ -131,11 +132,16 @@ class EventRecorder:
             event = self._make_core(obj, type, reason, message, field_path, related, action)
         if annotations:
             event["metadata"]["annotations"] = annotations
-        if not self._queue.put_nowait(event):
+        if sum(map(len, self._lanes)) >= _UNSENT_EVENTS:
             self._dropped += 1
             log.warning("event dropped, too many unsent", reason=reason, dropped=self._dropped)
-        if self._sender is None or self._sender.done():
-            self._sender = self._tasks.spawn(self._send_all(), f"events-{self._component}")
+            return
+        reference = event.get("involvedObject") or event.get("regarding") or {}
+        number = hash((reference.get("uid"), reference.get("name"))) % _LANES
+        self._lanes[number].append(event)
+        sender = self._senders[number]
+        if sender is None or sender.done():
+            self._senders[number] = self._tasks.spawn(self._send_all(self._lanes[number]), f"events-{self._component}")
 
     def _meta(self, reference: Object, now: float) -> Object:
         return {"name": f"{reference.get('name', '')}.{int(now * 1e9):x}", "namespace": reference.get("namespace") or "default"}
@@ -193,21 +199,19 @@ class EventRecorder:
 
     async def flush(self) -> None:
         """Wait until all noted events were sent or given up."""
-        while self._sender is not None and not self._sender.done():
-            await asyncio.wait([self._sender])
+        await self._tasks.wait_idle()
 
     async def close(self) -> None:
         """Send nothing more; unsent events are lost."""
         self._closed = True
-        self._queue.close()
         await self._tasks.close()
 
     # Sending
 
-    async def _send_all(self) -> None:
+    async def _send_all(self, lane: deque[Object]) -> None:
         # The task ends when nothing is left, so an idle recorder costs nothing.
-        while len(self._queue):
-            event = await self._queue.get()
+        while lane:
+            event = lane.popleft()
             if self._new_api:
                 await self._send_new(event)
             else:

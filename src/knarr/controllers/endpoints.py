@@ -39,6 +39,8 @@ class EndpointsController:
         self._members = PodServices(self._services, ctx.pods)
         self._triggers = TriggerTimes()
         self._writes = OwnWrites(self._endpoints)
+        # Endpoints go with a Service of their name, also hand-made ones; others without one are left alone.
+        self._bereft: set[str] = set()
         self.controller = Controller("endpoints-controller", self._reconcile, workers=10, max_retries=15)
         self._services.add_handler(self._service_changed, lambda old, new: self._service_changed(new), self._service_deleted)
         ctx.pods.add_handler(self._pod_changed, self._pod_updated, self._pod_changed)
@@ -56,6 +58,7 @@ class EndpointsController:
 
     def _service_deleted(self, service: Object) -> None:
         self._members.forget(service)
+        self._bereft.add(object_key(service))
         self.controller.queue.add(object_key(service))
 
     def _pod_changed(self, pod: Object) -> None:
@@ -80,9 +83,11 @@ class EndpointsController:
         if service is None:
             self._triggers.forget(key)
             self._writes.forget(key)
-            if current is not None and meta.labels(current).get(_MANAGED_BY) == _MANAGER:
+            if current is not None and (key in self._bereft or meta.labels(current).get(_MANAGED_BY) == _MANAGER):
                 await self._delete(key, current)
+            self._bereft.discard(key)
             return
+        self._bereft.discard(key)
         if not service["spec"].get("selector") or service["spec"].get("type") == "ExternalName":
             return
         if self._writes.behind(key):
