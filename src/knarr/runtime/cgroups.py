@@ -45,6 +45,11 @@ class Cgroups:
         """Mounted version 1 controllers, or [""] for the one tree of version 2."""
         return _v1_controllers(self.root) if self.version == 1 else [""]
 
+    @property
+    def hierarchies(self) -> list[str]:
+        """Like controllers, with those that control nothing."""
+        return _v1_hierarchies(self.root) if self.version == 1 else [""]
+
     def path(self, group: str, controller: str) -> str:
         """Directory of a group, for a controller where version 1 is in use."""
         base = self.root if self.version == 2 else os.path.join(self.root, controller)
@@ -100,7 +105,7 @@ class Cgroups:
 
     def exists(self, group: str) -> bool:
         """Whether any controller knows the group."""
-        return any(os.path.isdir(self.path(group, controller)) for controller in self.controllers)
+        return any(os.path.isdir(self.path(group, controller)) for controller in self.hierarchies)
 
     def kill(self, group: str) -> int:
         """Kill every process of a group, newcomers of a fork bomb included, and wait for their end; returns how many there were."""
@@ -126,10 +131,13 @@ class Cgroups:
         return len(killed)
 
     def remove(self, group: str) -> None:
-        """Remove a group and those below it in every controller; groups with processes stay."""
+        """Remove a group and those below it in every hierarchy; groups with processes stay.
+
+        That includes hierarchies without controllers (the named one of systemd, an empty version 2 tree): runc makes groups there too.
+        """
         if not group.strip("/"):
             return
-        for controller in self.controllers:
+        for controller in self.hierarchies:
             for base, _, _ in os.walk(self.path(group, controller), topdown=False):
                 _remove_one(base)
 
@@ -159,9 +167,12 @@ def _has_processes(path: str) -> bool:
 
 @cache
 def _v1_controllers(root: str) -> list[str]:
-    skipped = {"unified", "systemd"}
+    return [name for name in _v1_hierarchies(root) if name not in ("unified", "systemd")]
+
+
+@cache
+def _v1_hierarchies(root: str) -> list[str]:
     try:
-        names = [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.is_symlink() and entry.name not in skipped]
+        return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.is_symlink())
     except OSError:
         return []
-    return sorted(names)

@@ -134,15 +134,7 @@ class Conmon:
 
     async def wait(self, conmon: Process) -> None:
         """Return when this conmon has ended."""
-        try:
-            pidfd = os.pidfd_open(conmon.pid)
-        except OSError:
-            return
-        try:
-            if process.alive(conmon.pid, conmon.started):
-                await process.wait_readable(pidfd)
-        finally:
-            os.close(pidfd)
+        await process.wait_gone(conmon.pid, conmon.started)
 
     def exit_file(self, container_id: str) -> tuple[int, int] | None:
         """(exit code, epoch nanoseconds of the end) as conmon left it; None without one."""

@@ -350,12 +350,11 @@ class Containers:
 
     async def _drop(self, container: Container) -> None:
         """Drop what the run left in the kernel: the OCI runtime's state, processes in shared namespaces, groups, the mounts."""
-        try:
-            await self._runc.delete(container.id)
-        except RuntimeFault as error:
-            log.warning("the OCI runtime could not delete", container=container.id, error=error)
-            await self._workers.run(lambda: self._cgroups.kill(container.cgroup))
-            self._runc.forget(container.id)
+        if self._runc.name != "runc":
+            try:
+                await self._runc.delete(container.id)
+            except RuntimeFault as error:
+                log.warning("the OCI runtime could not delete", container=container.id, error=error)
         await self._workers.run(lambda: self._drop_blocking(container))
         container.cleaned = True
         if container.complete and container.id in self._containers:
@@ -364,9 +363,11 @@ class Containers:
             live.dropped.set()
 
     def _drop_blocking(self, container: Container) -> None:
+        """What `runc delete` does, without a process, and also for a container whose state it cannot read any more."""
         if self._cgroups.exists(container.cgroup):
             self._cgroups.kill(container.cgroup)
             self._cgroups.remove(container.cgroup)
+        self._runc.forget(container.id)
         self._roots.unmount(self.bundle(container.id))
 
     # Stop, remove, update

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -141,6 +142,9 @@ class Pause:
         bundle = os.path.join(self._root, sandbox_id)
         if pause is None and not os.path.exists(bundle):
             return
+        if pause is not None and process.kill(pause.pid, pause.started, signal.SIGKILL):
+            # Killed first: the OCI runtime would kill it too, but then sleeps before it looks again.
+            await process.wait_gone(pause.pid, pause.started)
         await self._runc.delete(sandbox_id)
         with contextlib.suppress(FileNotFoundError):
             await self._workers.run(lambda: disk.remove_tree(bundle))

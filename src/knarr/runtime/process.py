@@ -170,6 +170,19 @@ def alive(pid: int, started: int) -> bool:
     return pid > 0 and started > 0 and start_time(pid) == started
 
 
+async def wait_gone(pid: int, started: int) -> None:
+    """Return when this process, which need not be our child, has ended."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return
+    try:
+        if alive(pid, started):
+            await wait_readable(pidfd)
+    finally:
+        os.close(pidfd)
+
+
 def kill(pid: int, started: int, number: int) -> bool:
     """Signal exactly this process; False when it is gone."""
     if pid <= 0:

@@ -6,6 +6,7 @@ container.py, execs.py. The command line is the one that runc and crun share.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,9 @@ import orjson
 
 from knarr.runtime import disk, process
 from knarr.runtime.cri import RuntimeFault
+
+
+_GATE_SECONDS = 10.0
 
 
 class RuncFault(RuntimeFault):
@@ -51,8 +55,33 @@ class Runc:
         return done
 
     async def start(self, container_id: str, log: str = "") -> None:
-        """Let a created container run its process."""
-        await self._call("start", container_id, log=log)
+        """Let a created container run its process.
+
+        A container made by runc waits until somebody reads the FIFO in its state folder; `runc start` does nothing else, and
+        costs a process of its own, so it is done here. Source: runc libcontainer/container_linux.go (exec, readFromExecFifo).
+        """
+        if self.name != "runc" or not await self._open_gate(os.path.join(self.root, container_id, "exec.fifo")):
+            await self._call("start", container_id, log=log)
+
+    async def _open_gate(self, path: str) -> bool:
+        """Read the FIFO that the first process waits at; False when it did not answer, for whatever reason."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            async with asyncio.timeout(_GATE_SECONDS):
+                await process.wait_readable(fd)
+            opened = len(os.read(fd, 16)) > 0
+        except TimeoutError:
+            return False
+        finally:
+            os.close(fd)
+        if opened:
+            # Without the FIFO the runtime knows the container as running.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        return opened
 
     async def delete(self, container_id: str) -> None:
         """Kill what is left of a container and remove its state and groups; nothing there is success."""
