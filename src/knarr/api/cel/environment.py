@@ -75,6 +75,12 @@ class Environment:
         Raises:
           CompileError
         """
+        try:
+            return self._compile(source, variables, result)
+        except RecursionError as error:
+            raise CompileError(source[:200], [Issue(0, "expression recursion limit exceeded")]) from error
+
+    def _compile(self, source: str, variables: Mapping[str, Type], result: Type | tuple[Type, ...]) -> Program:
         node = parse(source)
         found = check(source, node, variables, self.declarations)
         wanted = result if isinstance(result, tuple) and result and not isinstance(result[0], str) else (result,)
