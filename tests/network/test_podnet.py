@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from knarr.network import netns, rtnl
+from knarr.network import netns, rtnl, sysctl
 from knarr.network.ipam import AddressManager, PoolExhausted
 from knarr.network.podnet import BridgeNetwork
 from knarr.runtime.cri import PortMapping, RuntimeFault, SandboxNetwork
@@ -184,3 +184,27 @@ def test_a_torn_lease_file_does_not_stop_the_start(tmp_path):
 
 def test_links_are_deleted_only_by_their_prefix():
     assert rtnl.host_network(rtnl.IPv4Address("10.0.0.1")).prefixlen == 32
+
+
+def test_a_sysctl_is_put_back_by_the_last_cluster_that_needs_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("knarr.network.sysctl.REGISTER", tmp_path / "register.json")
+    path = netns.create_named("knt-sysctl")
+    try:
+        with netns.entered(path):
+            one, two, lost = (sysctl.SysctlRecord(tmp_path / name) for name in ("one", "two", "lost"))
+            assert sysctl.read("net/ipv4/ip_forward") == "0"
+            for record in (one, two, lost):
+                record.ensure("net/ipv4/ip_forward", "1")
+            (tmp_path / "lost").unlink()
+            one.restore()
+            assert sysctl.read("net/ipv4/ip_forward") == "1"
+            sysctl.SysctlRecord(tmp_path / "two").restore()
+            assert sysctl.read("net/ipv4/ip_forward") == "0"
+            # What was set before by the machine's owner stays.
+            sysctl.write("net/ipv4/ip_forward", "1")
+            one.ensure("net/ipv4/ip_forward", "1")
+            one.restore()
+            assert sysctl.read("net/ipv4/ip_forward") == "1"
+    finally:
+        netns.delete_named(path)
+    assert not (tmp_path / "register.json").exists()

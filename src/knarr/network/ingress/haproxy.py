@@ -1,0 +1,332 @@
+"""The real proxy under the Ingress controller: HAProxy, run as a child and changed through its runtime socket.
+
+Why HAProxy: routes are look-ups in maps and a target's address is set per request, so every change of an Ingress, Service or certificate is a change of map entries or of a
+certificate in the running process. Nothing is ever reloaded, so no connection is ever lost to a change; nginx has to reload for each.
+Role: used by `controller`. `apply` brings maps and certificates to a wanted state; each map is replaced atomically, targets before the routes that name them and
+removed after.
+Invariants: files in the folder are what a restarted child begins with, written before the running one is changed. The child is restarted with back-off
+when it dies, and dies with us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import hashlib
+import shutil
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from knarr.aiokits.backoff import Backoff
+from knarr.aiokits.log import get_logger
+from knarr.network.ingress.model import HTTP2_BACKEND, HTTPS_BACKEND, MOVED, TO_HTTPS, Routes
+
+log = get_logger(__name__)
+
+MAPS = ("targets", "exact", "prefix", "hosts")
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class HAProxyError(Exception):
+    """HAProxy refused its configuration or a command; the text is its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Where the proxy listens."""
+
+    addresses: tuple[str, ...] = ("*",)
+    http_port: int = 80
+    https_port: int = 443
+    threads: int = 2
+
+
+@dataclass(slots=True)
+class Certificates:
+    """Certificate chains with keys, as PEM, by file name; and the host names of each."""
+
+    pems: dict[str, str] = field(default_factory=dict)
+    hosts: dict[str, list[str]] = field(default_factory=dict)
+
+
+def program() -> str | None:
+    """Path of HAProxy, or None when it is not installed."""
+    return shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/sbin:/usr/local/sbin")
+
+
+def render(folder: Path, listen: Listen) -> str:
+    """The configuration; it never changes while the listening places stay."""
+    binds = "\n".join(f"  bind {address}:{listen.http_port}" for address in listen.addresses)
+    secure = "\n".join(
+        f"  bind {address}:{listen.https_port} ssl crt-list {folder}/certs.list alpn h2,http/1.1" for address in listen.addresses
+    )
+    route = f"""  http-request set-var(txn.host) req.hdr(host),field(1,:),lower
+  http-request set-var(txn.wild) var(txn.host),regsub(^[^.]*,*)
+  http-request set-var(txn.site) var(txn.host),map_str({folder}/hosts.map)
+  http-request set-var(txn.site) var(txn.wild),map_str({folder}/hosts.map) unless {{ var(txn.site) -m found }}
+  http-request set-var(txn.site) str(*) unless {{ var(txn.site) -m found }}
+  http-request set-var(txn.path) path
+  http-request set-var(txn.exact) var(txn.site),concat(|,txn.path)
+  http-request set-var(txn.prefix) var(txn.exact),concat(/)
+  http-request set-var(txn.rule) var(txn.exact),map_str({folder}/exact.map)
+  http-request set-var(txn.rule) var(txn.prefix),map_beg({folder}/prefix.map) unless {{ var(txn.rule) -m found }}
+  http-request set-var(txn.spare) str(*),concat(|,txn.path),concat(/)
+  http-request set-var(txn.rule) var(txn.spare),map_beg({folder}/prefix.map) unless {{ var(txn.rule) -m found }}
+  http-request return status 404 content-type text/plain string "default backend - 404" unless {{ var(txn.rule) -m found }}
+  http-request set-var(txn.target) var(txn.rule),field(1,|)
+  http-request set-var(txn.flags) var(txn.rule),field(2,|)
+  http-request set-var(txn.argument) var(txn.rule),field(3,|)"""
+    forward = f"""  http-request redirect location %[var(txn.argument)] code 301 if {{ var(txn.flags) -m sub {MOVED} }}
+  http-request set-var(txn.count) var(txn.target),map_str_int({folder}/targets.map,0)
+  http-request return status 503 content-type text/plain string "no endpoints" if {{ var(txn.count) -m int 0 }}
+  http-request set-var(txn.index) rand,mod(txn.count)
+  http-request set-var(txn.place) var(txn.target),concat(\\#,txn.index),map_str({folder}/targets.map)
+  http-request set-var(txn.address) var(txn.place),field(1,|)
+  http-request set-var(txn.port) var(txn.place),field(2,|)
+  http-request set-path %[var(txn.argument)] if {{ var(txn.argument) -m len gt 0 }}
+  http-request set-header X-Real-IP %[src]
+  http-request set-header X-Forwarded-Host %[req.hdr(host)]
+  http-request set-header X-Forwarded-Port %[dst_port]
+  use_backend secure if {{ var(txn.flags) -m sub {HTTPS_BACKEND} }}
+  use_backend http2 if {{ var(txn.flags) -m sub {HTTP2_BACKEND} }}
+  default_backend plain"""
+    backend = """  option forwardfor
+  http-request set-dst var(txn.address)
+  http-request set-dst-port var(txn.port)
+  retry-on conn-failure empty-response response-timeout 0rtt-rejected
+  http-reuse safe"""
+    return f"""global
+  stats socket {folder}/admin.sock mode 600 level admin
+  maxconn 20000
+  nbthread {listen.threads}
+  tune.ssl.default-dh-param 2048
+  ssl-default-bind-options ssl-min-ver TLSv1.2
+  hard-stop-after 60s
+defaults
+  mode http
+  timeout connect 3s
+  timeout client 65s
+  timeout server 65s
+  timeout http-request 15s
+  timeout http-keep-alive 65s
+  timeout tunnel 1h
+  retries 3
+  option redispatch
+frontend http
+{binds}
+{route}
+  http-request redirect scheme https code 308 if {{ var(txn.flags) -m sub {TO_HTTPS} }}
+  http-request set-header X-Forwarded-Proto http
+{forward}
+frontend https
+{secure}
+{route}
+  http-request set-header X-Forwarded-Proto https
+{forward}
+backend plain
+{backend}
+  server any 0.0.0.0:0
+backend secure
+{backend}
+  server any 0.0.0.0:0 ssl verify none sni req.hdr(host),field(1,:) alpn h2,http/1.1
+backend http2
+{backend}
+  server any 0.0.0.0:0 proto h2
+"""
+
+
+class HAProxy:
+    """The child process and what it holds.
+
+    Args:
+      folder: Private folder for configuration, maps, certificates and the socket.
+    """
+
+    def __init__(self, folder: Path, listen: Listen, default_pem: str) -> None:
+        self._folder = folder
+        self._listen = listen
+        self._default_pem = default_pem
+        self._maps: dict[str, dict[str, str]] = {name: {} for name in MAPS}
+        self._certificates = Certificates()
+        self._process: asyncio.subprocess.Process | None = None
+        self._ready = asyncio.Event()
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id while it runs."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    async def run(self) -> None:
+        """Keep the child running until cancelled; it is gone on return."""
+        backoff = Backoff(0.2, 30.0)
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            while True:
+                try:
+                    await self._run_once()
+                except (HAProxyError, OSError) as error:
+                    log.warning("ingress proxy cannot run", error=str(error))
+                self._ready.clear()
+                await backoff.sleep()
+        finally:
+            await self._stop()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _run_once(self) -> None:
+        binary = program()
+        if binary is None:
+            raise HAProxyError("haproxy is not installed (apt-get install haproxy)")
+        self._write_files()
+        config = self._folder / "haproxy.cfg"
+        config.write_text(render(self._folder, self._listen))
+        self._process = process = await asyncio.create_subprocess_exec(
+            binary, "-q", "-db", "-f", str(config), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, preexec_fn=_die_with_parent
+        )
+        watcher = asyncio.ensure_future(process.stderr.read(65536)) if process.stderr is not None else None
+        try:
+            await self._wait_socket(process)
+            self._ready.set()
+            log.info("ingress proxy runs", pid=process.pid, http_port=self._listen.http_port)
+            await process.wait()
+        finally:
+            if watcher is not None:
+                noise = (await watcher).decode(errors="replace").strip() if process.returncode is not None else ""
+                watcher.cancel()
+        raise HAProxyError(noise[-600:] or f"ended with {process.returncode}")
+
+    async def _wait_socket(self, process: asyncio.subprocess.Process) -> None:
+        for _ in range(200):
+            if process.returncode is not None:
+                return
+            try:
+                await self._command("show info")
+                return
+            except OSError:
+                # The socket appears within milliseconds of the start; there is nothing else to wait on.
+                await asyncio.sleep(0.01)
+        raise HAProxyError("haproxy does not answer on its socket")
+
+    async def _stop(self) -> None:
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(5):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+    async def wait_ready(self) -> None:
+        """Wait until the child answers."""
+        await self._ready.wait()
+
+    async def apply(self, routes: Routes, certificates: Certificates) -> None:
+        """Bring maps and certificates to a new state; connections are not disturbed.
+
+        Raises:
+          HAProxyError: the running child refused something; files are right, so a restart would be, too.
+        """
+        before, self._maps = self._maps, {name: dict(getattr(routes, name)) for name in MAPS}
+        old, self._certificates = self._certificates, certificates
+        if not self._folder.exists():
+            return
+        self._write_files()
+        if not self._ready.is_set():
+            return
+        await self._apply_certificates(old, certificates)
+        merged = {**before["targets"], **self._maps["targets"]}
+        if merged != before["targets"]:
+            await self._replace("targets", merged)
+        for name in ("exact", "prefix", "hosts"):
+            if before[name] != self._maps[name]:
+                await self._replace(name, self._maps[name])
+        if merged != self._maps["targets"]:
+            await self._replace("targets", self._maps["targets"])
+
+    def _write_files(self) -> None:
+        for name in MAPS:
+            _write(self._folder / f"{name}.map", "".join(f"{key} {text}\n" for key, text in sorted(self._maps[name].items())))
+        lines = [f"{self._folder}/default.pem"]
+        _write(self._folder / "default.pem", self._default_pem)
+        for name, pem in self._certificates.pems.items():
+            _write(self._folder / name, pem)
+            lines.append(f"{self._folder}/{name} {' '.join(self._certificates.hosts[name])}")
+        _write(self._folder / "certs.list", "\n".join(lines) + "\n")
+
+    async def _replace(self, name: str, content: Mapping[str, str]) -> None:
+        path = self._folder / f"{name}.map"
+        answer = await self._command(f"prepare map {path}")
+        version = answer.rpartition(":")[2].strip()
+        if not version.isdigit():
+            raise HAProxyError(f"prepare map: {answer}")
+        items = sorted(content.items())
+        # The payload of one command must fit into HAProxy's buffer.
+        for start in range(0, len(items), 40):
+            lines = "".join(f"{key} {text}\n" for key, text in items[start : start + 40])
+            await self._expect_silence(f"add map @{version} {path} <<\n{lines}\n")
+        await self._expect_silence(f"commit map @{version} {path}")
+
+    async def _apply_certificates(self, old: Certificates, new: Certificates) -> None:
+        changed = [name for name in new.pems if new.pems[name] != old.pems.get(name) or new.hosts[name] != old.hosts.get(name)]
+        for name in [*(name for name in old.pems if name not in new.pems), *(name for name in changed if name in old.pems and new.hosts[name] != old.hosts[name])]:
+            await self._command(f"del ssl crt-list {self._folder}/certs.list {self._folder}/{name}")
+        for name in changed:
+            path = self._folder / name
+            if name not in old.pems:
+                await self._command(f"new ssl cert {path}")
+            await self._command(f"set ssl cert {path} <<\n{_no_blank_lines(new.pems[name])}\n")
+            answer = await self._command(f"commit ssl cert {path}")
+            if "Success" not in answer:
+                raise HAProxyError(f"certificate {name}: {answer.strip()}")
+            if name not in old.pems or new.hosts[name] != old.hosts[name]:
+                await self._command(f"add ssl crt-list {self._folder}/certs.list <<\n{path} {' '.join(new.hosts[name])}\n\n")
+        for name in old.pems:
+            if name not in new.pems:
+                await self._command(f"del ssl cert {self._folder}/{name}")
+                (self._folder / name).unlink(missing_ok=True)
+
+    async def _expect_silence(self, command: str) -> None:
+        answer = (await self._command(command)).strip()
+        if answer:
+            raise HAProxyError(f"{command.splitlines()[0]}: {answer}")
+
+    async def _command(self, command: str) -> str:
+        reader, writer = await asyncio.open_unix_connection(str(self._folder / "admin.sock"))
+        try:
+            writer.write(command.encode() + b"\n")
+            await writer.drain()
+            async with asyncio.timeout(10):
+                return (await reader.read()).decode(errors="replace")
+        finally:
+            writer.close()
+
+
+def _no_blank_lines(pem: str) -> str:
+    # An empty line ends a payload.
+    return "\n".join(line for line in pem.splitlines() if line.strip()) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".new")
+    temporary.touch(mode=0o600)
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _die_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def certificate_name(secret: str) -> str:
+    """File name for a Secret's certificate."""
+    return hashlib.blake2b(secret.encode(), digest_size=10).hexdigest() + ".pem"
+
+
+def usable(pem_parts: Sequence[str]) -> str:
+    """Certificate chain and key in one text."""
+    return "\n".join(part.strip() for part in pem_parts) + "\n"
