@@ -28,7 +28,7 @@ def definition(resource: Resource, open_api_schema: Object | None) -> dict[str, 
     made.setdefault("type", "object")
     properties = made.setdefault("properties", {})
     _embed_meta(properties.setdefault("apiVersion", {"type": "string"}), properties.setdefault("kind", {"type": "string"}))
-    properties["metadata"] = {"allOf": [{"$ref": f"{REF}{_META}ObjectMeta"}]}
+    properties["metadata"] = {"allOf": [{"$ref": f"{REF}{_META}ObjectMeta"}], "description": METADATA}
     for key, value in properties.items():
         if key not in ("apiVersion", "kind", "metadata"):
             _embedded_resources(value)
@@ -36,9 +36,15 @@ def definition(resource: Resource, open_api_schema: Object | None) -> dict[str, 
     return made
 
 
-def _embed_meta(*fields: dict[str, Any]) -> None:
-    for field in fields:
+API_VERSION = "APIVersion defines which version of its schema this object is written in."
+KIND = "Kind is the name of the type that this object has."
+METADATA = "Standard object's metadata."
+
+
+def _embed_meta(api_version: dict[str, Any], kind: dict[str, Any]) -> None:
+    for field, description in ((api_version, API_VERSION), (kind, KIND)):
         field["type"] = "string"
+        field["description"] = description
 
 
 def _embedded_resources(value: Any) -> None:

@@ -84,6 +84,9 @@ def definition(name: str) -> dict[str, Any]:
         made["format"] = facts["format"]
     served = _served_fields(name)
     fields = {key: _property(one) for key, one in facts.get("fields", {}).items() if served is None or key in served}
+    for key, description in _DESCRIPTIONS.get(name, {}).items():
+        if key in fields:
+            fields[key] = _described(fields[key], description)
     if fields:
         made["properties"] = fields
     needed = [key for key in facts.get("required", ()) if key in fields]
@@ -99,6 +102,23 @@ def definition(name: str) -> dict[str, Any]:
     if unions:
         made["x-kubernetes-unions"] = unions
     return made
+
+
+_DESCRIPTIONS = {
+    "io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta": {
+        "creationTimestamp": "CreationTimestamp is a timestamp: when the server stored the object first. Clients do not set it.",
+        "name": "Name is unique within a namespace and kind, and cannot be changed.",
+        "labels": "Labels are pairs of text by which objects are selected.",
+        "annotations": "Annotations are pairs of text for tools; nothing selects by them.",
+    },
+}
+"""The facts hold none; these few are what people ask `kubectl explain` about metadata."""
+
+
+def _described(field: dict[str, Any], description: str) -> dict[str, Any]:
+    if "$ref" in field:
+        return {"allOf": [field], "description": description}
+    return {**field, "description": description}
 
 
 def _union(facts: dict[str, Any]) -> dict[str, Any]:

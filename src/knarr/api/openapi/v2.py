@@ -28,6 +28,10 @@ def _definition(name: str, schema: dict[str, Any]) -> dict[str, Any]:
         return {"type": "string", "format": "int-or-string"}
     if name == _QUANTITY:
         return {"type": "string"}
+    if schema.get("x-kubernetes-preserve-unknown-fields"):
+        # A custom kind that takes anything: with properties, kubectl would refuse the unknown ones.
+        kept = ("description", "type", "x-kubernetes-group-version-kind")
+        return {key: schema[key] for key in kept if key in schema}
     return to_v2(schema)
 
 

@@ -112,7 +112,7 @@ def build(registry: Registry, storage: Storage, owner: Services, table: TableFac
     made: dict[str, tuple[ResourceStore, Strategy]] = {}
     for resource in sorted(SCHEME.resources(), key=_stored_first):
         if not _is_stored(resource):
-            endpoint = Endpoint(resource, None, Plain, table=table)
+            endpoint = Endpoint(resource, None, Plain)
             endpoint.warnings = DEPRECATED.get((resource.group, resource.plural), ())
             registry.add(endpoint)
             continue
