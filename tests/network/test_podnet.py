@@ -192,7 +192,7 @@ def test_a_sysctl_is_put_back_by_the_last_cluster_that_needs_it(tmp_path, monkey
     try:
         with netns.entered(path):
             one, two, lost = (sysctl.SysctlRecord(tmp_path / name) for name in ("one", "two", "lost"))
-            assert sysctl.read("net/ipv4/ip_forward") == "0"
+            sysctl.write("net/ipv4/ip_forward", "0")
             for record in (one, two, lost):
                 record.ensure("net/ipv4/ip_forward", "1")
             (tmp_path / "lost").unlink()
