@@ -153,3 +153,30 @@ async def _log_has(bench: Bench, container_id: str, text: str) -> None:
     async with asyncio.timeout(5):
         while text not in path.read_text():
             await asyncio.sleep(0.01)
+
+
+async def test_containers_that_end_at_once_are_never_missed(bench: Bench) -> None:
+    sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox())
+    slots = asyncio.Semaphore(6)
+
+    async def one(number: int) -> None:
+        async with slots:
+            container_id = await bench.run("sh", "-c", f"exit {number % 7}", sandbox_id=sandbox_id, name=f"c{number}")
+            async with asyncio.timeout(20):
+                status = await bench.ended(container_id)
+            assert status.exit_code == number % 7
+            if number % 2:
+                await bench.runtime.remove_container(container_id)
+
+    events = bench.runtime.events()
+    await asyncio.gather(*(one(number) for number in range(60)))
+    seen: dict[str, list[str]] = {}
+    async with asyncio.timeout(10):
+        async for event in events:
+            seen.setdefault(event.container_id, []).append(event.type)
+            if sum(kinds.count("STOPPED") for kinds in seen.values()) == 60:
+                break
+    assert all(kinds[:3] == ["CREATED", "STARTED", "STOPPED"] for kinds in seen.values())
+    before = {item.id: item for item in await bench.runtime.list_containers()}
+    await bench.restart()
+    assert {item.id: item for item in await bench.runtime.list_containers()} == before

@@ -96,6 +96,8 @@ class _Live:
     """Set when nothing of a run is left in the kernel."""
     saving: asyncio.Lock = field(default_factory=asyncio.Lock)
     """A container may end while its start is being recorded: one record at a time, the newest last."""
+    removed: bool = False
+    """The record is gone or going; nothing may write it again."""
 
 
 class Containers:
@@ -324,14 +326,19 @@ class Containers:
         live = self._live.get(container.id)
         if live is not None:
             live.ended.set()
-        if container.started_at_ns:
+        told = container.started_at_ns > 0
+        if told:
             self._publish("STOPPED", container)
-        if live is not None:
-            async with live.lock:
-                if container.held is held:
-                    if not container.started_at_ns:
-                        container.started_at_ns = container.finished_at_ns
-                    await self._drop(container)
+        if live is None:
+            return
+        async with live.lock:
+            if container.held is not held:
+                return  # the start failed meanwhile and has told the end itself
+            if not told:
+                # It ended before its start was recorded: STARTED has been told by now, so the order is right.
+                container.started_at_ns = container.started_at_ns or container.finished_at_ns
+                self._publish("STOPPED", container)
+            await self._drop(container)
 
     async def _orphaned(self, container: Container, held: Held) -> tuple[int, int]:
         """conmon died without an exit file: nobody holds the process's streams any more, so it is ended too."""
@@ -429,6 +436,10 @@ class Containers:
     async def _forget(self, container: Container) -> None:
         """Remove every trace."""
         bundle, directory = self.bundle(container.id), self.directory(container.id)
+        if (live := self._live.get(container.id)) is not None:
+            live.removed = True
+            async with live.saving:
+                pass  # a write under way has ended
 
         def clean() -> None:
             self._roots.unmount(bundle)
@@ -540,9 +551,19 @@ class Containers:
 
     async def _save(self, container: Container) -> None:
         live = self._live.get(container.id)
-        async with live.saving if live is not None else contextlib.nullcontext():
+        if live is None:
+            return
+        async with live.saving:
+            if live.removed:
+                return
             record, path = records.to_record(container), os.path.join(self.directory(container.id), "container.json")
-            await self._workers.run(lambda: disk.write_record(path, record))
+            writing = asyncio.ensure_future(self._workers.run(lambda: disk.write_record(path, record)))
+            try:
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                # The thread goes on; the next write must not overtake it.
+                await asyncio.wait({writing})
+                raise
 
     def _publish(self, kind: Any, container: Container) -> None:
         self._events.publish(ContainerEvent(kind, container.id, container.sandbox_id, time.time_ns()))

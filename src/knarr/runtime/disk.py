@@ -21,13 +21,18 @@ class BadRecord(Exception):
 
 def write_record(path: str, record: dict[str, Any], *, sync: bool = False) -> None:
     """Replace a record. `sync` waits for the disk, for records that must survive a loss of power."""
-    temporary = f"{path}.new"
-    with open(temporary, "wb") as file:
-        file.write(orjson.dumps({"version": VERSION, **record}))
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = f"{path}.{os.urandom(4).hex()}.new"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(orjson.dumps({"version": VERSION, **record}))
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def read_record(path: str) -> dict[str, Any] | None:
