@@ -419,22 +419,31 @@ async def replayer() -> AsyncIterator[Replayer]:
             await made.close()
 
 
-async def replay(scenarios: Iterable[dict[str, Any]], *, no_sleep: bool = True) -> Outcome:
-    """Replay scenarios one after another on a fresh server."""
+async def replay(scenarios: Iterable[dict[str, Any]], *, no_sleep: bool = True, servers: int = 4) -> Outcome:
+    """Replay scenarios, one after another on each of several fresh servers."""
     outcome = Outcome()
-    async with replayer() as made:
-        for scenario in scenarios:
-            steps = len(scenario["steps"])
-            try:
-                found = await made.run(scenario, no_sleep=no_sleep)
-            except Exception as error:
-                found = [(-1, f"failed: {error!r}", "")] * steps
-            with contextlib.suppress(Exception):
-                await made.clean(scenario)
-            outcome.steps += steps
-            outcome.equal += steps - len(found)
-            outcome.differences += [Difference(scenario["scenario"], index, what, request) for index, what, request in found]
+    waiting = list(scenarios)[::-1]
+
+    async def one_server() -> None:
+        async with replayer() as made:
+            while waiting:
+                await _replay_one(made, waiting.pop(), outcome, no_sleep=no_sleep)
+
+    await asyncio.gather(*[one_server() for _ in range(servers)])
     return outcome
+
+
+async def _replay_one(made: Replayer, scenario: dict[str, Any], outcome: Outcome, *, no_sleep: bool) -> None:
+    steps = len(scenario["steps"])
+    try:
+        found = await made.run(scenario, no_sleep=no_sleep)
+    except Exception as error:
+        found = [(-1, f"failed: {error!r}", "")] * steps
+    with contextlib.suppress(Exception):
+        await made.clean(scenario)
+    outcome.steps += steps
+    outcome.equal += steps - len(found)
+    outcome.differences += [Difference(scenario["scenario"], index, what, request) for index, what, request in found]
 
 
 def main() -> None:

@@ -263,11 +263,14 @@ def respond_status(request: Request, status: Object, code: int, warnings: list[s
 
 
 def respond_error(request: Request, error: StatusError, warnings: list[str] | None = None, audit: str = "") -> None:
-    """Answer with an error's Status; a path that names nothing gets plain text, as from Go's mux."""
-    if error.code == 404 and error.reason == "NotFound" and not error.details:
-        request.respond(404, [
-            ("Audit-Id", audit or new_uid()), ("Cache-Control", "no-cache, private"), ("Content-Type", "text/plain; charset=utf-8"),
-            ("X-Content-Type-Options", "nosniff"),
-        ], b"404 page not found\n")
-        return
+    """Answer with an error's Status."""
     respond_status(request, error.status(), error.code, warnings, audit, error.headers)
+
+
+def respond_no_such_path(request: Request, code: int = 404) -> None:
+    """Answer as Go's mux does where no API group is in sight: plain text."""
+    text = b"404 page not found\n" if code == 404 else b"405: Method Not Allowed"
+    request.respond(code, [
+        ("Audit-Id", audit_id(request)), ("Cache-Control", "no-cache, private"), ("Content-Type", "text/plain; charset=utf-8"),
+        ("X-Content-Type-Options", "nosniff"),
+    ], text)  # fmt: skip

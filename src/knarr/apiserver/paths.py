@@ -14,7 +14,7 @@ import orjson
 from knarr.api import errors
 from knarr.apiserver import negotiation
 from knarr.apiserver.attributes import PathHandler, UserInfo
-from knarr.apiserver.call import audit_id, to_pretty, wants_pretty
+from knarr.apiserver.call import audit_id, respond_no_such_path, to_pretty, wants_pretty
 from knarr.http.server import Request
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ class Paths:
         if found is None:
             if await self._server.delegate_path(request, user):
                 return
-            raise errors.route_not_found()
+            respond_no_such_path(request)
+            return
         body, content_type, etag = found
         headers = [("Audit-Id", audit_id(request)), ("Content-Type", content_type)]
         if etag:

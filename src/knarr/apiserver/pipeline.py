@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 from knarr.aiokits.log import get_logger
 from knarr.api import errors
 from knarr.api.errors import StatusError
+from knarr.api.scheme import SCHEME
 from knarr.apiserver.attributes import ANONYMOUS, Attributes, ConnectRequest, Decision, ResourceKey, UserInfo
-from knarr.apiserver.call import Call, respond_error
+from knarr.apiserver.call import Call, respond_error, respond_no_such_path
 from knarr.apiserver.requestinfo import RequestInfo, parse
 from knarr.apiserver.verbs import create, delete, patch, read, subresources, update
 from knarr.http.errors import HTTPError
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
+BUILTIN_GROUPS = frozenset(group.name for group in SCHEME.groups())
 READS = {"get": read.get, "list": read.list_, "watch": read.watch}
 
 
@@ -55,6 +57,11 @@ class Pipeline:
             return False
         endpoint = server.registry.endpoints.get((info.group, info.version, info.resource))
         if endpoint is None or endpoint.store is None:
+            return False
+        if info.namespace:
+            if not endpoint.resource.namespaced and info.resource != "namespaces":
+                return False
+        elif info.name and endpoint.resource.namespaced:
             return False
         headers = request.headers
         for name in headers:
@@ -138,8 +145,17 @@ class Pipeline:
         if endpoint is None:
             if await server.delegate(request, info, user):
                 return
+            if info.group not in BUILTIN_GROUPS:
+                respond_no_such_path(request)
+                return
             raise errors.route_not_found()
+        if request.method == "HEAD" and not info.subresource:
+            respond_no_such_path(request, 405)
+            return
         if info.namespace and not endpoint.resource.namespaced and not (info.resource == "namespaces" and info.group == ""):
+            if endpoint.resource.custom:
+                respond_no_such_path(request)
+                return
             raise errors.route_not_found()
         connect = server.connects.get(ResourceKey(info.group, info.resource, info.subresource))
         if connect is not None:
@@ -162,6 +178,8 @@ class Pipeline:
             await subresources.handle(call)
             return
         verb = info.verb
+        if not info.name and verb in ("update", "patch"):
+            raise errors.method_not_allowed()
         if verb == "create" and endpoint.store is None:
             await subresources.review(call)
             return

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 OLD_UID, UID = "controller-uid", "batch.kubernetes.io/controller-uid"
 OLD_NAME, NAME = "job-name", "batch.kubernetes.io/job-name"
+GENERATED = frozenset({OLD_UID, UID, OLD_NAME, NAME})
 
 
 class Job(Strategy):
@@ -29,15 +30,16 @@ class Job(Strategy):
     def prepare_create(self, call: Call, obj: Object) -> None:
         super().prepare_create(call, obj)
         spec = obj.setdefault("spec", {})
-        template = spec.setdefault("template", {})
-        given = (template.get("metadata") or {}).get("labels") or {}
-        own = obj["metadata"].get("labels") or {}
+        spec.setdefault("template", {})
         self._generate_selector(obj, spec)
-        # A Job without labels shows those of its template, generated ones included.
-        if not own or own == given:
-            labels = template["metadata"].get("labels")
-            if labels:
-                obj["metadata"]["labels"] = dict(labels)
+
+    def canonicalize(self, obj: Object) -> None:
+        """A Job without labels of its own shows those of its template, generated ones included."""
+        labels = ((obj["spec"].get("template") or {}).get("metadata") or {}).get("labels") or {}
+        given = {key: value for key, value in labels.items() if key not in GENERATED}
+        own = obj["metadata"].get("labels") or {}
+        if labels and (not own or own == given):
+            obj["metadata"]["labels"] = dict(labels)
 
     @staticmethod
     def _generate_selector(obj: Object, spec: Object) -> None:
@@ -45,7 +47,7 @@ class Job(Strategy):
         if spec.get("manualSelector"):
             spec["template"].setdefault("metadata", {}).setdefault("labels", {})
             return
-        uid, name = obj["metadata"]["uid"], obj["metadata"]["name"]
+        uid, name = obj["metadata"]["uid"], obj["metadata"].get("name") or ""
         template = spec["template"]
         metadata = template.get("metadata") or {}
         labels = metadata.get("labels") or {}

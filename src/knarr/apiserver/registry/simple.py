@@ -340,6 +340,8 @@ class APIService(Strategy):
 class CustomResourceDefinition(Generation):
     """The storage version of every write is remembered."""
 
+    unconditional_update = False
+
     def prepare_create(self, call: Call, obj: Object) -> None:
         super().prepare_create(call, obj)
         obj["status"] = {"conditions": None, "acceptedNames": {"plural": "", "kind": ""}, "storedVersions": []}

@@ -66,12 +66,8 @@ def check_namespace(call: Call, metadata: Object) -> None:
             metadata["namespace"] = call.namespace
         elif given != call.namespace:
             raise errors.bad_request("the namespace of the provided object does not match the namespace sent on the request")
-    elif given:
-        if call.endpoint.resource.custom:
-            del metadata["namespace"]
-            return
-        if call.endpoint.resource.plural != "namespaces" or given != metadata.get("name"):
-            raise errors.bad_request("the namespace of the provided object does not match the namespace sent on the request")
+    elif "namespace" in metadata:
+        # Cluster-scoped: whatever is there is dropped.
         del metadata["namespace"]
 
 
@@ -115,9 +111,9 @@ async def create_object(call: Call, obj: Object, *, name: str = "", tracked: boo
         metadata = obj["metadata"] = {}
     for field in ("uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "generation"):
         metadata.pop(field, None)
-    if metadata.get("resourceVersion"):
-        if not name:
-            raise StatusError(500, "InternalError", "resourceVersion should not be set on objects to be created")
+    if metadata.get("resourceVersion") and not name and not call.dry_run:
+        # Upstream's storage refuses it, so a dry run does not notice.
+        raise StatusError(500, "", "resourceVersion should not be set on objects to be created")
     metadata.pop("resourceVersion", None)
     check_namespace(call, metadata)
     metadata["uid"] = new_uid()
@@ -166,7 +162,7 @@ async def _try_create(call: Call, obj: Object) -> CachedObject | Object | None:
         machinery.fill_status(endpoint.resource, obj)
         found = machinery.validate_create(endpoint, obj) + strategy.validate_create(call, obj)
         if found:
-            raise errors.invalid(endpoint.resource, obj["metadata"].get("name") or "", found)
+            raise errors.invalid(store.resource, obj["metadata"].get("name") or "", found)
         call.warnings += strategy.warnings(obj, None)
         strategy.canonicalize(obj)
         metadata = obj["metadata"]

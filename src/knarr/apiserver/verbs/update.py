@@ -181,7 +181,7 @@ async def _try_update(call: Call, mode: UpdateMode, change: Change, cached: Cach
         if mode.validate is not None:
             found += mode.validate(call, new, old)
         if found:
-            raise errors.invalid(endpoint.resource, call.info.name, found)
+            raise errors.invalid(store.resource, call.info.name, found)
         if not mode.subresource:
             call.warnings += endpoint.strategy.warnings(new, old)
         endpoint.strategy.canonicalize(new)
@@ -238,8 +238,8 @@ def _check_preconditions(call: Call, mode: UpdateMode, metadata: Object, old: Ob
         metadata["resourceVersion"] = old["resourceVersion"]
     elif version != old["resourceVersion"]:
         if not version.isdecimal():
-            raise errors.invalid(resource, name, [errors.invalid_value(
-                "metadata.resourceVersion", version, f"strconv.ParseUint: parsing {errors.go_quote(version)}: invalid syntax")])
+            raise StatusError(500, "", (
+                f"resourceVersion: Invalid value: {errors.go_quote(version)}: strconv.ParseUint: parsing {errors.go_quote(version)}: invalid syntax"))
         raise errors.conflict(resource, name, MODIFIED)
 
 
