@@ -1,17 +1,50 @@
-"""CSI drivers that are registered on this node, and the volumes that they serve.
+"""CSI drivers registered on this node, and the volumes that they serve: attach is awaited, stage and publish are called.
 
-Caller: volumes.claims. A volume of a driver that is not registered fails with upstream's message, and is tried again.
-Source: pkg/volume/csi.
+Callers: volumes.claims; plugins.watcher (register, deregister). What is published for a pod, and what is staged, is recorded
+beside it (vol_data.json), so a restarted kubelet can undo it. Invariants: unpublish before unstage; a volume is unstaged when
+no pod of this node has it published. A volume of a driver that is not registered fails with upstream's message and is tried again.
+Source: pkg/volume/csi (csi_mounter.go, csi_attacher.go, csi_plugin.go, nodeinfomanager).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
+import os
+from dataclasses import dataclass, field
+from typing import Any
 
+import orjson
+
+from knarr.aiokits.log import get_logger
+from knarr.api import errors
+from knarr.api.resources import CSI_DRIVERS, CSI_NODES, NODES, SECRETS, VOLUME_ATTACHMENTS
 from knarr.api.types import Object
 from knarr.client.rest import Client
+from knarr.kubelet import podutil
 from knarr.kubelet.config import KubeletConfig
+from knarr.kubelet.faults import UNREACHABLE
+from knarr.kubelet.plugins.watcher import PluginWatcher
+from knarr.kubelet.plugins.wire import Message, Plugin, PluginError
+from knarr.kubelet.volumes import mounts
 from knarr.kubelet.volumes.model import MountedVolume, VolumeError
+
+log = get_logger(__name__)
+
+_NODE = "/csi.v1.Node/"
+_STAGE, _EXPAND, _MOUNT_GROUP = 1, 3, 6
+_MODES = {"ReadWriteOnce": 1, "ReadOnlyMany": 3, "ReadWriteMany": 5, "ReadWriteOncePod": 6}
+_ATTACH_SECONDS = 120.0
+_NODE_ID_ANNOTATION = "csi.volume.kubernetes.io/nodeid"
+
+
+@dataclass(slots=True)
+class _Driver:
+    name: str
+    plugin: Plugin
+    capabilities: set[int] = field(default_factory=set)
+    node_id: str = ""
 
 
 class CSIVolumes:
@@ -20,32 +53,376 @@ class CSIVolumes:
     def __init__(self, config: KubeletConfig, client: Client) -> None:
         self._config = config
         self._client = client
-        self._drivers: dict[str, str] = {}
+        self._drivers: dict[str, _Driver] = {}
+        self._staging: dict[str, asyncio.Lock] = {}
+        folder = config.plugins_dir or os.path.join(config.root_dir, "plugins_registry")
+        self.watcher = PluginWatcher(folder, {"CSIPlugin": self})
 
     async def run(self) -> None:
         """Follow the registration folder. Eternal."""
-        await asyncio.Event().wait()
+        try:
+            await self.watcher.run()
+        finally:
+            for driver in self._drivers.values():
+                await driver.plugin.close()
 
     def owns(self, path: str) -> bool:
-        """Whether this path is a CSI volume, whose ownership follows its driver's policy."""
+        """Whether this path is a CSI volume whose ownership its driver has set."""
         return "/kubernetes.io~csi/" in path
 
-    def _driver(self, name: str) -> str:
-        if name not in self._drivers:
-            raise VolumeError(f"kubernetes.io/csi: mounter.SetUpAt failed to get CSI client: driver name {name} not found in the list of registered CSI drivers")
-        return self._drivers[name]
+    # --- registration ---
+
+    async def register(self, name: str, endpoint: str, versions: list[str]) -> None:
+        """Take a driver: ask what it is, and tell the API server. Raises PluginError."""
+        if not any(v.startswith("1.") or v == "v1" for v in versions):
+            raise PluginError(f"none of the driver's versions is supported: {versions}")
+        plugin = Plugin(endpoint)
+        try:
+            info = await plugin.call(_NODE + "NodeGetInfo", "Empty", {}, "NodeGetInfoResponse")
+            answer = await plugin.call(_NODE + "NodeGetCapabilities", "Empty", {}, "NodeGetCapabilitiesResponse")
+            capabilities = {int((c.get("rpc") or {}).get("type") or 0) for c in answer.get("capabilities") or []}
+            await self._publish_node(name, info)
+        except (PluginError, errors.StatusError, *UNREACHABLE) as e:
+            await plugin.close()
+            raise PluginError(f"error updating Node object with CSI driver node info: {e}") from e
+        old = self._drivers.pop(name, None)
+        if old is not None:
+            await old.plugin.close()
+        self._drivers[name] = _Driver(name, plugin, capabilities, info.get("node_id", ""))
+
+    async def deregister(self, name: str) -> None:
+        """The driver's socket is gone."""
+        driver = self._drivers.pop(name, None)
+        if driver is not None:
+            await driver.plugin.close()
+        with contextlib.suppress(errors.StatusError, *UNREACHABLE):
+            await self._update_csi_node(name, None)
+
+    async def _publish_node(self, name: str, info: Message) -> None:
+        segments: dict[str, str] = (info.get("accessible_topology") or {}).get("segments") or {}
+        node = await self._client.get(NODES, self._config.node_name)
+        held = orjson.loads((node["metadata"].get("annotations") or {}).get(_NODE_ID_ANNOTATION) or "{}")
+        held[name] = info.get("node_id", "")
+        patch = {"metadata": {"annotations": {_NODE_ID_ANNOTATION: orjson.dumps(held).decode()}, "labels": segments}}
+        await self._client.patch(NODES, self._config.node_name, None, patch, type="merge")
+        entry: Object = {"name": name, "nodeID": info.get("node_id", ""), "topologyKeys": sorted(segments) or None}
+        if info.get("max_volumes_per_node"):
+            entry["allocatable"] = {"count": info["max_volumes_per_node"]}
+        await self._update_csi_node(name, entry)
+
+    async def _update_csi_node(self, name: str, entry: Object | None) -> None:
+        node_name = self._config.node_name
+        for _ in range(5):
+            try:
+                found = await self._client.get(CSI_NODES, node_name)
+            except errors.StatusError as e:
+                if not errors.is_not_found(e):
+                    raise
+                found = None
+            try:
+                if found is None:
+                    if entry is None:
+                        return
+                    node = await self._client.get(NODES, node_name)
+                    owner = {"apiVersion": "v1", "kind": "Node", "name": node_name, "uid": node["metadata"]["uid"]}
+                    fresh = {"apiVersion": "storage.k8s.io/v1", "kind": "CSINode", "metadata": {"name": node_name, "ownerReferences": [owner]}}
+                    await self._client.create(CSI_NODES, {**fresh, "spec": {"drivers": [entry]}})
+                    return
+                drivers = [d for d in (found.get("spec") or {}).get("drivers") or [] if d["name"] != name]
+                found["spec"] = {"drivers": drivers + ([entry] if entry else [])}
+                await self._client.update(CSI_NODES, found)
+                return
+            except errors.StatusError as e:
+                if not (errors.is_conflict(e) or errors.is_already_exists(e)):
+                    raise
+        raise PluginError("CSINode keeps changing")
+
+    # --- mounting ---
+
+    def _driver(self, name: str) -> _Driver:
+        driver = self._drivers.get(name)
+        if driver is None:
+            raise VolumeError(
+                f"kubernetes.io/csi: mounter.SetUpAt failed to get CSI client: driver name {name} not found in the list of registered CSI drivers"
+            )
+        return driver
+
+    async def _driver_object(self, name: str) -> Object:
+        try:
+            return (await self._client.get(CSI_DRIVERS, name)).get("spec") or {}
+        except errors.StatusError as e:
+            if errors.is_not_found(e):
+                return {}
+            raise VolumeError(e.message) from e
 
     async def mount_inline(self, pod: Object, volume: Object, pod_dir: str) -> MountedVolume:
-        self._driver(volume["csi"]["driver"])
-        raise VolumeError("inline volume not published")
+        """Publish an ephemeral volume that the pod's spec describes. Raises VolumeError."""
+        source, name = volume["csi"], volume["name"]
+        driver = self._driver(source["driver"])
+        spec = await self._driver_object(source["driver"])
+        if "Ephemeral" not in (spec.get("volumeLifecycleModes") or ["Persistent"]):
+            raise VolumeError(f"kubernetes.io/csi: mounter.SetUpAt volume mode \"Ephemeral\" not supported by driver {source['driver']} (only supports {spec.get('volumeLifecycleModes')})")
+        handle = "csi-" + hashlib.sha256(f"{podutil.uid(pod)}{name}".encode()).hexdigest()
+        context = {**(source.get("volumeAttributes") or {}), "csi.storage.k8s.io/ephemeral": "true"}
+        secrets = await self._secrets(source.get("nodePublishSecretRef"), pod["metadata"].get("namespace", ""))
+        request = {"volume_id": handle, "volume_capability": _capability([], source.get("fsType") or "", ["ReadWriteOnce"])}
+        read_only = bool(source.get("readOnly"))
+        return await self._publish(pod, name, name, driver, spec, request, context, secrets, pod_dir, read_only=read_only, inline=True)
 
     async def mount_persistent(self, pod: Object, name: str, persistent: Object, pod_dir: str, *, read_only: bool) -> MountedVolume:
-        self._driver(persistent["spec"]["csi"]["driver"])
-        raise VolumeError("volume not published")
+        """Wait for the attachment, stage and publish. Raises VolumeError."""
+        source, inner = persistent["spec"]["csi"], persistent["metadata"]["name"]
+        driver = self._driver(source["driver"])
+        spec = await self._driver_object(source["driver"])
+        publish_context = await self._attached(persistent, spec)
+        capability = _capability(persistent["spec"].get("mountOptions") or [], source.get("fsType") or "", persistent["spec"].get("accessModes") or [])
+        self._add_group(pod, driver, capability)
+        staging = await self._stage(driver, persistent, capability, publish_context)
+        secrets = await self._secrets(source.get("nodePublishSecretRef"))
+        request = {"volume_id": source["volumeHandle"], "publish_context": publish_context, "volume_capability": capability}
+        if staging:
+            request["staging_target_path"] = staging
+        context = dict(source.get("volumeAttributes") or {})
+        read_only = read_only or bool(source.get("readOnly"))
+        return await self._publish(pod, name, inner, driver, spec, request, context, secrets, pod_dir, read_only=read_only, inline=False)
 
     async def publish_block(self, pod: Object, name: str, persistent: Object, pod_dir: str, *, read_only: bool) -> MountedVolume:
-        self._driver(persistent["spec"]["csi"]["driver"])
-        raise VolumeError("volume not published")
+        """Publish a volume as a device file. Raises VolumeError."""
+        source, inner = persistent["spec"]["csi"], persistent["metadata"]["name"]
+        driver = self._driver(source["driver"])
+        spec = await self._driver_object(source["driver"])
+        publish_context = await self._attached(persistent, spec)
+        capability = {"block": {}, "access_mode": _access_mode(persistent["spec"].get("accessModes") or [])}
+        staging = await self._stage(driver, persistent, capability, publish_context)
+        folder = os.path.join(self._config.root_dir, "plugins", "kubernetes.io", "csi", "volumeDevices", "publish", inner)
+        os.makedirs(folder, 0o750, exist_ok=True)
+        target = os.path.join(folder, podutil.uid(pod))
+        request: Message = {
+            "volume_id": source["volumeHandle"],
+            "publish_context": publish_context,
+            "volume_capability": capability,
+            "target_path": target,
+            "readonly": read_only,
+            "volume_context": source.get("volumeAttributes") or {},
+            "secrets": await self._secrets(source.get("nodePublishSecretRef")),
+        }
+        if staging:
+            request["staging_target_path"] = staging
+        await self._call(driver, "NodePublishVolume", "NodePublishVolumeRequest", request)
+        data = {"driver": driver.name, "handle": source["volumeHandle"], "target": target, "staging": staging}
+        _record(os.path.join(pod_dir, "volumeDevices", "kubernetes.io~csi", inner), data)
+        return MountedVolume(name, os.path.realpath(target), read_only=read_only, block=True)
+
+    def _add_group(self, pod: Object, driver: _Driver, capability: Message) -> None:
+        group = (pod["spec"].get("securityContext") or {}).get("fsGroup")
+        if group is not None and _MOUNT_GROUP in driver.capabilities:
+            capability["mount"]["volume_mount_group"] = str(group)
+
+    async def _publish(
+        self,
+        pod: Object,
+        name: str,
+        inner: str,
+        driver: _Driver,
+        spec: Object,
+        request: Message,
+        context: dict[str, str],
+        secrets: dict[str, str],
+        pod_dir: str,
+        *,
+        read_only: bool,
+        inline: bool,
+    ) -> MountedVolume:
+        folder = os.path.join(pod_dir, "volumes", "kubernetes.io~csi", inner)
+        target = os.path.join(folder, "mount")
+        if mounts.is_mount_point(target):
+            return MountedVolume(name, target, read_only=read_only)
+        os.makedirs(folder, 0o750, exist_ok=True)
+        if spec.get("podInfoOnMount"):
+            meta = pod["metadata"]
+            context["csi.storage.k8s.io/pod.name"] = meta["name"]
+            context["csi.storage.k8s.io/pod.namespace"] = meta.get("namespace", "")
+            context["csi.storage.k8s.io/pod.uid"] = meta["uid"]
+            context["csi.storage.k8s.io/serviceAccount.name"] = pod["spec"].get("serviceAccountName", "")
+            context.setdefault("csi.storage.k8s.io/ephemeral", "true" if inline else "false")
+        data = {"driver": driver.name, "handle": request["volume_id"], "target": target, "staging": request.get("staging_target_path", "")}
+        _record(folder, data)
+        full = {**request, "target_path": target, "readonly": read_only, "secrets": secrets, "volume_context": context}
+        await self._call(driver, "NodePublishVolume", "NodePublishVolumeRequest", full)
+        if _owned_by_kubelet(spec, request, pod) and not read_only and "volume_mount_group" not in (request["volume_capability"].get("mount") or {}):
+            from knarr.kubelet.volumes import ownership
+
+            shared = pod["spec"].get("securityContext") or {}
+            mismatch = shared.get("fsGroupChangePolicy") == "OnRootMismatch"
+            await asyncio.to_thread(ownership.give_to_group, target, shared["fsGroup"], only_on_mismatch=mismatch)
+        return MountedVolume(name, target, read_only=read_only)
+
+    async def _stage(self, driver: _Driver, persistent: Object, capability: Message, publish_context: dict[str, str]) -> str:
+        """Stage once per node; the path, "" for a driver that does not stage."""
+        if _STAGE not in driver.capabilities:
+            return ""
+        source = persistent["spec"]["csi"]
+        digest = hashlib.sha256(source["volumeHandle"].encode()).hexdigest()
+        folder = os.path.join(self._config.root_dir, "plugins", "kubernetes.io", "csi", driver.name, digest)
+        path = os.path.join(folder, "globalmount")
+        async with self._staging.setdefault(path, asyncio.Lock()):
+            if os.path.exists(os.path.join(folder, "staged")):
+                return path
+            os.makedirs(path, 0o750, exist_ok=True)
+            _record(folder, {"driver": driver.name, "handle": source["volumeHandle"]})
+            request = {
+                "volume_id": source["volumeHandle"],
+                "publish_context": publish_context,
+                "staging_target_path": path,
+                "volume_capability": capability,
+                "secrets": await self._secrets(source.get("nodeStageSecretRef")),
+                "volume_context": source.get("volumeAttributes") or {},
+            }
+            await self._call(driver, "NodeStageVolume", "NodeStageVolumeRequest", request)
+            with open(os.path.join(folder, "staged"), "wb"):
+                return path
+
+    async def _attached(self, persistent: Object, spec: Object) -> dict[str, str]:
+        """Wait until the volume is attached to this node, if its driver wants that; the attachment's metadata."""
+        if spec.get("attachRequired") is False:
+            return {}
+        source = persistent["spec"]["csi"]
+        text = source["volumeHandle"] + source["driver"] + self._config.node_name
+        name = "csi-" + hashlib.sha256(text.encode()).hexdigest()
+        try:
+            async with asyncio.timeout(_ATTACH_SECONDS):
+                return await self._wait_attached(name)
+        except TimeoutError as e:
+            raise VolumeError(f"timed out waiting for external-attacher of {source['driver']} CSI driver to attach volume {source['volumeHandle']}", reason="FailedAttachVolume") from e
+
+    async def _wait_attached(self, name: str) -> dict[str, str]:
+        while True:
+            try:
+                listed = await self._client.list(VOLUME_ATTACHMENTS, field_selector=f"metadata.name={name}")
+                for obj in listed.get("items") or []:
+                    if (metadata := _attachment(obj)) is not None:
+                        return metadata
+                version = listed["metadata"]["resourceVersion"]
+                watch = self._client.watch(VOLUME_ATTACHMENTS, resource_version=version, field_selector=f"metadata.name={name}")
+                async for kind, obj in watch:
+                    if kind in ("ADDED", "MODIFIED") and (metadata := _attachment(obj)) is not None:
+                        return metadata
+            except (errors.StatusError, *UNREACHABLE) as e:
+                log.warning("volume attachment not watched", name=name, error=str(e))
+                await asyncio.sleep(1.0)
+
+    async def _secrets(self, reference: Object | None, namespace: str = "") -> dict[str, str]:
+        if not reference:
+            return {}
+        import base64
+
+        try:
+            secret = await self._client.get(SECRETS, reference["name"], reference.get("namespace") or namespace)
+        except errors.StatusError as e:
+            raise VolumeError(f"failed to get secret {reference['name']}: {e.message}") from e
+        return {k: base64.b64decode(v or "").decode(errors="replace") for k, v in (secret.get("data") or {}).items()}
+
+    async def _call(self, driver: _Driver, method: str, kind: str, message: Message) -> None:
+        try:
+            await driver.plugin.call(_NODE + method, kind, message, "Empty")
+        except PluginError as e:
+            raise VolumeError(str(e)) from e
+
+    # --- the end ---
 
     async def unmount(self, pod_uid: str, pod_dir: str) -> None:
-        """Unpublish what the pod had; nothing to do without drivers."""
+        """Unpublish what the pod had and unstage what nobody else has. Raises VolumeError."""
+        for kind in ("volumes", "volumeDevices"):
+            folder = os.path.join(pod_dir, kind, "kubernetes.io~csi")
+            for entry in os.listdir(folder) if os.path.isdir(folder) else []:
+                await self._unpublish(os.path.join(folder, entry), pod_dir)
+
+    async def _unpublish(self, folder: str, pod_dir: str) -> None:
+        data = _recorded(folder)
+        if data is None:
+            return
+        driver = self._driver(data["driver"])
+        request = {"volume_id": data["handle"], "target_path": data["target"]}
+        await self._call(driver, "NodeUnpublishVolume", "NodeUnpublishVolumeRequest", request)
+        with contextlib.suppress(OSError):
+            os.rmdir(data["target"])
+        os.unlink(os.path.join(folder, "vol_data.json"))
+        if data.get("staging") and not self._used_elsewhere(data["staging"]):
+            await self._unstage(driver, data["handle"], data["staging"])
+
+    def _used_elsewhere(self, staging: str) -> bool:
+        for uid in os.listdir(self._config.pods_dir):
+            for kind in ("volumes", "volumeDevices"):
+                folder = os.path.join(self._config.pods_dir, uid, kind, "kubernetes.io~csi")
+                for entry in os.listdir(folder) if os.path.isdir(folder) else []:
+                    if (_recorded(os.path.join(folder, entry)) or {}).get("staging") == staging:
+                        return True
+        return False
+
+    async def _unstage(self, driver: _Driver, handle: str, staging: str) -> None:
+        async with self._staging.setdefault(staging, asyncio.Lock()):
+            request = {"volume_id": handle, "staging_target_path": staging}
+            await self._call(driver, "NodeUnstageVolume", "NodeUnstageVolumeRequest", request)
+            folder = os.path.dirname(staging)
+            for name in ("staged", "vol_data.json"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(folder, name))
+            for path in (staging, folder):
+                with contextlib.suppress(OSError):
+                    os.rmdir(path)
+        self._staging.pop(staging, None)
+
+    async def expand(self, persistent: Object, path: str, size_bytes: int) -> bool:
+        """Let the driver grow the file system after the volume has grown; False when it does not do that. Raises VolumeError."""
+        source = persistent["spec"]["csi"]
+        driver = self._driver(source["driver"])
+        if _EXPAND not in driver.capabilities:
+            return False
+        request = {"volume_id": source["volumeHandle"], "volume_path": path, "capacity_range": {"required_bytes": size_bytes}}
+        await self._call(driver, "NodeExpandVolume", "NodeExpandVolumeRequest", request)
+        return True
+
+
+def _owned_by_kubelet(spec: Object, request: Message, pod: Object) -> bool:
+    """Whether fsGroup is ours to apply, by the driver's policy."""
+    if (pod["spec"].get("securityContext") or {}).get("fsGroup") is None:
+        return False
+    policy = spec.get("fsGroupPolicy") or "ReadWriteOnceWithFSType"
+    if policy == "File":
+        return True
+    if policy == "None":
+        return False
+    capability = request["volume_capability"]
+    return bool(capability.get("mount", {}).get("fs_type")) and capability["access_mode"]["mode"] == 1
+
+
+def _access_mode(modes: list[str]) -> Message:
+    return {"mode": _MODES.get(modes[0] if modes else "ReadWriteOnce", 1)}
+
+
+def _capability(options: list[str], fs_type: str, modes: list[str]) -> Message:
+    return {"mount": {"fs_type": fs_type, "mount_flags": list(options)}, "access_mode": _access_mode(modes)}
+
+
+def _attachment(obj: Object) -> dict[str, str] | None:
+    status = obj.get("status") or {}
+    if status.get("attached") and not obj["metadata"].get("deletionTimestamp"):
+        return dict(status.get("attachmentMetadata") or {})
+    if status.get("attachError"):
+        raise VolumeError(status["attachError"].get("message") or "attach failed", reason="FailedAttachVolume")
+    return None
+
+
+def _record(folder: str, data: dict[str, Any]) -> None:
+    os.makedirs(folder, 0o750, exist_ok=True)
+    with open(os.path.join(folder, "vol_data.json"), "wb") as file:
+        file.write(orjson.dumps(data))
+
+
+def _recorded(folder: str) -> dict[str, Any] | None:
+    try:
+        with open(os.path.join(folder, "vol_data.json"), "rb") as file:
+            data = orjson.loads(file.read())
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
