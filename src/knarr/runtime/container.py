@@ -96,6 +96,8 @@ class _Live:
     """Set when nothing of a run is left in the kernel."""
     saving: asyncio.Lock = field(default_factory=asyncio.Lock)
     """A container may end while its start is being recorded: one record at a time, the newest last."""
+    announced: bool = False
+    """STARTED has been told (or was, by an earlier process of ours)."""
     removed: bool = False
     """The record is gone or going; nothing may write it again."""
 
@@ -257,7 +259,8 @@ class Containers:
                 message = f"failed to create task: {error}" if isinstance(error, CreateFault) else str(error)
                 await self._failed(container, message)
                 raise RuntimeFault(message) from error
-        self._publish("STARTED", container)
+            self._publish("STARTED", container)
+            self._live[container.id].announced = True
 
     async def _start(self, container: Container) -> None:
         config, bundle = container.config, self.bundle(container.id)
@@ -326,16 +329,16 @@ class Containers:
         live = self._live.get(container.id)
         if live is not None:
             live.ended.set()
-        told = container.started_at_ns > 0
-        if told:
-            self._publish("STOPPED", container)
         if live is None:
             return
+        told = live.announced
+        if told:
+            self._publish("STOPPED", container)
         async with live.lock:
             if container.held is not held:
                 return  # the start failed meanwhile and has told the end itself
             if not told:
-                # It ended before its start was recorded: STARTED has been told by now, so the order is right.
+                # It ended before its start was told; with the lock in our hands that is done now, so the order is right.
                 container.started_at_ns = container.started_at_ns or container.finished_at_ns
                 self._publish("STOPPED", container)
             await self._drop(container)
@@ -525,6 +528,7 @@ class Containers:
         self._register(container)
         self._images.hold(container.id, container.chain)
         live = self._live[container.id]
+        live.announced = True
         if container.finished_at_ns:
             live.ended.set()
             if not container.cleaned:

@@ -17,7 +17,6 @@ import orjson
 from knarr.runtime import disk, process
 from knarr.runtime.cri import RuntimeFault
 
-
 _GATE_SECONDS = 10.0
 
 
