@@ -11,8 +11,9 @@ from knarr.cluster.config import ClusterConfig, ConfigError
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> ClusterConfig:
-    return cluster_config.new_cluster("default", str(tmp_path))
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClusterConfig:
+    monkeypatch.setattr(cluster_config, "DATA_ROOT", tmp_path / "root")
+    return cluster_config.new_cluster("default", str(tmp_path / "data"))
 
 
 def test_a_taken_port_names_its_holder(config: ClusterConfig) -> None:
@@ -49,3 +50,4 @@ def test_a_bad_cluster_name_is_refused(tmp_path: Path) -> None:
 def test_a_saved_cluster_is_read_back_whole(config: ClusterConfig) -> None:
     config.save()
     assert cluster_config.load("default", config.data_dir) == config
+    assert cluster_config.load("default") == config, "the link finds it by name"

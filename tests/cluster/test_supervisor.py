@@ -29,6 +29,7 @@ def crasher(announce: Callable[[str], None]) -> None:
 @pytest.fixture
 def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ClusterConfig]:
     monkeypatch.setattr(cluster_config, "STATE_ROOT", tmp_path / "state")
+    monkeypatch.setattr(cluster_config, "DATA_ROOT", tmp_path / "root")
     config = cluster_config.new_cluster("default", str(tmp_path / "data"))
     config.logs.mkdir(parents=True)
     pid = os.fork()

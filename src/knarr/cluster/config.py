@@ -120,6 +120,7 @@ class ClusterConfig:
         if self.data != link and not link.exists():
             # `--data-dir` moves the state; the link lets later commands find it by the cluster's name alone.
             DATA_ROOT.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)  # one that points to data long gone
             link.symlink_to(self.data)
 
 
