@@ -6,7 +6,7 @@ import asyncio
 
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
-from knarr.cluster import addons
+from knarr.cluster import addons, addresses
 from knarr.cluster.config import ClusterConfig
 from knarr.cluster.processes import common
 from knarr.cluster.supervisor import Announce
@@ -16,6 +16,8 @@ def main(config: ClusterConfig, announce: Announce) -> None:
     """Run the controllers and the scheduler until stopped."""
     from knarr.controllers.context import ControllersConfig
     from knarr.controllers.manager import ControllerManager
+    from knarr.network.ingress import IngressController
+    from knarr.network.ingress.haproxy import Listen
     from knarr.network.loadbalancer import LoadBalancerController
     from knarr.scheduler.config import SchedulerConfig
     from knarr.scheduler.scheduler import Scheduler
@@ -35,11 +37,16 @@ def main(config: ClusterConfig, announce: Announce) -> None:
         controllers = Client(common.client_config(config, common.pair(config, "controller-manager"), "kube-controller-manager"))
         scheduler = Client(common.client_config(config, common.pair(config, "scheduler"), "kube-scheduler"))
         informers = Informers(controllers)
+        # The first cluster of a machine has the well-known ports; nothing listens before the first Ingress of the class is there.
+        listen = Listen(http_port=8000 + config.slot, https_port=8400 + config.slot) if config.slot else Listen()
+        shown = [address] if (address := addresses.primary_address()) else []
+        ingress = IngressController(controllers, informers, folder=config.state / "ingress", listen=listen, status_addresses=shown)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(ControllerManager(controllers, settings).run(), name="controllers")
                 group.create_task(addons.ensure(controllers), name="addons")
                 group.create_task(LoadBalancerController(controllers, informers, pool=(config.balancer_cidr,)).run(), name="load-balancer")
+                group.create_task(ingress.run(), name="ingress")
                 group.create_task(Scheduler(scheduler, SchedulerConfig()).run(), name="scheduler")
         finally:
             await informers.close()

@@ -31,7 +31,7 @@ from knarr.client.events import EventRecorder
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
 from knarr.http.errors import HTTPError
-from knarr.network.ingress.haproxy import Certificates, HAProxy, HAProxyError, Listen, certificate_name, usable
+from knarr.network.ingress.haproxy import Certificates, HAProxy, HAProxyError, Listen, certificate_name, program, usable
 from knarr.network.ingress.model import Routes, build, is_ours
 from knarr.network.objects import object_key, slice_service
 
@@ -146,6 +146,8 @@ class IngressController:
         if not ingresses and not self._started:
             return
         routes = build(ingresses, self._addresses)
+        if program() is None:
+            routes.problems.extend((object_key(ingress), "haproxy is not installed on this machine") for ingress in ingresses)
         certificates = self._certificates(routes)
         await self.proxy.apply(routes, certificates)
         if not self._started:

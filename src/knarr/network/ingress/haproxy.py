@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import hashlib
+import resource
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from knarr.aiokits.backoff import Backoff
 from knarr.aiokits.log import get_logger
+from knarr.aiokits.tasks import Tasks
 from knarr.network.ingress.model import HTTP2_BACKEND, HTTPS_BACKEND, MOVED, TO_HTTPS, Routes
 
 log = get_logger(__name__)
@@ -80,7 +82,7 @@ def render(folder: Path, listen: Listen) -> str:
   http-request set-var(txn.flags) var(txn.rule),field(2,|)
   http-request set-var(txn.argument) var(txn.rule),field(3,|)"""
     forward = f"""  http-request redirect location %[var(txn.argument)] code 301 if {{ var(txn.flags) -m sub {MOVED} }}
-  http-request set-var(txn.count) var(txn.target),map_str_int({folder}/targets.map,0)
+  http-request set-var(txn.count) var(txn.target),map_str({folder}/targets.map,0),add(0)
   http-request return status 503 content-type text/plain string "no endpoints" if {{ var(txn.count) -m int 0 }}
   http-request set-var(txn.index) rand,mod(txn.count)
   http-request set-var(txn.place) var(txn.target),concat(\\#,txn.index),map_str({folder}/targets.map)
@@ -98,9 +100,11 @@ def render(folder: Path, listen: Listen) -> str:
   http-request set-dst-port var(txn.port)
   retry-on conn-failure empty-response response-timeout 0rtt-rejected
   http-reuse safe"""
+    # Each connection needs two descriptors, and HAProxy refuses to start with fewer than it was promised.
+    connections = max(100, min(20_000, (resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 200) // 2 - 100))
     return f"""global
   stats socket {folder}/admin.sock mode 600 level admin
-  maxconn 20000
+  maxconn {connections}
   nbthread {listen.threads}
   tune.ssl.default-dh-param 2048
   ssl-default-bind-options ssl-min-ver TLSv1.2
@@ -153,6 +157,7 @@ class HAProxy:
         self._certificates = Certificates()
         self._process: asyncio.subprocess.Process | None = None
         self._ready = asyncio.Event()
+        self._tasks = Tasks()
 
     @property
     def pid(self) -> int | None:
@@ -183,27 +188,30 @@ class HAProxy:
         config = self._folder / "haproxy.cfg"
         config.write_text(render(self._folder, self._listen))
         self._process = process = await asyncio.create_subprocess_exec(
-            binary, "-q", "-db", "-f", str(config), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, preexec_fn=_die_with_parent
+            binary, "-db", "-f", str(config), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, preexec_fn=_die_with_parent
         )
-        watcher = asyncio.ensure_future(process.stderr.read(65536)) if process.stderr is not None else None
+        noise = bytearray()
+        if process.stderr is not None:
+            self._tasks.spawn(_keep_tail(process.stderr, noise), "ingress proxy: messages")
         try:
-            await self._wait_socket(process)
-            self._ready.set()
-            log.info("ingress proxy runs", pid=process.pid, http_port=self._listen.http_port)
+            if await self._wait_socket(process):
+                self._ready.set()
+                log.info("ingress proxy runs", pid=process.pid, http_port=self._listen.http_port)
             await process.wait()
+            await self._tasks.wait_idle()
         finally:
-            if watcher is not None:
-                noise = (await watcher).decode(errors="replace").strip() if process.returncode is not None else ""
-                watcher.cancel()
-        raise HAProxyError(noise[-600:] or f"ended with {process.returncode}")
+            await self._tasks.close()
+            self._tasks = Tasks()
+        raise HAProxyError(noise.decode(errors="replace").strip() or f"ended with {process.returncode}")
 
-    async def _wait_socket(self, process: asyncio.subprocess.Process) -> None:
+    async def _wait_socket(self, process: asyncio.subprocess.Process) -> bool:
+        """Whether the child answers; False when it ended instead."""
         for _ in range(200):
             if process.returncode is not None:
-                return
+                return False
             try:
                 await self._command("show info")
-                return
+                return True
             except OSError:
                 # The socket appears within milliseconds of the start; there is nothing else to wait on.
                 await asyncio.sleep(0.01)
@@ -238,6 +246,15 @@ class HAProxy:
         self._write_files()
         if not self._ready.is_set():
             return
+        try:
+            await self._apply_running(before, old, certificates)
+        except (HAProxyError, OSError, TimeoutError):
+            # What it holds now is unknown; the files are right, so a fresh child is, too.
+            if self.pid is not None and self._process is not None:
+                self._process.terminate()
+            raise
+
+    async def _apply_running(self, before: Mapping[str, dict[str, str]], old: Certificates, certificates: Certificates) -> None:
         await self._apply_certificates(old, certificates)
         merged = {**before["targets"], **self._maps["targets"]}
         if merged != before["targets"]:
@@ -268,7 +285,7 @@ class HAProxy:
         # The payload of one command must fit into HAProxy's buffer.
         for start in range(0, len(items), 40):
             lines = "".join(f"{key} {text}\n" for key, text in items[start : start + 40])
-            await self._expect_silence(f"add map @{version} {path} <<\n{lines}\n")
+            await self._expect_silence(f"add map @{version} {path} <<\n{lines}")
         await self._expect_silence(f"commit map @{version} {path}")
 
     async def _apply_certificates(self, old: Certificates, new: Certificates) -> None:
@@ -279,12 +296,12 @@ class HAProxy:
             path = self._folder / name
             if name not in old.pems:
                 await self._command(f"new ssl cert {path}")
-            await self._command(f"set ssl cert {path} <<\n{_no_blank_lines(new.pems[name])}\n")
+            await self._command(f"set ssl cert {path} <<\n{_no_blank_lines(new.pems[name])}")
             answer = await self._command(f"commit ssl cert {path}")
             if "Success" not in answer:
                 raise HAProxyError(f"certificate {name}: {answer.strip()}")
             if name not in old.pems or new.hosts[name] != old.hosts[name]:
-                await self._command(f"add ssl crt-list {self._folder}/certs.list <<\n{path} {' '.join(new.hosts[name])}\n\n")
+                await self._command(f"add ssl crt-list {self._folder}/certs.list <<\n{path} {' '.join(new.hosts[name])}\n")
         for name in old.pems:
             if name not in new.pems:
                 await self._command(f"del ssl cert {self._folder}/{name}")
@@ -296,6 +313,7 @@ class HAProxy:
             raise HAProxyError(f"{command.splitlines()[0]}: {answer}")
 
     async def _command(self, command: str) -> str:
+        # A payload ends with an empty line, which the newline behind the command makes.
         reader, writer = await asyncio.open_unix_connection(str(self._folder / "admin.sock"))
         try:
             writer.write(command.encode() + b"\n")
@@ -304,6 +322,12 @@ class HAProxy:
                 return (await reader.read()).decode(errors="replace")
         finally:
             writer.close()
+
+
+async def _keep_tail(stream: asyncio.StreamReader, tail: bytearray) -> None:
+    while data := await stream.read(4096):
+        tail += data
+        del tail[:-1500]
 
 
 def _no_blank_lines(pem: str) -> str:
