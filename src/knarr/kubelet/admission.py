@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from knarr.api import quantity
 from knarr.api.types import Object
-from knarr.kubelet import podutil, resources
+from knarr.kubelet import podutil, resources, security
 
 SAFE_SYSCTLS = (
     "kernel.shm_rmid_forced",
@@ -42,6 +42,7 @@ def admit(
     """None when the pod may run here, else (reason, message)."""
     return (
         _check_os(pod)
+        or _check_apparmor(pod)
         or _check_sysctls(pod, tuple(allowed_unsafe_sysctls))
         or _check_node(pod, node)
         or _check_ports(pod, others)
@@ -56,6 +57,14 @@ def _check_os(pod: Object) -> Refusal | None:
     wanted = (pod["spec"].get("nodeSelector") or {}).get("kubernetes.io/os")
     if wanted and wanted != "linux":
         return "PodOSSelectorNodeLabelDoesNotMatch", "Failed to admit pod as the `kubernetes.io/os` label doesn't match node label"
+    return None
+
+
+def _check_apparmor(pod: Object) -> Refusal | None:
+    profiles = [(pod["spec"].get("securityContext") or {}).get("appArmorProfile")]
+    profiles += [(c.get("securityContext") or {}).get("appArmorProfile") for c in podutil.all_containers(pod)]
+    if any(p and p.get("type") in ("Localhost", "RuntimeDefault") for p in profiles) and not security.host_has_apparmor():
+        return "AppArmor", "Cannot enforce AppArmor: AppArmor is not enabled on the host"
     return None
 
 

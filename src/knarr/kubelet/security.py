@@ -90,6 +90,27 @@ def seccomp(profile: Object | None, root_dir: str, *, default: bool) -> SeccompP
     return SeccompProfile("RuntimeDefault" if kind == "RuntimeDefault" else "Unconfined")
 
 
+def host_has_selinux() -> bool:
+    """Whether the kernel enforces or at least knows SELinux labels."""
+    return os.path.exists("/sys/fs/selinux/enforce")
+
+
+def host_has_apparmor() -> bool:
+    """Whether the kernel confines by AppArmor profiles."""
+    try:
+        with open("/sys/module/apparmor/parameters/enabled", encoding="ascii") as file:
+            return file.read().startswith("Y")
+    except OSError:
+        return False
+
+
+def _selinux_label(options: Object) -> str:
+    """user:role:type:level; nothing on a host without SELinux, where options are accepted and have no effect."""
+    if not any(options.values()) or not host_has_selinux():
+        return ""
+    return ":".join(options.get(k, "") for k in ("user", "role", "type", "level"))
+
+
 def container_security(
     pod: Object,
     container: Object,
@@ -128,8 +149,8 @@ def container_security(
         no_new_privs=own.get("allowPrivilegeEscalation") is False,
         add_capabilities=list(capabilities.get("add") or []),
         drop_capabilities=list(capabilities.get("drop") or []),
-        apparmor_profile=apparmor.get("localhostProfile") or apparmor.get("type") or "",
-        selinux_label=":".join(selinux.get(k, "") for k in ("user", "role", "type", "level")) if any(selinux.values()) else "",
+        apparmor_profile=(apparmor.get("localhostProfile") or apparmor.get("type") or "") if host_has_apparmor() else "",
+        selinux_label=_selinux_label(selinux),
         namespaces=namespaces(pod, mappings, target_id),
     )
     profile = own.get("seccompProfile") or shared.get("seccompProfile")
