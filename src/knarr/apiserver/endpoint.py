@@ -7,18 +7,20 @@ Accept header gets the same form object.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from knarr.api import errors
 from knarr.api.scheme import Resource
 from knarr.api.types import Object
 from knarr.apiserver import negotiation
-from knarr.apiserver.forms import ConvertedForm, Converter, Form, PartialForm, RowFunction, TableForm
+from knarr.apiserver.cache import CachedObject
+from knarr.apiserver.forms import ConvertedForm, Converter, Form, PartialForm, RowFunction, TableForm, item_of
 from knarr.apiserver.negotiation import JSON, PROTOBUF, YAML
 from knarr.apiserver.store import ResourceStore
 
 if TYPE_CHECKING:
+    from knarr.apiserver.crd.webhook import WebhookConverter
     from knarr.apiserver.registry.base import Strategy
 
 TableFactory = Callable[[Resource], tuple[list[Object], RowFunction]]
@@ -50,6 +52,8 @@ class Endpoint:
         self._forms: dict[tuple[object, ...], Form] = {("json",): self.json}
         self._by_accept: dict[tuple[str, str, bool], tuple[Form, bool, bool]] = {}
         self.schema = schema
+        self.converter: WebhookConverter | None = None
+        """Converts between versions when that needs waiting (custom resources with a conversion webhook)."""
         """Compiled functions of a custom resource's schema (prune, default, validate); None for built-in kinds."""
         self.warnings: tuple[str, ...] = ()
         """Sent with every answer (deprecated versions)."""
@@ -59,6 +63,42 @@ class Endpoint:
         if self.store is None:
             raise errors.method_not_supported(self.resource, "get")
         return self.store
+
+    # -- versions that need waiting --------------------------------------------------------------------------------------------
+    def unprepared(self, objects: Sequence[CachedObject]) -> list[CachedObject]:
+        """Return those objects that cannot be shown in this version without asking the webhook first."""
+        if self.converter is None:
+            return []
+        mine, form_id = self.resource.api_version, self.json.id
+        return [cached for cached in objects if cached.version != mine and (cached.forms is None or form_id not in cached.forms)]
+
+    async def prepare(self, objects: Sequence[CachedObject]) -> None:
+        """Convert what cannot be shown otherwise. Raises StatusError."""
+        waiting = self.unprepared(objects)
+        if not waiting or self.converter is None:
+            return
+        private = self.live_store.cache.private
+        converted = await self.converter.convert([private(cached) for cached in waiting], self.resource.api_version)
+        for cached, obj in zip(waiting, converted, strict=True):
+            if self.from_stored is not None:
+                obj = self.from_stored(obj)
+            if cached.forms is None:
+                cached.forms = {}
+            obj["metadata"]["resourceVersion"] = str(cached.revision)
+            cached.forms[self.json.id] = item_of(obj)
+
+    async def load(self, cached: CachedObject) -> Object:
+        """Return a private copy of a stored object in this version."""
+        obj = self.live_store.cache.private(cached)
+        if self.converter is not None:
+            obj = (await self.converter.convert([obj], self.resource.api_version))[0]
+        return self.from_stored(obj) if self.from_stored is not None else obj
+
+    async def dump(self, obj: Object) -> Object:
+        """Return an object of this version in the stored one."""
+        if self.converter is not None:
+            return (await self.converter.convert([obj], self.live_store.resource.api_version))[0]
+        return self.to_stored(obj) if self.to_stored is not None else obj
 
     def form_for(self, accept: str, includes: str = "", *, many: bool = False, watch: bool = False) -> tuple[Form, bool, bool]:
         """Choose the form for an Accept header.

@@ -7,15 +7,24 @@ one stream write per commit. Bounded: a member whose unsent bytes pass its allow
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, NamedTuple
 
+from knarr.aiokits.log import get_logger
 from knarr.api.selectors import FieldSelector, LabelSelector
 from knarr.apiserver.cache import ADDED, DELETED, MODIFIED, CachedObject, Event, ResourceCache
 from knarr.apiserver.forms import Form
 from knarr.http.server import ResponseStream
 
+log = get_logger(__name__)
 BUFFER_BYTES = 8 << 20
+
+
+class Prepare(NamedTuple):
+    """How objects are made presentable in the group's version, where that needs waiting."""
+
+    prepare: Callable[[Sequence[CachedObject]], Awaitable[None]]
+    spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
 
 
 class Selection:
@@ -70,9 +79,12 @@ class Selection:
 class WatchGroup:
     """The watchers of one cache with equal wishes."""
 
-    __slots__ = ("cache", "form", "key", "members", "scope", "selection")
+    __slots__ = ("_pending", "_prepare", "_task", "cache", "form", "key", "members", "scope", "selection")
 
-    def __init__(self, cache: ResourceCache, key: Any, selection: Selection, form: Form, scope: str) -> None:
+    def __init__(self, cache: ResourceCache, key: Any, selection: Selection, form: Form, scope: str, prepare: Prepare | None) -> None:
+        self._prepare = prepare
+        self._pending: list[Event] = []
+        self._task: asyncio.Task[None] | None = None
         self.cache = cache
         self.key = key
         self.selection = selection
@@ -82,6 +94,32 @@ class WatchGroup:
 
     def deliver(self, events: Sequence[Event]) -> None:
         """Render what the group may see of these events once, and write it to every member."""
+        if self._prepare is not None:
+            self._pending += events
+            if self._task is None:
+                self._task = self._prepare.spawn(self._deliver_later(), "watch-conversion")
+            return
+        self._write(events)
+
+    async def _deliver_later(self) -> None:
+        """Events that must be converted first: in order, one batch after another."""
+        assert self._prepare is not None
+        try:
+            while self._pending:
+                events, self._pending = self._pending, []
+                try:
+                    await self._prepare.prepare([event.current for event in events])
+                except Exception as error:
+                    # Clients start over and meet the webhook's error there.
+                    log.warning("converting for watchers failed", error=repr(error))
+                    for member in list(self.members):
+                        member.finish()
+                    return
+                self._write(events)
+        finally:
+            self._task = None
+
+    def _write(self, events: Sequence[Event]) -> None:
         data = self.render(events)
         if not data:
             return
@@ -139,11 +177,11 @@ class WatchGroup:
             self.cache.remove_group(self, self.scope)
 
 
-def group_for(cache: ResourceCache, namespaced: bool, selection: Selection, form: Form) -> WatchGroup:
+def group_for(cache: ResourceCache, namespaced: bool, selection: Selection, form: Form, prepare: Prepare | None = None) -> WatchGroup:
     """Return the group of these wishes, a new one if nobody has them yet."""
     key = (selection.namespace, selection.label_text, selection.field_text, form.id)
     found = cache.groups.get(key)
-    return found or WatchGroup(cache, key, selection, form, selection.scope(cache, namespaced))
+    return found or WatchGroup(cache, key, selection, form, selection.scope(cache, namespaced), prepare)
 
 
 class Watcher:

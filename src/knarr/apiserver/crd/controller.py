@@ -18,7 +18,9 @@ from knarr.aiokits.log import get_logger
 from knarr.api import errors
 from knarr.api.openapi.documents import CustomAPI
 from knarr.api.types import Object
+from knarr.apiserver.admission.webhook_client import WebhookClient
 from knarr.apiserver.crd import naming, serving
+from knarr.apiserver.crd.webhook import WebhookConverter
 from knarr.apiserver.store import ResourceStore
 from knarr.apiserver.watching import close_watchers
 
@@ -46,6 +48,7 @@ class CustomResources:
     def __init__(self, server: APIServer) -> None:
         self._server = server
         self._store: ResourceStore = server.store(GROUP, "customresourcedefinitions")
+        self._webhooks = WebhookClient(server.store("", "services"), server.store("discovery.k8s.io", "endpointslices"))
         self._dirty: dict[str, None] = {}
         self._wakeup = asyncio.Event()
         self._served: dict[str, _Served] = {}
@@ -136,8 +139,11 @@ class CustomResources:
         versions = {v["name"]: v for v in spec["versions"] if v.get("served")}
         for gone in served.versions.keys() - versions.keys():
             server.registry.remove(spec["group"], gone, plural)
+        converter = None
+        if (spec.get("conversion") or {}).get("strategy") == "Webhook":
+            converter = WebhookConverter(crd, self._webhooks)
         for version in versions.values():
-            server.registry.add(serving.endpoint_of(crd, version, store))
+            server.registry.add(serving.endpoint_of(crd, version, store, converter))
             server.registry.stores[spec["group"], plural] = store
         if served.signature is not None:
             # What was made for the old schemas will not be asked for again.

@@ -16,6 +16,7 @@ from knarr.api.scheme import Resource, Subresource
 from knarr.api.structural import CustomSchema
 from knarr.api.types import Object
 from knarr.apiserver.crd.rules import Rules
+from knarr.apiserver.crd.webhook import WebhookConverter
 from knarr.apiserver.endpoint import Endpoint
 from knarr.apiserver.forms import RowFunction
 from knarr.apiserver.registry.base import Strategy
@@ -142,7 +143,7 @@ def schema_of(crd: Object, version: Object) -> CustomSchema:
     )
 
 
-def endpoint_of(crd: Object, version: Object, store: ResourceStore) -> Endpoint:
+def endpoint_of(crd: Object, version: Object, store: ResourceStore, converter: WebhookConverter | None) -> Endpoint:
     """Make the endpoint of one served version."""
     schema = schema_of(crd, version)
     resource = schema.resource
@@ -162,6 +163,7 @@ def endpoint_of(crd: Object, version: Object, store: ResourceStore) -> Endpoint:
     endpoint = Endpoint(
         resource, store, strategy, from_stored=from_stored, to_stored=to_stored, table=table_factory(schema), protobuf=False, schema=schema,
     )
+    endpoint.converter = converter
     if version.get("deprecated"):
         endpoint.warnings = (version.get("deprecationWarning") or f"{resource.api_version} {resource.kind} is deprecated",)
     return endpoint

@@ -35,4 +35,4 @@ async def apply(call: Call, mode: UpdateMode, body: bytes, *, force: bool) -> No
         return new
 
     result, created = await change_object(call, mode, change)
-    answer(call, 201 if created else 200, result)
+    await answer(call, 201 if created else 200, result)

@@ -53,6 +53,8 @@ async def create(call: Call) -> None:
     call.log_object = obj
     result = await create_object(call, obj)
     if isinstance(result, CachedObject):
+        if call.endpoint.converter is not None:
+            await call.endpoint.prepare([result])
         call.answer_cached(201, result)
     else:
         call.answer_object(201, result)
@@ -175,7 +177,7 @@ async def _try_create(call: Call, obj: Object) -> CachedObject | Object | None:
             return None
         if call.dry_run:
             return obj
-        written = await store.put(key, endpoint.to_stored(obj) if endpoint.to_stored is not None else obj, 0)
+        written = await store.put(key, await endpoint.dump(obj), 0)
         stored = written is not None
         return written
     finally:

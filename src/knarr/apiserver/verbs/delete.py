@@ -83,6 +83,7 @@ async def delete(call: Call) -> None:
     code = 202 if not gone and options.get("orphanDependents") is False else 200
     if obj is not None:
         if isinstance(obj, CachedObject):
+            await call.endpoint.prepare([obj])
             call.answer_cached(code, obj)
         else:
             call.answer_object(code, obj)
@@ -144,7 +145,7 @@ async def _try_delete(call: Call, cached: CachedObject, options: Object) -> tupl
     undo = []
     admission = call.server.admission_for("DELETE", endpoint.resource, "")
     if admission is not None:
-        shown = endpoint.from_stored(old) if endpoint.from_stored is not None else old
+        shown = await endpoint.load(cached)
         request = admission_request(call, "DELETE", None, shown)
         request.name = cached.name
         request.options = {"kind": "DeleteOptions", "apiVersion": "meta.k8s.io/v1", **options}
@@ -316,6 +317,7 @@ async def delete_collection(call: Call) -> None:
     except ExceptionGroup as failed:
         # One refusal is the answer to the whole request; what was deleted before it stays deleted.
         raise failed.exceptions[0] from None
+    await call.endpoint.prepare(result.objects)
     form, yaml, pretty = call.form(many=True)
     body = form.list(result.objects, result.revision, result.continue_token, result.remaining)
     call.answer_bytes(200, body, form.content_type, yaml, pretty)

@@ -44,7 +44,7 @@ async def patch(call: Call, mode: UpdateMode) -> None:
         return new
 
     result, created = await change_object(call, mode, change, tries=PATCH_TRIES)
-    answer(call, 201 if created else 200, result)
+    await answer(call, 201 if created else 200, result)
 
 
 def _complete(call: Call, new: Object) -> None:

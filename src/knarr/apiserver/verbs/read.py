@@ -15,7 +15,7 @@ from knarr.apiserver import listing
 from knarr.apiserver.cache import ADDED, CachedObject, ResourceCache
 from knarr.apiserver.call import Call
 from knarr.apiserver.listing import ListOptions
-from knarr.apiserver.watching import Selection, Watcher, group_for
+from knarr.apiserver.watching import Prepare, Selection, Watcher, group_for
 
 NO_FIELDS = FieldSelector()
 
@@ -31,8 +31,16 @@ def get(call: Call) -> None:
             raise listing.too_large_version(version, store.storage.revision)
     if cached is None:
         raise errors.not_found(endpoint.resource, call.info.name)
+    if endpoint.converter is not None and endpoint.unprepared([cached]):
+        call.server.spawn_call(call, _get_converted(call, cached))
+        return
     form, yaml, pretty = call.form()
     call.answer_bytes(200, form.single(cached), form.content_type, yaml, pretty)
+
+
+async def _get_converted(call: Call, cached: CachedObject) -> None:
+    await call.endpoint.prepare([cached])
+    call.answer_cached(200, cached)
 
 
 def selection_of(call: Call) -> Selection:
@@ -120,8 +128,10 @@ def list_(call: Call) -> None:
         if revision is not None and revision > store.storage.revision:
             raise listing.too_large_version(revision, store.storage.revision)
         call.server.spawn_call(call, _list_past(call, options))
-        return
-    _answer_list(call, result)
+    elif call.endpoint.converter is not None and call.endpoint.unprepared(result.objects):
+        call.server.spawn_call(call, _list_converted(call, result))
+    else:
+        _answer_list(call, result)
 
 
 def _answer_list(call: Call, result: listing.ListResult) -> None:
@@ -132,11 +142,34 @@ def _answer_list(call: Call, result: listing.ListResult) -> None:
 
 async def _list_past(call: Call, options: ListOptions) -> None:
     store = call.endpoint.live_store
-    _answer_list(call, await listing.list_at(store.storage, store.cache, options))
+    await _list_converted(call, await listing.list_at(store.storage, store.cache, options))
+
+
+async def _list_converted(call: Call, result: listing.ListResult) -> None:
+    await call.endpoint.prepare(result.objects)
+    _answer_list(call, result)
+
+
+async def _watch_converted(call: Call) -> None:
+    """Start a watch once all that it begins with has been converted; what came meanwhile is looked at again."""
+    while True:
+        cache = call.endpoint.live_store.cache
+        shown = [*cache.in_order(), *[event.current for event in cache.ring]]
+        if not call.endpoint.unprepared(shown):
+            break
+        await call.endpoint.prepare(shown)
+    _start_watch(call)
 
 
 def watch(call: Call) -> None:
     """Start a watch: its past first, then whatever comes."""
+    if call.endpoint.converter is not None:
+        call.server.spawn_call(call, _watch_converted(call))
+    else:
+        _start_watch(call)
+
+
+def _start_watch(call: Call) -> None:
     options = list_options(call, watch=True)
     form, _, _ = call.form(watch=True)
     store = call.endpoint.live_store
@@ -147,7 +180,8 @@ def watch(call: Call) -> None:
     timeout = call.integer("timeoutSeconds") or 0
     least = call.server.config.min_request_timeout_seconds
     seconds = float(timeout) if timeout > 0 else least * (1 + random.random())
-    group = group_for(cache, call.endpoint.resource.namespaced, selection, form)
+    prepare = Prepare(call.endpoint.prepare, call.server.tasks.spawn) if call.endpoint.converter is not None else None
+    group = group_for(cache, call.endpoint.resource.namespaced, selection, form, prepare)
     revision = options.revision
     frames: list[bytes] = []
     error: StatusError | None = None

@@ -69,6 +69,7 @@ async def handle(call: Call) -> None:
     cached = store.find(call.namespace, call.info.name)
     if cached is None:
         raise errors.not_found(call.endpoint.resource, call.info.name)
+    await call.endpoint.prepare([cached])
     if call.info.verb == "get":
         obj = orjson.loads(call.endpoint.json.single(cached))
         _respond(call, scale_of(call, obj))
@@ -101,6 +102,8 @@ async def handle(call: Call) -> None:
 
     mode = UpdateMode(call.endpoint.strategy.prepare_update, "scale", unconditional=True, tracks=False)
     result, _ = await change_object(call, mode, change)
+    if not isinstance(result, dict):
+        await call.endpoint.prepare([result])
     obj = result if isinstance(result, dict) else orjson.loads(call.endpoint.json.single(result))
     _respond(call, scale_of(call, obj))
 

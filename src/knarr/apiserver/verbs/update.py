@@ -79,10 +79,13 @@ async def update(call: Call, mode: UpdateMode) -> None:
         return first if attempt == 0 else decoded()
 
     result, created = await change_object(call, mode, change)
-    answer(call, 201 if created else 200, result)
+    await answer(call, 201 if created else 200, result)
 
 
-def answer(call: Call, status: int, result: CachedObject | Object) -> None:
+async def answer(call: Call, status: int, result: CachedObject | Object) -> None:
+    """Answer with what an update made."""
+    if isinstance(result, CachedObject) and call.endpoint.converter is not None:
+        await call.endpoint.prepare([result])
     if isinstance(result, CachedObject):
         call.answer_cached(status, result)
     else:
@@ -153,11 +156,9 @@ async def _try_update(call: Call, mode: UpdateMode, change: Change, cached: Cach
     """One attempt; None when another writer was faster."""
     endpoint = call.endpoint
     store = endpoint.live_store
-    old = store.cache.private(cached)
-    if endpoint.from_stored is not None:
-        old = endpoint.from_stored(old)
+    old = await endpoint.load(cached)
     shown = old
-    new = await change(store.cache.private(cached) if endpoint.from_stored is None else endpoint.from_stored(store.cache.private(cached)), attempt)
+    new = await change(await endpoint.load(cached), attempt)
     metadata, old_metadata = new["metadata"], old["metadata"]
     _check_preconditions(call, mode, metadata, old_metadata)
     dedup_owner_references(call, metadata)
@@ -207,7 +208,7 @@ async def _try_update(call: Call, mode: UpdateMode, change: Change, cached: Cach
         if call.dry_run:
             new["metadata"]["resourceVersion"] = str(cached.revision)
             return new
-        written = await store.put(cached.key, endpoint.to_stored(new) if endpoint.to_stored is not None else new, cached.revision)
+        written = await store.put(cached.key, await endpoint.dump(new), cached.revision)
         stored = written is not None
         return written
     finally:
