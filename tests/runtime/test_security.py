@@ -243,3 +243,50 @@ async def test_no_command_anywhere_is_an_error(bench: Bench) -> None:
     sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox())
     with pytest.raises(RuntimeFault, match="unknown capability"):
         await bench.runtime.create_container(sandbox_id, bench.container("true", security=ContainerSecurity(add_capabilities=["FLY"])))
+
+
+async def test_volumes_of_a_user_namespace_show_its_owners(bench: Bench) -> None:
+    source = bench.folder / "volume"
+    source.mkdir()
+    (source / "f").write_text("x")
+    single = bench.folder / "single"
+    single.write_text("y")
+    options = NamespaceOptions(user_mappings=[IDMapping(300000, 0, 65536)])
+    sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox(namespaces=options))
+    _, log = await bench.output(
+        "sh", "-c", "stat -c %u /v/f /s; touch /v/made; stat -c %u /v/made; echo z >> /s", sandbox_id=sandbox_id,
+        security=ContainerSecurity(namespaces=options), mounts=[Mount("/v", str(source)), Mount("/s", str(single))],
+    )  # fmt: skip
+    assert log == "0\n0\n0\n"
+    assert (source / "made").stat().st_uid == 0
+    assert single.read_text() == "yz\n"
+
+
+async def test_cdi_devices_edit_the_specification(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from knarr.runtime import cdi
+
+    folder = bench.folder / "cdi"
+    folder.mkdir()
+    spec = {
+        "cdiVersion": "0.6.0",
+        "kind": "vendor.com/thing",
+        "containerEdits": {"env": ["ALL=1"]},
+        "devices": [
+            {
+                "name": "one",
+                "containerEdits": {
+                    "env": ["ONE=1"],
+                    "deviceNodes": [{"path": "/dev/thing", "hostPath": "/dev/null"}],
+                    "mounts": [{"hostPath": str(folder), "containerPath": "/cdi", "options": ["ro", "rbind"]}],
+                },
+            }
+        ],
+    }
+    (folder / "vendor.json").write_text(json.dumps(spec))
+    (folder / "broken.yaml").write_text("{")
+    monkeypatch.setattr(cdi.apply, "__defaults__", ([str(folder)],))
+    _, log = await bench.output("sh", "-c", "echo $ALL $ONE; ls /cdi; echo x > /dev/thing && echo written", cdi_devices=["vendor.com/thing=one"])
+    assert log == "1 1\nbroken.yaml\nvendor.json\nwritten\n"
+    sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox())
+    with pytest.raises(RuntimeFault, match="unresolvable CDI devices vendor.com/thing=two"):
+        await bench.runtime.create_container(sandbox_id, bench.container("true", annotations={"cdi.k8s.io/x": "vendor.com/thing=two"}))

@@ -25,7 +25,7 @@ import orjson
 
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
-from knarr.runtime import conmon, disk, process, records, users
+from knarr.runtime import cdi, conmon, disk, process, records, users
 from knarr.runtime.cgroups import Cgroups
 from knarr.runtime.conmon import Conmon, ConmonOptions, CreateFault, Held
 from knarr.runtime.cri import (
@@ -39,7 +39,7 @@ from knarr.runtime.cri import (
 )
 from knarr.runtime.events import Events
 from knarr.runtime.images.store import ImageStore, StoredImage
-from knarr.runtime.roots import Roots
+from knarr.runtime.roots import Prepared, Roots
 from knarr.runtime.runc import Runc, RuncFault
 from knarr.runtime.sandbox import Sandbox, Sandboxes
 from knarr.runtime.spec import SpecInput, build, resources
@@ -75,6 +75,8 @@ class Container:
     message: str = ""
     cleaned: bool = False
     """The OCI runtime's state, groups and mount are gone."""
+    hooks: bool = False
+    """The specification has hooks, of which the OCI runtime runs some when it deletes."""
     spec_process: dict[str, Any] = field(default_factory=dict)
     """Template for exec: user, environment, directory, capabilities."""
 
@@ -181,7 +183,7 @@ class Containers:
             await self._workers.run(lambda: self._make_directories(container))
             layers = [layer.number for layer in self._images.layers_of(image)]
             prepared = await self._roots.prepare(sandbox, config, layers, self.directory(container.id), self.bundle(container.id), image)
-            await self._workers.run(lambda: self._write_spec(container, sandbox, image, prepared.image_mounts, prepared.volume_dirs))
+            await self._workers.run(lambda: self._write_spec(container, sandbox, image, prepared))
             container.complete = True
             await self._save(container)
         self._publish("CREATED", container)
@@ -197,9 +199,7 @@ class Containers:
         os.makedirs(self.bundle(container.id), 0o711)
         disk.write_record(os.path.join(self.directory(container.id), "container.json"), records.to_record(container))
 
-    def _write_spec(
-        self, container: Container, sandbox: Sandbox, image: StoredImage, image_mounts: dict[str, str], volume_dirs: dict[str, str]
-    ) -> None:
+    def _write_spec(self, container: Container, sandbox: Sandbox, image: StoredImage, prepared: Prepared) -> None:
         config, bundle = container.config, self.bundle(container.id)
         image_config: dict[str, Any] = self._images.config(image).get("config") or {}
         rootfs = os.path.join(bundle, "rootfs")
@@ -223,12 +223,15 @@ class Containers:
                 cgroups_path=container.cgroup,
                 cgroup_version=self._cgroups.version,
                 user_mappings=sandbox.config.namespaces.user_mappings,
-                image_mounts=image_mounts,
-                volume_dirs=volume_dirs,
+                image_mounts=prepared.image_mounts,
+                mapped_mounts=prepared.mapped_mounts,
+                volume_dirs=prepared.volume_dirs,
                 oom_score_floor=self._oom_score_floor,
             )
         )
+        cdi.apply(document, cdi.wanted(config.cdi_devices, config.annotations))
         container.spec_process = document["process"]
+        container.hooks = "hooks" in document
         with open(os.path.join(bundle, "config.json"), "wb") as file:
             file.write(orjson.dumps(document))
 
@@ -360,7 +363,7 @@ class Containers:
 
     async def _drop(self, container: Container) -> None:
         """Drop what the run left in the kernel: the OCI runtime's state, processes in shared namespaces, groups, the mounts."""
-        if self._runc.name != "runc":
+        if self._runc.name != "runc" or container.hooks:
             try:
                 await self._runc.delete(container.id)
             except RuntimeFault as error:

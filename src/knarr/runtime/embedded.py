@@ -10,11 +10,13 @@ Invariants: calls on one sandbox are serialised by its lock where they change it
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
 
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
@@ -56,6 +58,23 @@ from knarr.runtime.stats import Stats
 from knarr.runtime.workers import Workers
 
 log = get_logger(__name__)
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _faults(call: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """What the operating system refuses (a full disk, no more processes) is a fault of the runtime to its callers."""
+
+    @functools.wraps(call)
+    async def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await call(*args, **kwargs)
+        except OSError as error:
+            raise RuntimeFault(f"{call.__name__}: {error}") from error
+
+    return wrapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +162,13 @@ class EmbeddedRuntime:
             RuntimeCondition("NetworkReady", why is None, "NetworkPluginNotReady" if why else "", why or ""),
         ]
 
+    @_faults
     async def run_pod_sandbox(self, config: PodSandboxConfig, runtime_handler: str = "") -> str:
         if runtime_handler not in ("", "runc") and runtime_handler not in self.config.handlers:
             raise RuntimeFault(f'no runtime for "{runtime_handler}" is configured')
         return (await self._sandboxes.run(config, runtime_handler)).id
 
+    @_faults
     async def stop_pod_sandbox(self, sandbox_id: str) -> None:
         try:
             sandbox = self._sandboxes.get(sandbox_id)
@@ -162,6 +183,7 @@ class EmbeddedRuntime:
             await self._containers.wait_dropped(containers)
             await self._sandboxes.stop(sandbox)
 
+    @_faults
     async def remove_pod_sandbox(self, sandbox_id: str) -> None:
         await self.stop_pod_sandbox(sandbox_id)
         try:
@@ -179,12 +201,15 @@ class EmbeddedRuntime:
     async def list_pod_sandboxes(self, labels: Mapping[str, str] | None = None) -> list[PodSandboxStatus]:
         return self._sandboxes.list(labels)
 
+    @_faults
     async def create_container(self, sandbox_id: str, config: ContainerConfig) -> str:
         return (await self._containers.create(self._sandboxes.get(sandbox_id), config)).id
 
+    @_faults
     async def start_container(self, container_id: str) -> None:
         await self._containers.start(self._containers.get(container_id))
 
+    @_faults
     async def stop_container(self, container_id: str, timeout_seconds: float, signal: str = "") -> None:
         try:
             container = self._containers.get(container_id)
@@ -192,6 +217,7 @@ class EmbeddedRuntime:
             return
         await self._containers.stop(container, timeout_seconds, signal)
 
+    @_faults
     async def remove_container(self, container_id: str) -> None:
         try:
             container = self._containers.get(container_id)
@@ -205,30 +231,38 @@ class EmbeddedRuntime:
     async def list_containers(self, labels: Mapping[str, str] | None = None, sandbox_id: str | None = None) -> list[ContainerStatus]:
         return self._containers.list(labels, sandbox_id)
 
+    @_faults
     async def update_container_resources(self, container_id: str, resources: LinuxResources) -> None:
         await self._containers.update(self._containers.get(container_id), resources)
 
+    @_faults
     async def reopen_container_log(self, container_id: str) -> None:
         self._containers.reopen_log(self._containers.get(container_id))
 
+    @_faults
     async def exec_sync(self, container_id: str, command: Sequence[str], timeout_seconds: float = 0) -> ExecResult:
         return await self._execs.run(self._containers.running(container_id), command, timeout_seconds)
 
+    @_faults
     async def exec(self, container_id: str, command: Sequence[str], *, tty: bool, stdin: bool) -> execs.Exec:
         return self._execs.start(self._containers.running(container_id), command, tty=tty, stdin=stdin)
 
+    @_faults
     async def attach(self, container_id: str, *, tty: bool, stdin: bool) -> object:
         return await attach(self._containers, self._containers.running(container_id), stdin=stdin)
 
+    @_faults
     async def port_forward(self, sandbox_id: str, port: int) -> forward.Connection:
         sandbox = self._sandboxes.get(sandbox_id)
         if not sandbox.ready:
             raise RuntimeFault(f'sandbox "{sandbox_id}" is not ready')
         return await forward.connect("" if sandbox.host_network else self._sandboxes.namespace_path(sandbox, "net"), port)
 
+    @_faults
     async def list_container_stats(self, labels: Mapping[str, str] | None = None) -> list[ContainerStats]:
         return await self._stats.containers(labels)
 
+    @_faults
     async def list_pod_sandbox_stats(self) -> list[SandboxStats]:
         return await self._stats.sandboxes()
 
@@ -244,24 +278,29 @@ class EmbeddedRuntime:
         image = self.images.find(reference)
         return None if image is None else self.images.to_cri(image)
 
+    @_faults
     async def pull_image(
         self, reference: str, auth: Sequence[AuthConfig] = (), namespace: str = "", progress: Progress | None = None
     ) -> str:
         return (await self._puller.pull(reference, auth, progress)).id
 
+    @_faults
     async def remove_image(self, reference: str) -> None:
         await self.images.remove(reference)
 
+    @_faults
     async def image_fs_info(self) -> FilesystemUsage:
         used, inodes = self.images.layers.usage()
         return FilesystemUsage(self.config.root, time.time_ns(), used, inodes)
 
     # For the command line
 
+    @_faults
     async def load_images(self, path: str, *, name: str = "") -> list[Image]:
         """Load an archive or layout; returns its images. Raises RuntimeFault."""
         return [self.images.to_cri(image) for image in await Loader(self.images, self._workers).load(path, name=name)]
 
+    @_faults
     async def prune_images(self) -> list[str]:
         """Remove the images that no container uses; returns their ids."""
         return await self.images.prune({container.image_id for container in self._containers.all()})

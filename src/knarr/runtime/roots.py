@@ -27,6 +27,8 @@ class Prepared:
 
     image_mounts: dict[str, str]
     volume_dirs: dict[str, str]
+    mapped_mounts: dict[str, str]
+    """Owner-shifted stand-ins of host paths, by container path."""
 
 
 class Roots:
@@ -56,7 +58,31 @@ class Roots:
             image_mounts[mount.container_path] = self._mount_image(mount.image, mount.image_sub_path, os.path.join(bundle, f"image{position}"))
         document: dict[str, Any] = self._images.config(image).get("config") or {}
         volumes = self._declared_volumes(document, config, bundle, directory)
-        return Prepared(image_mounts, volumes)
+        mapped = self._mapped_mounts(sandbox, config, bundle) if mappings is not None else {}
+        return Prepared(image_mounts, volumes, mapped)
+
+    def _mapped_mounts(self, sandbox: Sandbox, config: ContainerConfig, bundle: str) -> dict[str, str]:
+        """Show volumes with the owners that the pod's user namespace expects: what root owns on disk, root owns inside.
+
+        A file system that cannot shift owners is mounted as it is; its files then belong to nobody inside.
+        """
+        found: dict[str, str] = {}
+        fd = os.open(self._sandboxes.namespace_path(sandbox, "user"), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for position, mount in enumerate(config.mounts):
+                if mount.image or not mount.host_path or mount.propagation != "PRIVATE":
+                    continue
+                target = os.path.join(bundle, f"mapped{position}")
+                if os.path.isdir(mount.host_path):
+                    os.mkdir(target)
+                else:
+                    os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+                with contextlib.suppress(OSError):
+                    syscalls.bind_idmapped(mount.host_path, target, fd)
+                    found[mount.container_path] = target
+        finally:
+            os.close(fd)
+        return found
 
     def _mapped_layers(self, sandbox: Sandbox) -> str:
         """The layers' folder as seen from the sandbox's user namespace: one owner-shifting mount serves all its containers."""
@@ -109,7 +135,9 @@ class Roots:
     def unmount(self, folder: str) -> None:
         """Unmount everything that we mounted directly inside a folder. Blocks; idempotent."""
         try:
-            entries = [entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+            entries = [
+                entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False) or entry.name.startswith("mapped")
+            ]
         except OSError:
             return
         for path in entries:

@@ -45,6 +45,8 @@ class SpecInput:
     sandbox_annotations: Mapping[str, str] = field(default_factory=dict)
     image_mounts: Mapping[str, str] = field(default_factory=dict)
     """Container path of an image volume to the directory where the image is mounted."""
+    mapped_mounts: Mapping[str, str] = field(default_factory=dict)
+    """Container path to the owner-shifted stand-in of its host path, in a user namespace."""
     volume_dirs: Mapping[str, str] = field(default_factory=dict)
     """Container path of a VOLUME of the image to its directory on the host."""
     oom_score_floor: int = 0
@@ -234,7 +236,7 @@ def _mount(item: Mount, given: SpecInput) -> dict[str, Any]:
         options.append("rro")
     else:
         options.append("ro" if item.readonly else "rw")
-    return _bind(destination, item.host_path, options)
+    return _bind(destination, given.mapped_mounts.get(item.container_path, item.host_path), options)
 
 
 def _check_propagation(path: str, wanted: tuple[str, ...], name: str) -> None:
@@ -264,13 +266,22 @@ def _devices(devices: Sequence[Device], privileged: bool) -> tuple[list[dict[str
             if (node := _node(path, path)) is not None:
                 nodes[path] = node
     for device in devices:
-        for path, inside in _expand(device):
-            node = _node(path, inside)
-            if node is None:
-                raise RuntimeFault(f'error gathering device information while adding custom device "{device.host_path}": not a device node')
-            nodes[inside] = node
-            rules.append({"allow": True, "type": node["type"], "major": node["major"], "minor": node["minor"], "access": device.permissions})
+        entries, allowed = device_entries(device)
+        nodes.update({entry["path"]: entry for entry in entries})
+        rules += allowed
     return list(nodes.values()), rules
+
+
+def device_entries(device: Device) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(device nodes, rules of the devices controller) for one device, or all in a folder. Raises RuntimeFault."""
+    nodes, rules = [], []
+    for path, inside in _expand(device):
+        node = _node(path, inside)
+        if node is None:
+            raise RuntimeFault(f'error gathering device information while adding custom device "{device.host_path}": not a device node')
+        nodes.append(node)
+        rules.append({"allow": True, "type": node["type"], "major": node["major"], "minor": node["minor"], "access": device.permissions})
+    return nodes, rules
 
 
 def _expand(device: Device) -> list[tuple[str, str]]:
