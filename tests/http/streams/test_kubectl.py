@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import pty
-import shutil
 import signal
 import subprocess
 from collections.abc import AsyncIterator
@@ -15,11 +14,9 @@ from pathlib import Path
 import pytest
 
 from knarr.runtime.cri import RuntimeFault
+from tests import tools
 from tests.http.streams.api import StreamServer
 from tests.runtime.conftest import Bench
-
-KUBECTL = os.environ.get("KNARR_TEST_KUBECTL") or shutil.which("kubectl") or ""
-pytestmark = pytest.mark.skipif(not KUBECTL, reason="no kubectl (set KNARR_TEST_KUBECTL)")
 
 
 class Kubectl:
@@ -27,7 +24,7 @@ class Kubectl:
         self.server, self.config = server, config
 
     def argv(self, *args: str) -> list[str]:
-        return [KUBECTL, "--kubeconfig", str(self.config), "--cache-dir", str(self.config.parent / "cache"), *args]
+        return [tools.kubectl(), "--kubeconfig", str(self.config), "--cache-dir", str(self.config.parent / "cache"), *args]
 
     def env(self) -> dict[str, str]:
         websockets = "true" if self.server.websockets else "false"

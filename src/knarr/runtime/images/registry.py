@@ -280,6 +280,8 @@ class Puller:
                     os.replace(path, final)
                     return LayerBlob(final, 0, os.path.getsize(final))
                 os.unlink(path)
+                if isinstance(last, ImagePullError):
+                    break  # wrong twice: what the registry has is wrong
                 last = ImagePullError(f"blob {digest} has other content than its digest says")
         raise ImagePullError(f"failed to copy: {last}")
 
