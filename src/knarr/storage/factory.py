@@ -1,9 +1,9 @@
-"""Chooses a store by URL: memory://, sqlite:///path/to/file."""
+"""Chooses a store by URL: memory://, sqlite:///path/to/file, etcd3://host:port,host:port?ca=…&cert=…&key=…."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from knarr.storage.protocol import RevisionStore
 
@@ -25,4 +25,15 @@ def open_store(url: str) -> RevisionStore:
         if not parts.path:
             raise ValueError(f"store {url!r} names no file")
         return SQLiteStore(Path(parts.path))
-    raise ValueError(f"no store for {url!r}: memory:// and sqlite:///FILE are known")
+    if parts.scheme in ("etcd3", "etcd3s", "etcd"):
+        from knarr.storage.etcd import EtcdConfig, EtcdStore
+
+        options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+        endpoints = tuple(endpoint for endpoint in parts.netloc.split(",") if endpoint)
+        if not endpoints:
+            raise ValueError(f"store {url!r} names no endpoint")
+        return EtcdStore(EtcdConfig(
+            endpoints=endpoints, prefix=parts.path.rstrip("/"), tls=parts.scheme == "etcd3s" or "ca" in options,
+            ca=options.get("ca", ""), cert=options.get("cert", ""), key=options.get("key", ""),
+        ))
+    raise ValueError(f"no store for {url!r}: memory://, sqlite:///FILE and etcd3://HOST:PORT are known")
