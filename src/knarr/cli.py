@@ -66,9 +66,30 @@ def build_parser() -> argparse.ArgumentParser:
     verb("kubeconfig", run_kubeconfig, "merge the cluster's context into the kubeconfig again")
     verb("preflight", run_preflight, "check what the cluster needs of this machine")
     verb("version", run_version, "print the version")
+    question = verb("why", run_why, "say why a packet arrives, or what stops it: knarr why pod/a pod/b:80")
+    question.add_argument("source", help="pod/NAME, pod/NAMESPACE/NAME or node/NAME")
+    question.add_argument("target", help="pod/NAME:PORT, svc/NAME:PORT, NAME.NAMESPACE:PORT or ADDRESS:PORT")
+    question.add_argument("-n", "--namespace", default="default")
+    question.add_argument("--protocol", default="TCP", choices=["TCP", "UDP", "SCTP", "tcp", "udp", "sctp"])
+    _add_port(verbs)
     _add_image(verbs)
     _add_node(verbs)
     return parser
+
+
+def _add_port(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    port = verbs.add_parser("port", help="services on ports of this machine")
+    actions = port.add_subparsers(metavar="ACTION", required=True)
+    for name, text in (("add", "publish a service: knarr port add 8080:web:80"), ("rm", "take a port back"), ("ls", "list published ports")):
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("--name", default="default", help="which cluster (default: default)")
+        action.add_argument("--data-dir", default=None, help="where its state is kept")
+        action.set_defaults(run=run_port, action=name)
+        if name == "add":
+            action.add_argument("mapping", metavar="HOSTPORT:SERVICE:PORT")
+            action.add_argument("-n", "--namespace", default="default")
+        if name == "rm":
+            action.add_argument("host_port", type=int, metavar="HOSTPORT")
 
 
 def _add_node(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -191,6 +212,24 @@ def run_version(options: argparse.Namespace) -> int:
 
     print(f"knarr {version('knarr')}")
     return 0
+
+
+def run_why(options: argparse.Namespace) -> int:
+    from knarr.cluster import lifecycle, netverbs
+
+    config = lifecycle.existing(options.name, options.data_dir)
+    return netverbs.explain(config, options.source, options.target, namespace=options.namespace, protocol=options.protocol)
+
+
+def run_port(options: argparse.Namespace) -> int:
+    from knarr.cluster import lifecycle, netverbs
+
+    config = lifecycle.existing(options.name, options.data_dir)
+    if options.action == "add":
+        return netverbs.add_port(config, options.mapping, namespace=options.namespace)
+    if options.action == "rm":
+        return netverbs.remove_port(config, options.host_port)
+    return netverbs.show_ports(config)
 
 
 def run_image(options: argparse.Namespace) -> int:
