@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from knarr.runtime.cgroups import Cgroups
 from knarr.runtime.cri import ContainerState, RuntimeFault, SandboxState
 from tests.runtime.conftest import Bench, mounts_below, processes_naming
 
@@ -186,3 +187,44 @@ async def test_random_kills_during_churn_leak_nothing(bench: Bench, seed: int) -
     assert list((bench.folder / "state/oci").iterdir()) == []
     for controller in ("memory", "pids"):
         assert list(Path(f"/sys/fs/cgroup/{controller}/{bench.group}").glob("*/*/")) == []
+
+
+async def test_a_full_disk_is_a_fault_and_hides_no_end(image_folder: Path) -> None:
+    """The data folder has no byte left: starts fail cleanly, ends are seen, and with room again everything goes on."""
+    import shutil
+    import subprocess
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="runtime-test-", dir="/tmp"))
+    (folder / "root").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder / "root")], check=True)
+    bench = Bench(folder, f"/knarr-test-{folder.name[-8:]}")
+    try:
+        subprocess.run(["cp", "-a", str(image_folder), str(folder / "root/images")], check=True)
+        await bench.runtime.start()
+        container_id = await bench.run("sh", "-c", "while [ ! -e /go ]; do sleep 0.02; done; exit 9")
+        pid = (await bench.runtime.container_status(container_id)).pid
+        with contextlib.suppress(OSError), (folder / "root/fill").open("wb") as fill:
+            while True:
+                fill.write(bytes(4096))
+                fill.flush()
+        with pytest.raises(RuntimeFault, match="No space left"):
+            await bench.run("true")
+        os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(10):
+            assert (await bench.ended(container_id)).exit_code == 137
+        (folder / "root/fill").unlink()
+        assert len(await bench.runtime.list_containers()) == 1
+        assert (await bench.output("echo", "again"))[1] == "again\n"
+        await bench.restart()
+        assert (await bench.ended(container_id)).exit_code == 137
+        await bench.clean()
+        assert processes_naming(str(folder)) == []
+    finally:
+        with contextlib.suppress(Exception):
+            await bench.clean()
+        await bench.runtime.close()
+        Cgroups().remove(bench.group)
+        for mount in reversed(mounts_below(folder)):
+            subprocess.run(["umount", "-l", mount], check=False)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -290,5 +290,5 @@ async def test_cdi_devices_edit_the_specification(bench: Bench, monkeypatch: pyt
     _, log = await bench.output("sh", "-c", "echo $ALL $ONE; ls /cdi; echo x > /dev/thing && echo written", cdi_devices=["vendor.com/thing=one"])
     assert log == "1 1\nbroken.yaml\nvendor.json\nwritten\n"
     sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox())
-    with pytest.raises(RuntimeFault, match="unresolvable CDI devices vendor.com/thing=two"):
+    with pytest.raises(RuntimeFault, match="unresolvable CDI devices vendor"):
         await bench.runtime.create_container(sandbox_id, bench.container("true", annotations={"cdi.k8s.io/x": "vendor.com/thing=two"}))

@@ -294,7 +294,7 @@ class Containers:
         container.finished_at_ns = time.time_ns()
         container.exit_code, container.reason, container.message = _EXIT_CANNOT_START, "StartError", message
         container.cleaned = True
-        await self._save(container)
+        await self._save_end(container)
         live = self._live[container.id]
         live.ended.set()
         live.dropped.set()
@@ -328,7 +328,7 @@ class Containers:
         if container.started_at_ns:
             container.finished_at_ns = max(container.finished_at_ns, container.started_at_ns)
         self._explain(container)
-        await self._save(container)
+        await self._save_end(container)
         live = self._live.get(container.id)
         if live is not None:
             live.ended.set()
@@ -371,7 +371,7 @@ class Containers:
         await self._workers.run(lambda: self._drop_blocking(container))
         container.cleaned = True
         if container.complete and container.id in self._containers:
-            await self._save(container)
+            await self._save_end(container)
         if (live := self._live.get(container.id)) is not None:
             live.dropped.set()
 
@@ -571,6 +571,13 @@ class Containers:
                 # The thread goes on; the next write must not overtake it.
                 await asyncio.wait({writing})
                 raise
+
+    async def _save_end(self, container: Container) -> None:
+        """Save what has happened already: a disk that is full must not hide an end. A restart finds it again by conmon's exit file."""
+        try:
+            await self._save(container)
+        except OSError as error:
+            log.error("the end of a container could not be recorded", container=container.id, error=error)
 
     def _publish(self, kind: Any, container: Container) -> None:
         self._events.publish(ContainerEvent(kind, container.id, container.sandbox_id, time.time_ns()))
