@@ -113,10 +113,8 @@ async def create_object(call: Call, obj: Object, *, name: str = "", tracked: boo
         metadata = obj["metadata"] = {}
     for field in ("uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "generation"):
         metadata.pop(field, None)
-    if metadata.get("resourceVersion") and not name and not call.dry_run:
-        # Upstream's storage refuses it, so a dry run does not notice.
-        raise StatusError(500, "", "resourceVersion should not be set on objects to be created")
-    metadata.pop("resourceVersion", None)
+    if name or not metadata.get("resourceVersion"):
+        metadata.pop("resourceVersion", None)
     check_namespace(call, metadata)
     metadata["uid"] = new_uid()
     metadata["creationTimestamp"] = clock.now_rfc3339()
@@ -173,10 +171,14 @@ async def _try_create(call: Call, obj: Object) -> CachedObject | Object | None:
             request.object = obj
             request.name = metadata["name"]
             await admission.validate(request)
+        given_version = metadata.pop("resourceVersion", None)
+        if call.dry_run:
+            return None if key in store.cache.objects else obj
+        if given_version:
+            # Upstream's storage refuses it: after admission has had its say, and unnoticed by a dry run.
+            raise StatusError(500, "", "resourceVersion should not be set on objects to be created")
         if key in store.cache.objects:
             return None
-        if call.dry_run:
-            return obj
         written = await store.put(key, await endpoint.dump(obj), 0)
         stored = written is not None
         return written
