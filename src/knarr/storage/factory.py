@@ -24,7 +24,7 @@ def open_store(url: str) -> RevisionStore:
 
         if not parts.path:
             raise ValueError(f"store {url!r} names no file")
-        return SQLiteStore(Path(parts.path))
+        return SQLiteStore(Path("/" + parts.path.lstrip("/")))
     if parts.scheme in ("etcd3", "etcd3s", "etcd"):
         from knarr.storage.etcd import EtcdConfig, EtcdStore
 

@@ -122,7 +122,7 @@ def _counts(status: Object, keys: tuple[str, ...], limited: tuple[str, ...], err
     replicas = status.get("replicas") or 0
     for key in limited:
         if (status.get(key) or 0) > replicas:
-            errors.append(invalid_value(f"status.{key}", status[key], "cannot be greater than status.replicas"))
+            errors.append(invalid_value(f"status.{key}", status.get(key) or 0, "cannot be greater than status.replicas"))
     if (status.get("availableReplicas") or 0) > (status.get("readyReplicas") or 0):
         message = f"cannot be greater than {prefix}readyReplicas"
         errors.append(invalid_value("status.availableReplicas", status["availableReplicas"], message))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from knarr.api import warnings
 from knarr.api.errors import FieldError
 from knarr.api.types import Object
 
@@ -87,7 +88,11 @@ class Strategy:
 
     def warnings(self, obj: Object, old: Object | None) -> list[str]:
         """Return texts for Warning headers."""
-        return []
+        return warnings.of_change(obj, old)
+
+    def status_warnings(self, obj: Object) -> list[str]:
+        """As warnings, for an update of the status subresource."""
+        return warnings.of_status(obj)
 
     def canonicalize(self, obj: Object) -> None:
         """Bring a valid object into its stored form."""

@@ -118,11 +118,9 @@ class CertificateSigningRequest(Strategy):
         _take(obj, old, "status")
 
     def prepare_status(self, call: Call, obj: Object, old: Object) -> None:
-        """The certificate and conditions other than the decision."""
+        """The certificate and conditions; validation refuses changes of the decision."""
         _take(obj, old, "spec")
-        kept = [c for c in (old.get("status") or {}).get("conditions") or [] if c.get("type") in ("Approved", "Denied")]
-        mine = [c for c in (obj.get("status") or {}).get("conditions") or [] if c.get("type") not in ("Approved", "Denied")]
-        _conditions(obj, old, [*kept, *mine])
+        _conditions(obj, old, (obj.get("status") or {}).get("conditions") or [])
 
     def prepare_approval(self, call: Call, obj: Object, old: Object) -> None:
         """The conditions only."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from knarr.api import errors, quantity
 from knarr.api.errors import FieldError
 from knarr.api.types import Object
+from knarr.api.warnings.pods import take_apparmor_annotations
 from knarr.apiserver.registry.base import Strategy, rest_of
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class Pod(Strategy):
                 "reason": "SchedulingGated", "message": "Scheduling is blocked due to non-empty scheduling gates",
             }]
         _merge_label_selectors(obj)
+        call.warnings += take_apparmor_annotations(obj)
 
     def prepare_update(self, call: Call, obj: Object, old: Object) -> None:
         if "status" in old:

@@ -185,6 +185,8 @@ async def _try_update(call: Call, mode: UpdateMode, change: Change, cached: Cach
             raise errors.invalid(store.resource, call.info.name, found)
         if not mode.subresource:
             call.warnings += endpoint.strategy.warnings(new, old)
+        elif mode.subresource == "status":
+            call.warnings += endpoint.strategy.status_warnings(new)
         endpoint.strategy.canonicalize(new)
         if admission is not None and request is not None:
             request.object = new

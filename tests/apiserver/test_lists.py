@@ -1,0 +1,88 @@
+"""Lists: pages at one revision, tokens that outlive compaction, consistent reads."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from knarr.api import errors
+from knarr.api.resources import CONFIG_MAPS
+from knarr.testing.apiserver import RunningAPIServer, running_apiserver
+
+PATH = "/api/v1/namespaces/default/configmaps"
+
+
+async def fill(server: RunningAPIServer, count: int) -> None:
+    bodies = [{"metadata": {"name": f"c{i:03d}", "labels": {"odd": str(i % 2)}}} for i in range(count)]
+    await asyncio.gather(*[server.client.create(CONFIG_MAPS, body, "default") for body in bodies])
+
+
+async def page(server: RunningAPIServer, query: str) -> dict:  # type: ignore[type-arg]
+    import orjson
+
+    return orjson.loads((await server.client.request("GET", f"{PATH}?{query}")).body)
+
+
+async def test_pages_show_one_revision_though_objects_change_meanwhile(apiserver: RunningAPIServer) -> None:
+    await fill(apiserver, 40)
+    first = await page(apiserver, "limit=17")
+    assert first["metadata"]["remainingItemCount"] == 23
+    await apiserver.client.delete(CONFIG_MAPS, "c030", "default")
+    await apiserver.client.create(CONFIG_MAPS, {"metadata": {"name": "c020a"}}, "default")
+    second = await page(apiserver, f"limit=17&continue={first['metadata']['continue']}")
+    third = await page(apiserver, f"limit=17&continue={second['metadata']['continue']}")
+    pages = [first, second, third]
+    names = [item["metadata"]["name"] for one in pages for item in one["items"]]
+    assert names == [f"c{i:03d}" for i in range(40)]
+    assert len({one["metadata"]["resourceVersion"] for one in pages}) == 1
+    assert "continue" not in third["metadata"]
+    assert "remainingItemCount" not in third["metadata"]
+
+
+async def test_pages_with_selectors_do_not_say_how_many_remain(apiserver: RunningAPIServer) -> None:
+    await fill(apiserver, 20)
+    first = await page(apiserver, "limit=4&labelSelector=odd%3D1")
+    assert "remainingItemCount" not in first["metadata"]
+    rest = await page(apiserver, f"limit=100&labelSelector=odd%3D1&continue={first['metadata']['continue']}")
+    assert len(first["items"]) + len(rest["items"]) == 10
+
+
+async def test_compacted_token_is_expired_and_carries_one_that_goes_on(apiserver: RunningAPIServer) -> None:
+    await fill(apiserver, 20)
+    first = await page(apiserver, "limit=8")
+    await apiserver.client.create(CONFIG_MAPS, {"metadata": {"name": "later"}}, "default")
+    await apiserver.server.storage.store.compact(apiserver.server.storage.revision)
+    with pytest.raises(errors.StatusError) as raised:
+        await page(apiserver, f"limit=8&continue={first['metadata']['continue']}")
+    assert (raised.value.code, raised.value.reason) == (410, "Expired")
+    token = raised.value.extra_metadata["continue"]
+    second = await page(apiserver, f"limit=8&continue={token}")
+    assert [item["metadata"]["name"] for item in second["items"]] == [f"c{i:03d}" for i in range(8, 16)]
+    assert second["metadata"]["resourceVersion"] != first["metadata"]["resourceVersion"]
+
+
+async def test_exact_version_shows_the_past(apiserver: RunningAPIServer) -> None:
+    await fill(apiserver, 2)
+    then = (await page(apiserver, ""))["metadata"]["resourceVersion"]
+    await apiserver.client.delete(CONFIG_MAPS, "c000", "default")
+    past = await page(apiserver, f"resourceVersion={then}&resourceVersionMatch=Exact")
+    assert [item["metadata"]["name"] for item in past["items"]] == ["c000", "c001"]
+    with pytest.raises(errors.StatusError) as raised:
+        await page(apiserver, "resourceVersion=99999999")
+    assert raised.value.code == 504
+
+
+async def test_restart_shows_the_same_world(tmp_path: object) -> None:
+    url = f"sqlite:///{tmp_path}/store.db"
+    async with running_apiserver(store=url) as server:
+        await fill(server, 5)
+        before = await page(server, "")
+    async with running_apiserver(store=url) as server:
+        after = await page(server, "")
+        assert after["items"] == before["items"]
+        watched = server.client.watch(CONFIG_MAPS, "default", resource_version=before["metadata"]["resourceVersion"])
+        await server.client.delete(CONFIG_MAPS, "c000", "default")
+        async with asyncio.timeout(5):
+            kind, obj = await anext(aiter(watched))
+        assert (kind, obj["metadata"]["name"]) == ("DELETED", "c000")
