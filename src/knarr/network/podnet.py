@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv6Address, IPv6Interface, ip_address, ip_network
@@ -105,6 +105,8 @@ class BridgeNetwork:
         self._addresses: AddressManager | None = None
         self._sysctls = SysctlRecord(self._state_dir / "sysctls.json")
         self._host_ports = HostPorts(table, netns)
+        self.on_attach: Callable[[str, str, Sequence[str]], Awaitable[None]] | None = None
+        """Called with namespace, name and addresses of each attached pod before its containers may start."""
         self._started = False
         self._why_not = "the pod network has not been started"
 
@@ -137,7 +139,10 @@ class BridgeNetwork:
         reason = await self.ready()
         if reason is not None:
             raise RuntimeFault(f"network is not ready: {reason}")
-        return await self._run(lambda: self._setup(sandbox))
+        result = await self._run(lambda: self._setup(sandbox))
+        if self.on_attach is not None:
+            await self.on_attach(sandbox.namespace, sandbox.name, result.ips)
+        return result
 
     async def teardown(self, sandbox: SandboxNetwork) -> None:
         """See PodNetwork.teardown."""

@@ -114,6 +114,7 @@ class Node:
         informers = Informers(network_client)
         proxy = ServiceProxy(network_client, informers, node_name=self.node.name, table=f"knarr{self.config.suffix}", pod_cidrs=(self.config.pod_cidr,))
         policy = PolicyEngine(network_client, informers, node_name=self.node.name, table=f"knarr{self.config.suffix}-policy")
+        network.on_attach = policy.admit
         try:
             async with asyncio.TaskGroup() as group:
                 kubelet = Kubelet(kubelet_client, runtime, runtime, self.kubelet_config(serving))

@@ -8,7 +8,7 @@ leaves the table in force; `cleanup` removes it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -66,6 +66,10 @@ class PolicyEngine:
         self._wake = asyncio.Event()
         self._loaded = asyncio.Event()
         self._subscribed = False
+        self._early: dict[str, list[str]] = {}
+        """Addresses of this node's pods that the API does not know yet."""
+        self._commits = 0
+        self._committed = asyncio.Condition()
 
     @property
     def synced(self) -> bool:
@@ -101,11 +105,40 @@ class PolicyEngine:
                 load = False
                 backoff.reset()
                 self._loaded.set()
+                self._commits += 1
+                async with self._committed:
+                    self._committed.notify_all()
                 await self._wake.wait()
                 # One turn of the loop lets the rest of a burst in.
                 await asyncio.sleep(0)
         finally:
             await self._recorder.close()
+
+    async def admit(self, namespace: str, name: str, ips: Sequence[str], timeout_seconds: float = 1.0) -> None:
+        """Put the policies of a pod of this node in force before its containers start.
+
+        The pod network calls it with a pod's fresh addresses; the API learns them only later. Waits only for pods that some policy isolates, and
+        never longer than the timeout: a pod must not hang on us.
+        """
+        obj = self._pods.get(namespace, name)
+        key = f"{namespace}/{name}"
+        if obj is None or not self.synced:
+            return
+        self._early[key] = list(ips)
+        self._pod_seen(obj)
+        if not self.state.isolated(key):
+            return
+        # A commit that is under way may have begun before us; the one after it has us for certain.
+        wanted = self._commits + 2
+        self._wake.set()
+        try:
+            async with asyncio.timeout(timeout_seconds), self._committed:
+                await self._committed.wait_for(lambda: self._commits >= wanted or self._idle_since(wanted))
+        except TimeoutError:
+            log.warning("policies of a new pod are late", pod=key)
+
+    def _idle_since(self, wanted: int) -> bool:
+        return self._commits >= wanted - 1 and not self._wake.is_set()
 
     def _subscribe(self) -> None:
         if self._subscribed:
@@ -123,8 +156,14 @@ class PolicyEngine:
         self.state.drop_namespace(obj["metadata"]["name"])
 
     def _pod_seen(self, obj: Object) -> None:
-        pod = read_pod(obj)
         key = object_key(obj)
+        early = self._early.get(key)
+        if early is not None:
+            if (obj.get("status") or {}).get("podIP"):
+                del self._early[key]
+            else:
+                obj = {**obj, "status": {**(obj.get("status") or {}), "podIPs": [{"ip": address} for address in early]}}
+        pod = read_pod(obj)
         if pod is None:
             if key not in self.state.pods:
                 return
@@ -136,6 +175,7 @@ class PolicyEngine:
         self._wake.set()
 
     def _pod_gone(self, obj: Object) -> None:
+        self._early.pop(object_key(obj), None)
         self.state.drop_pod(object_key(obj))
         self._wake.set()
 

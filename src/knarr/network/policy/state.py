@@ -203,6 +203,11 @@ class PolicyState:
             # Also a pod that stays a member may have other addresses or ports now.
             self._dirty_peers.add(identity)
 
+    def isolated(self, key: str) -> bool:
+        """Whether some policy selects a pod."""
+        pod = self.pods.get(key)
+        return pod is not None and any(policy.pods.matches(pod.labels) for policy in self._by_namespace.get(pod.namespace, {}).values())
+
     # Output
 
     def wanted(self) -> Wanted:
