@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from knarr.api import decode as decoding
 from knarr.api import typeinfo
+from knarr.api import warnings as texts
 from knarr.api.defaulting import default as default_builtin
 from knarr.api.errors import FieldError
 from knarr.api.scheme import Resource
@@ -78,3 +79,12 @@ def validate_update(endpoint: Endpoint, obj: Object, old: Object, subresource: s
     if endpoint.schema is not None:
         return list(endpoint.schema.validate(obj, old, subresource))
     return list(pure_validate_update(endpoint.resource, obj, old, subresource))
+
+
+def warnings_of(endpoint: Endpoint, obj: Object, old: Object | None, subresource: str = "") -> list[str]:
+    """Return the texts of Warning headers for a valid create (old None) or update."""
+    if endpoint.schema is not None:
+        return [] if subresource else texts.of_custom(obj, old)
+    if subresource == "status":
+        return texts.of_status(obj)
+    return texts.of_change(obj, old) if not subresource else []

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from knarr.api import warnings
 from knarr.api.errors import FieldError
 from knarr.api.types import Object
 
@@ -85,14 +84,6 @@ class Strategy:
     def validate_create(self, call: Call, obj: Object) -> list[FieldError]:
         """Rules that need the server's state; the pure rules are in knarr.api.validation."""
         return []
-
-    def warnings(self, obj: Object, old: Object | None) -> list[str]:
-        """Return texts for Warning headers."""
-        return warnings.of_change(obj, old)
-
-    def status_warnings(self, obj: Object) -> list[str]:
-        """As warnings, for an update of the status subresource."""
-        return warnings.of_status(obj)
 
     def canonicalize(self, obj: Object) -> None:
         """Bring a valid object into its stored form."""

@@ -163,7 +163,7 @@ async def _try_create(call: Call, obj: Object) -> CachedObject | Object | None:
         found = machinery.validate_create(endpoint, obj) + strategy.validate_create(call, obj)
         if found:
             raise errors.invalid(store.resource, obj["metadata"].get("name") or "", found)
-        call.warnings += strategy.warnings(obj, None)
+        call.warnings += machinery.warnings_of(endpoint, obj, None)
         strategy.canonicalize(obj)
         metadata = obj["metadata"]
         key = object_key(metadata.get("namespace") or "", metadata["name"])

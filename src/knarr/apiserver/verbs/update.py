@@ -183,8 +183,7 @@ async def _try_update(call: Call, mode: UpdateMode, change: Change, cached: Cach
             found += mode.validate(call, new, old)
         if found:
             raise errors.invalid(store.resource, call.info.name, found)
-        if not mode.subresource:
-            call.warnings += endpoint.strategy.warnings(new, old)
+        call.warnings += machinery.warnings_of(endpoint, new, old, mode.subresource)
         elif mode.subresource == "status":
             call.warnings += endpoint.strategy.status_warnings(new)
         endpoint.strategy.canonicalize(new)
