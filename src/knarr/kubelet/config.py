@@ -101,6 +101,8 @@ class KubeletConfig:
     registry_credentials_file: str = ""
     """A docker config.json whose credentials every pull may use."""
     volume_plugin_dirs: tuple[str, ...] = ()
+    device_plugins_dir: str = ""
+    """Where device plugins find kubelet.sock; empty means <root_dir>/device-plugins. Served when the folder exists at start."""
     plugins_dir: str = ""
     """Where CSI and device plugins register; empty means <root_dir>/plugins_registry."""
 

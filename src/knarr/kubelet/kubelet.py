@@ -30,6 +30,8 @@ from knarr.kubelet.images import ImageManager
 from knarr.kubelet.node import Node
 from knarr.kubelet.node_status import NodeReporter
 from knarr.kubelet.objects import ReferencedObjects
+from knarr.kubelet.plugins.devices import DeviceManager
+from knarr.kubelet.plugins.watcher import PluginWatcher
 from knarr.kubelet.pods import PodWorkers
 from knarr.kubelet.probes.manager import Probes
 from knarr.kubelet.resize import Resizes
@@ -103,6 +105,10 @@ class Kubelet:
             self._record(pod, kind, reason, message, field_path=podutil.field_path(pod, name))
 
         self.csi = CSIVolumes(config, client)
+        self.devices = DeviceManager(config.device_plugins_dir or os.path.join(config.root_dir, "device-plugins"), self._devices_changed)
+        self.plugins = PluginWatcher(
+            config.plugins_dir or os.path.join(config.root_dir, "plugins_registry"), {"CSIPlugin": self.csi, "DevicePlugin": self.devices}
+        )
         claims = Claims(client, self.csi)
         volumes = Volumes(config, payload_context, claims, image_manager, event, lambda: self.capacity.memory_allocatable_bytes)
         probes = Probes(runtime, container_event, lambda uid: self.workers.wake(uid), config.node_ip)
@@ -125,6 +131,7 @@ class Kubelet:
             runtime_class=lambda name: self._classes.get(None, name),
             capacity=self.capacity,
             tasks=self.tasks,
+            devices=self.devices,
         )
         node.resize = Resizes(node)
         return node
@@ -139,6 +146,11 @@ class Kubelet:
             if api is not None:
                 return [*found, api]
         return found
+
+    def _devices_changed(self) -> None:
+        for name, (total, healthy) in self.devices.capacity().items():
+            self.capacity.capacity[name], self.capacity.allocatable[name] = str(total), str(healthy)
+        self.reporter.changed()
 
     def _api_pod(self, pod: Object) -> Object | None:
         """The API's copy of a pod; a static pod's is its mirror."""
@@ -184,7 +196,8 @@ class Kubelet:
                     ("eviction", self.eviction.run()),
                     ("garbage", self.garbage.run()),
                     ("shutdown", self.shutdown.run()),
-                    ("plugins", self.csi.run()),
+                    ("plugins", self.plugins.run()),
+                    ("devices", self.devices.run()),
                     ("pods", self._run_pods()),
                 ):
                     group.create_task(loop, name=f"kubelet-{name}")
@@ -286,5 +299,6 @@ class Kubelet:
         await self.node.probes.close()
         await self.node.status.close()
         await self.node.objects.close()
+        await self.csi.close()
         await self.informers.close()
         await self._recorder.close()

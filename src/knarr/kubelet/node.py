@@ -18,6 +18,7 @@ from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.env import EnvContext
 from knarr.kubelet.images import ImageManager
 from knarr.kubelet.objects import ReferencedObjects
+from knarr.kubelet.plugins.devices import DeviceManager
 from knarr.kubelet.probes.manager import Probes
 from knarr.kubelet.status_manager import StatusManager
 from knarr.kubelet.tokens import Tokens
@@ -66,6 +67,7 @@ class Node:
     runtime_class: Callable[[str], Object | None]
     capacity: Capacity
     tasks: Tasks
+    devices: DeviceManager
     resize: Resizes | None = None
 
     def event(self, pod: Object, kind: str, reason: str, message: str) -> None:

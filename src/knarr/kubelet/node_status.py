@@ -195,8 +195,8 @@ class NodeReporter:
         addresses.append({"type": "Hostname", "address": self._config.node_name})
         status: Object = {
             "addresses": addresses,
-            "capacity": self._capacity.capacity,
-            "allocatable": self._capacity.allocatable,
+            "capacity": dict(self._capacity.capacity),
+            "allocatable": dict(self._capacity.allocatable),
             "conditions": await self._conditions(before),
             "daemonEndpoints": {"kubeletEndpoint": {"Port": self._config.port}},
             "nodeInfo": machine.node_info(self._config, self._runtime_version),

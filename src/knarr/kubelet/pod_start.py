@@ -16,6 +16,8 @@ from knarr.kubelet import hooks, pod_stop, pod_sync, podutil, sandboxes
 from knarr.kubelet.containers import ConfigError, ContainerContext, container_config
 from knarr.kubelet.images import ImageProblem
 from knarr.kubelet.observed import Observed
+from knarr.kubelet.plugins.devices import NotEnoughDevices
+from knarr.kubelet.plugins.wire import PluginError
 from knarr.kubelet.pod_worker import PodEnding, PodWorker
 from knarr.kubelet.userns import NoRangeLeft
 from knarr.runtime.cri import Image, RuntimeFault
@@ -123,11 +125,14 @@ async def _create_and_start(worker: PodWorker, spec: Object, image: Image, sandb
             extra_groups=node.volumes.of(worker.uid).groups,
             mappings=pod_sync.mappings_of(worker),
         )
+        granted = await node.devices.allocate(pod, spec)
+        context.devices, context.device_mounts, context.device_env = granted.devices, granted.mounts, granted.env
+        context.device_annotations, context.cdi_devices = granted.annotations, granted.cdi_devices
         target = _target(worker, spec, observed)
         config = await worker.interruptible(
             container_config(pod, spec, image, _attempt(worker, name, observed), context, target_id=target)
         )
-    except (ConfigError, OSError, NoRangeLeft) as e:
+    except (ConfigError, OSError, NoRangeLeft, NotEnoughDevices, PluginError) as e:
         node.container_event(pod, name, "Warning", "Failed", f"Error: {e}")
         _failed(worker, observed, name, "CreateContainerConfigError", str(e))
         return False

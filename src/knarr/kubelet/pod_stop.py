@@ -225,6 +225,7 @@ async def clean_up(worker: PodWorker) -> None:
     node.objects.release(worker.uid)
     node.tokens.forget(worker.uid)
     node.images.forget(worker.uid)
+    node.devices.release(worker.uid)
     if worker.orphan:
         await remove_remains(worker)
     else:

@@ -25,7 +25,6 @@ from knarr.client.rest import Client
 from knarr.kubelet import podutil
 from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.faults import UNREACHABLE
-from knarr.kubelet.plugins.watcher import PluginWatcher
 from knarr.kubelet.plugins.wire import Message, Plugin, PluginError
 from knarr.kubelet.volumes import mounts
 from knarr.kubelet.volumes.model import MountedVolume, VolumeError
@@ -55,16 +54,10 @@ class CSIVolumes:
         self._client = client
         self._drivers: dict[str, _Driver] = {}
         self._staging: dict[str, asyncio.Lock] = {}
-        folder = config.plugins_dir or os.path.join(config.root_dir, "plugins_registry")
-        self.watcher = PluginWatcher(folder, {"CSIPlugin": self})
 
-    async def run(self) -> None:
-        """Follow the registration folder. Eternal."""
-        try:
-            await self.watcher.run()
-        finally:
-            for driver in self._drivers.values():
-                await driver.plugin.close()
+    async def close(self) -> None:
+        for driver in self._drivers.values():
+            await driver.plugin.close()
 
     def owns(self, path: str) -> bool:
         """Whether this path is a CSI volume whose ownership its driver has set."""

@@ -1,0 +1,176 @@
+"""CSI drivers and device plugins over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest_asyncio
+
+from knarr.api.resources import CSI_DRIVERS, CSI_NODES, NODES, PERSISTENT_VOLUME_CLAIMS, PERSISTENT_VOLUMES, PODS
+from knarr.kubelet.plugins import wire
+from knarr.kubelet.volumes import mounts
+from tests.kubelet.conftest import Bench
+
+
+class FakePlugin:
+    """A gRPC server that answers by a table of (request message, answer message, function)."""
+
+    def __init__(self, socket: Path, services: dict[str, dict[str, tuple[str, str, Any]]]) -> None:
+        self.socket = socket
+        self.calls: list[tuple[str, Any]] = []
+        self._server = grpc.aio.server()
+        for service, methods in services.items():
+            handlers = {name: self._handler(name, *entry) for name, entry in methods.items()}
+            self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
+
+    def _handler(self, name: str, request: str, answer: str, function: Any) -> Any:
+        if name == "ListAndWatch":
+
+            async def stream(data: bytes, context: Any) -> AsyncIterator[bytes]:
+                yield wire.encode(answer, function({}))
+                await asyncio.sleep(3600)
+
+            return grpc.unary_stream_rpc_method_handler(stream)
+
+        async def unary(data: bytes, context: Any) -> bytes:
+            message = wire.decode(request, data)
+            self.calls.append((name, message))
+            return wire.encode(answer, function(message) or {})
+
+        return grpc.unary_unary_rpc_method_handler(unary)
+
+    async def start(self) -> None:
+        self._server.add_insecure_port(f"unix://{self.socket}")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        await self._server.stop(0)
+
+
+def registration(kind: str, name: str, endpoint: Path, version: str) -> dict[str, tuple[str, str, Any]]:
+    info = {"type": kind, "name": name, "endpoint": str(endpoint), "supported_versions": [version]}
+    return {
+        "GetInfo": ("Empty", "PluginInfo", lambda m: info),
+        "NotifyRegistrationStatus": ("RegistrationStatus", "Empty", lambda m: None),
+    }
+
+
+class CSIDriver(FakePlugin):
+    """Serves directories of one folder as volumes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        endpoint = folder / "csi.sock"
+        node = {
+            "NodeGetInfo": ("Empty", "NodeGetInfoResponse", lambda m: {"node_id": "n1", "max_volumes_per_node": 7, "accessible_topology": {"segments": {"topology.test/zone": "a"}}}),
+            "NodeGetCapabilities": ("Empty", "NodeGetCapabilitiesResponse", lambda m: {"capabilities": [{"rpc": {"type": 1}}]}),
+            "NodeStageVolume": ("NodeStageVolumeRequest", "Empty", lambda m: None),
+            "NodeUnstageVolume": ("NodeUnstageVolumeRequest", "Empty", lambda m: None),
+            "NodePublishVolume": ("NodePublishVolumeRequest", "Empty", self._publish),
+            "NodeUnpublishVolume": ("NodeUnpublishVolumeRequest", "Empty", self._unpublish),
+        }
+        super().__init__(endpoint, {"csi.v1.Node": node})
+
+    def _publish(self, message: Any) -> None:
+        source = self.folder / message["volume_id"]
+        source.mkdir(exist_ok=True)
+        os.makedirs(message["target_path"])
+        mounts.bind(str(source), message["target_path"])
+
+    def _unpublish(self, message: Any) -> None:
+        mounts.unmount(message["target_path"])
+        os.rmdir(message["target_path"])
+
+
+@pytest_asyncio.fixture
+async def driver(bench: Bench) -> AsyncIterator[CSIDriver]:
+    folder = bench.folder / "driver"
+    folder.mkdir()
+    csi = CSIDriver(folder)
+    await csi.start()
+    register = FakePlugin(
+        bench.folder / "kubelet" / "plugins_registry" / "test.csi-reg.sock",
+        {"pluginregistration.Registration": registration("CSIPlugin", "test.csi", csi.socket, "1.0.0")},
+    )
+    await register.start()
+    try:
+        async with asyncio.timeout(10):
+            while not any(c[0] == "NotifyRegistrationStatus" for c in register.calls):
+                await asyncio.sleep(0.02)
+        assert register.calls[-1][1] == {"plugin_registered": True}
+        yield csi
+    finally:
+        await register.stop()
+        await csi.stop()
+
+
+async def test_a_csi_volume_is_staged_published_and_taken_back(bench: Bench, driver: CSIDriver) -> None:
+    client = bench.client
+    node = await client.get(CSI_NODES, bench.node_name)
+    assert node["spec"]["drivers"] == [{"name": "test.csi", "nodeID": "n1", "topologyKeys": ["topology.test/zone"], "allocatable": {"count": 7}}]
+    assert (await client.get(NODES, bench.node_name))["metadata"]["labels"]["topology.test/zone"] == "a"
+    spec = {"attachRequired": False, "podInfoOnMount": True}
+    await client.create(CSI_DRIVERS, {"apiVersion": "storage.k8s.io/v1", "kind": "CSIDriver", "metadata": {"name": "test.csi"}, "spec": spec})
+    shared = {"accessModes": ["ReadWriteOnce"], "storageClassName": ""}
+    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "c", "namespace": bench.namespace}}
+    claim["spec"] = {**shared, "resources": {"requests": {"storage": "1Gi"}}, "volumeName": "v"}
+    claim = await client.create(PERSISTENT_VOLUME_CLAIMS, claim, bench.namespace)
+    reference = {"kind": "PersistentVolumeClaim", "name": "c", "namespace": bench.namespace, "uid": claim["metadata"]["uid"]}
+    source = {"driver": "test.csi", "volumeHandle": "h1", "volumeAttributes": {"x": "y"}}
+    volume = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "v"}}
+    volume["spec"] = {**shared, "capacity": {"storage": "1Gi"}, "csi": source, "claimRef": reference}
+    await client.create(PERSISTENT_VOLUMES, volume)
+    status = {"phase": "Bound", "accessModes": ["ReadWriteOnce"], "capacity": {"storage": "1Gi"}}
+    await client.patch(PERSISTENT_VOLUME_CLAIMS, "c", bench.namespace, {"status": status}, type="merge", subresource="status")
+
+    await bench.run(
+        "p",
+        "echo data > /v/file; sleep 1000",
+        container={"volumeMounts": [{"name": "v", "mountPath": "/v"}]},
+        volumes=[{"name": "v", "persistentVolumeClaim": {"claimName": "c"}}],
+    )
+    await bench.until_ready("p")
+    async with asyncio.timeout(5):
+        while not (driver.folder / "h1" / "file").exists():
+            await asyncio.sleep(0.02)
+    published = next(m for n, m in driver.calls if n == "NodePublishVolume")
+    assert published["volume_context"]["csi.storage.k8s.io/pod.name"] == "p"
+    assert published["volume_context"]["x"] == "y"
+    await client.delete(PODS, "p", bench.namespace)
+    await bench.until_gone("p")
+    order = [n for n, _ in driver.calls if n not in ("NodeGetInfo", "NodeGetCapabilities")]
+    assert order == ["NodeStageVolume", "NodePublishVolume", "NodeUnpublishVolume", "NodeUnstageVolume"]
+    assert (driver.folder / "h1" / "file").read_text() == "data\n"
+
+
+async def test_a_device_plugin_gives_containers_its_devices(bench: Bench) -> None:
+    endpoint = bench.folder / "device.sock"
+    granted = {"container_responses": [{"envs": {"GIVEN": "yes"}, "devices": [{"container_path": "/dev/given", "host_path": "/dev/null", "permissions": "rw"}]}]}
+    service = {
+        "ListAndWatch": ("Empty", "ListAndWatchResponse", lambda m: {"devices": [{"ID": "d0", "health": "Healthy"}, {"ID": "d1", "health": "Unhealthy"}]}),
+        "Allocate": ("AllocateRequest", "AllocateResponse", lambda m: granted),
+    }
+    plugin = FakePlugin(endpoint, {"v1beta1.DevicePlugin": service})
+    await plugin.start()
+    register = FakePlugin(
+        bench.folder / "kubelet" / "plugins_registry" / "dev-reg.sock",
+        {"pluginregistration.Registration": registration("DevicePlugin", "test.com/thing", endpoint, "v1beta1")},
+    )
+    await register.start()
+    try:
+        async with asyncio.timeout(10):
+            while (await bench.client.get(NODES, bench.node_name))["status"]["allocatable"].get("test.com/thing") != "1":
+                await asyncio.sleep(0.05)
+        amounts = {"test.com/thing": "1"}
+        await bench.run("p", "echo $GIVEN; test -c /dev/given && echo device", container={"resources": {"limits": amounts, "requests": amounts}})
+        await bench.until_phase("p", "Succeeded")
+        assert await bench.log("p") == "yes\ndevice\n"
+        assert plugin.calls == [("Allocate", {"container_requests": [{"devices_ids": ["d0"]}]})]
+    finally:
+        await register.stop()
+        await plugin.stop()
