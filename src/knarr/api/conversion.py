@@ -42,7 +42,7 @@ _CORE_TO_EVENTS = {
 }
 _EVENTS_TO_CORE = {new: old for old, new in _CORE_TO_EVENTS.items()}
 # Each version always writes these of its fields, so they exist on the other side too.
-_EVENT_SHAPE = {"source": {}, "firstTimestamp": None, "lastTimestamp": None, "involvedObject": {}, "eventTime": None}
+_EVENT_SHAPE: Object = {"source": {}, "firstTimestamp": None, "lastTimestamp": None, "involvedObject": {}, "eventTime": None}
 
 
 def _event_to_events(obj: Object) -> Object:
