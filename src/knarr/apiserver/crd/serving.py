@@ -10,7 +10,7 @@ from base64 import b64encode
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from knarr.api import table, warnings
+from knarr.api import table
 from knarr.api.errors import FieldError
 from knarr.api.scheme import Resource, Subresource
 from knarr.api.structural import CustomSchema
@@ -37,12 +37,6 @@ class CustomStrategy(Strategy):
 
     def __init__(self, *, has_status: bool) -> None:
         self.resets_status = has_status
-
-    def warnings(self, obj: Object, old: Object | None) -> list[str]:
-        return warnings.of_custom(obj, old)
-
-    def status_warnings(self, obj: Object) -> list[str]:
-        return []
 
     def changed(self, obj: Object, old: Object) -> bool:
         skip = {"metadata", "status"} if self.resets_status else {"metadata"}

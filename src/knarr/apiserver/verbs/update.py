@@ -184,8 +184,6 @@ async def _try_update(call: Call, mode: UpdateMode, change: Change, cached: Cach
         if found:
             raise errors.invalid(store.resource, call.info.name, found)
         call.warnings += machinery.warnings_of(endpoint, new, old, mode.subresource)
-        elif mode.subresource == "status":
-            call.warnings += endpoint.strategy.status_warnings(new)
         endpoint.strategy.canonicalize(new)
         if admission is not None and request is not None:
             request.object = new
