@@ -11,7 +11,7 @@ import dnslib
 import pytest
 
 from knarr.api.resources import ENDPOINT_SLICES, NAMESPACES, SERVICES
-from knarr.network.dns import DNSServer
+from knarr.network.dns import DNSServer, wire
 from knarr.network.dns.forward import HostResolvers
 
 from .fed import FedInformers
@@ -237,3 +237,13 @@ def test_a_stub_resolver_on_the_loopback_is_replaced_by_its_own_upstreams(tmp_pa
     assert resolvers.current() == ["192.0.2.53"]
     plain.write_text("nameserver 192.0.2.99\n")
     assert resolvers.current() == ["192.0.2.99"]
+
+
+def test_a_query_of_ours_is_read_by_others_and_their_answer_by_us():
+    data = wire.build_query(7, "web.default.svc.cluster.local", wire.A)
+    parsed = dnslib.DNSRecord.parse(data)
+    assert (parsed.header.id, str(parsed.q.qname)) == (7, "web.default.svc.cluster.local.")
+    answer = parsed.reply()
+    answer.add_answer(dnslib.RR("web.default.svc.cluster.local", 5, rdata=dnslib.CNAME("x.y"), ttl=5))
+    answer.add_answer(dnslib.RR("x.y", 1, rdata=dnslib.A("10.1.2.3"), ttl=5), dnslib.RR("x.y", 28, rdata=dnslib.AAAA("fd00::1"), ttl=5))
+    assert wire.read_addresses(bytes(answer.pack())) == ["10.1.2.3", "fd00::1"]

@@ -225,10 +225,10 @@ class Node:
 
 async def wait_resolves(config: ClusterConfig) -> None:
     """Until the cluster's DNS service answers for the API server's name: asked as a pod would, through the service address."""
-    from dnslib import DNSRecord
+    from knarr.network.dns.wire import A, WireError, build_query, read_addresses
 
     name = f"kubernetes.default.svc.{config.cluster_domain}"
-    question = bytes(DNSRecord.question(name).pack())
+    question = build_query(1, name, A)
     loop = asyncio.get_running_loop()
     while True:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
@@ -236,9 +236,9 @@ async def wait_resolves(config: ClusterConfig) -> None:
                 await loop.sock_connect(sock, (config.dns_ip, 53))
                 await loop.sock_sendall(sock, question)
                 async with asyncio.timeout(RESOLVE_SECONDS):
-                    answer = DNSRecord.parse(await loop.sock_recv(sock, 4096))
-                if any(str(record.rdata) == config.address(1) for record in answer.rr):
+                    answer = read_addresses(await loop.sock_recv(sock, 4096))
+                if config.address(1) in answer:
                     return
-            except (OSError, TimeoutError) as error:
+            except (OSError, TimeoutError, WireError) as error:
                 log.debug("DNS does not answer yet", error=str(error))
         await asyncio.sleep(RESOLVE_SECONDS)

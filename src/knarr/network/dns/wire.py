@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from ipaddress import ip_address
 from typing import NamedTuple
 
 A, NS, CNAME, SOA, PTR, TXT, AAAA, SRV, OPT, ANY = 1, 2, 5, 6, 12, 16, 28, 33, 41, 255
@@ -53,6 +54,29 @@ class Record(NamedTuple):
     type: int
     ttl: int
     data: bytes
+
+
+def build_query(identity: int, name: str, kind: int) -> bytes:
+    """A query for one name, recursion wanted. Raises WireError for a name that cannot be asked."""
+    return _HEADER.pack(identity, RD, 1, 0, 0, 0) + encode_name(name) + _QUESTION.pack(kind, IN)
+
+
+def read_addresses(message: bytes) -> list[str]:
+    """The addresses in an answer's answer section. Raises WireError."""
+    lifetimes(message)
+    _id, _flags, questions, answers, _authorities, _additionals = _HEADER.unpack_from(message)
+    offset = 12
+    for _ in range(questions):
+        offset = skip_name(message, offset) + 4
+    found = []
+    for _ in range(answers):
+        offset = skip_name(message, offset)
+        kind, _klass, _ttl, length = _RECORD.unpack_from(message, offset)
+        data = message[offset + 10 : offset + 10 + length]
+        if kind in (A, AAAA):
+            found.append(str(ip_address(data)))
+        offset += 10 + length
+    return found
 
 
 def parse_query(data: bytes) -> Query:
