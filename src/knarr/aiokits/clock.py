@@ -34,7 +34,7 @@ def follow_system() -> None:
     _source = time.time
 
 
-_cached: tuple[int, str] = (0, "")
+_cached: tuple[int, str] = (0, "1970-01-01T00:00:00Z")
 
 
 def rfc3339(seconds: float) -> str:

@@ -111,7 +111,7 @@ class LeaderElector:
     async def _take_or_renew(self) -> bool:
         config, loop = self._config, asyncio.get_running_loop()
         now = clock.now_micro()
-        spec = {"holderIdentity": config.identity, "leaseDurationSeconds": int(config.lease_seconds), "acquireTime": now, "renewTime": now}
+        spec = {"holderIdentity": config.identity, "leaseDurationSeconds": max(1, int(config.lease_seconds)), "acquireTime": now, "renewTime": now}
         try:
             lease = await self._client.get(LEASES, config.name, config.namespace)
         except StatusError as error:

@@ -116,11 +116,13 @@ class WorkQueue:
             self._waiters.append(waiter)
             try:
                 await waiter
-            finally:
+            except asyncio.CancelledError:
                 if waiter in self._waiters:
                     self._waiters.remove(waiter)
-                elif waiter.cancelled() and self._waiting:
+                elif self._waiting:
+                    # Woken and cancelled at once: the wake-up belongs to someone else.
                     self._wake()
+                raise
         return key
 
     def done(self, key: str) -> None:
