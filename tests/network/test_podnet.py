@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from knarr.network import netns, rtnl, sysctl
+from knarr.network import firewalls, netns, nftables, rtnl, sysctl
 from knarr.network.ipam import AddressManager, PoolExhausted
 from knarr.network.podnet import BridgeNetwork
 from knarr.runtime.cri import PortMapping, RuntimeFault, SandboxNetwork
@@ -208,3 +208,35 @@ def test_a_sysctl_is_put_back_by_the_last_cluster_that_needs_it(tmp_path, monkey
     finally:
         netns.delete_named(path)
     assert not (tmp_path / "register.json").exists()
+
+
+async def test_a_pod_cannot_send_in_anothers_name(world):
+    a, b = await world.pod("a"), await world.pod("b")
+    server = b.serve("b", 5000, udp=True)
+    subprocess.run(["ip", "-n", Path(a.path).name, "addr", "add", "10.77.0.250/32", "dev", "eth0"], check=True)
+    with pytest.raises(TimeoutError):
+        await ask(a, b.ip, 5000, udp=True, seconds=0.3, source="10.77.0.250")
+    assert server.seen == []
+    assert (await ask(a, b.ip, 5000, udp=True))[0] == "b"
+
+
+async def test_udp_flows_to_a_host_port_follow_its_next_pod(world):
+    address = world.node.ip
+    flow = {"udp": True, "source_port": 4100}
+    with pytest.raises(OSError):
+        await ask(world.client, address, 7070, seconds=0.3, **flow)
+    for name in ("first", "second"):
+        pod = await world.pod(name, ports=[PortMapping("UDP", 53, 7070)])
+        pod.serve(name, 53, udp=True)
+        assert (await ask(world.client, address, 7070, **flow))[0] == name
+        await world.network.teardown(world.pods[-1][1])
+
+
+async def test_a_foreign_firewall_that_drops_is_named_and_left_alone(world):
+    rules = "table ip filter { chain FORWARD { type filter hook forward priority filter; policy drop; }\n}"
+    await asyncio.to_thread(nftables.run_script, rules, world.node.path)
+    assert firewalls.forward_drops(["knt-pods"], world.node.path) == ["ip filter FORWARD"]
+    await world.network.start()
+    assert "policy drop" in subprocess.run(
+        ["ip", "netns", "exec", Path(world.node.path).name, "nft", "list", "table", "ip", "filter"], capture_output=True, text=True, check=True
+    ).stdout

@@ -22,6 +22,10 @@ NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,10}[a-z0-9])?")
 """Short, because the name becomes part of interface names, which the kernel limits to 15 characters."""
 
 
+RESERVED = {"net", "nodes", "policy"}
+"""Names that would make a cluster's first nft table another cluster's second."""
+
+
 class ConfigError(Exception):
     """The cluster's configuration cannot be used; the text says why and what to do."""
 
@@ -152,6 +156,8 @@ def new_cluster(name: str, data_dir: str | None, *, nodes: int = 1, storage: str
     """Defaults for a cluster that does not exist yet. Raises ConfigError on a bad name or when no slot is free."""
     if not NAME.fullmatch(name):
         raise ConfigError(f"cluster name {name!r} must be 1 to 12 lower-case letters, digits and '-', starting with a letter or digit")
+    if name in RESERVED:
+        raise ConfigError(f"cluster name {name!r} is reserved")
     taken = {config.slot for config in known_clusters() if config.name != name}
     if name == "default":
         slot = 0

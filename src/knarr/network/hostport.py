@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from ipaddress import ip_address, ip_network
 
+from knarr.network import conntrack
 from knarr.network.netlink import NETLINK_NETFILTER, NetlinkSocket
 from knarr.network.nftables import Element, ElementBatch, join, packed_address, port_key, protocol_key, run_script, value
 
 LOOPBACK_MARK = 0x4000
 
 
-def render(table: str, cluster_cidrs: Sequence[str], pod_cidrs: Sequence[str]) -> str:
+def render(table: str, cluster_cidrs: Sequence[str], pod_cidrs: Sequence[str], link_prefix: str) -> str:
     """The table's skeleton as an nft script; replaces an older one of the same name and empties its maps."""
     lines = [f"table inet {table} {{}}", f"delete table inet {table}", f"table inet {table} {{"]
     for version, kind in ((4, "ipv4_addr"), (6, "ipv6_addr")):
@@ -35,6 +36,12 @@ def render(table: str, cluster_cidrs: Sequence[str], pod_cidrs: Sequence[str]) -
   type filter hook prerouting priority raw; policy accept;
   # The node's loopback is routable towards pods (host ports on 127.0.0.1), so nothing from outside may name it.
   iif != "lo" ip daddr 127.0.0.0/8 drop
+ }
+ chain honest {
+  type filter hook prerouting priority mangle; policy accept;
+  # A pod sends with its own addresses: those whose way back is the link they came in by.
+  ct state new iifname "LINKS*" ip6 saddr { fe80::/10, ::/128 } accept
+  ct state new iifname "LINKS*" fib saddr . iif oif 0 drop
  }
  chain host_ports {
   dnat ip to ip daddr . meta l4proto . th dport map @address_port4
@@ -59,7 +66,7 @@ def render(table: str, cluster_cidrs: Sequence[str], pod_cidrs: Sequence[str]) -
   ip saddr @own4 ip daddr != @cluster4 ip daddr != 224.0.0.0/4 masquerade
   ip6 saddr @own6 ip6 daddr != @cluster6 ip6 daddr != ff00::/8 masquerade
  }
-}"""
+}""".replace("LINKS", link_prefix)
     )
     return "\n".join(lines) + "\n"
 
@@ -71,15 +78,16 @@ Port = Sequence[str | int]
 class HostPorts:
     """The table in one network namespace. Blocking; called from the pod network's worker thread."""
 
-    def __init__(self, table: str, netns: str | None) -> None:
+    def __init__(self, table: str, netns: str | None, link_prefix: str) -> None:
         self._table = table
+        self._link_prefix = link_prefix
         self._netns = netns
         self._netlink: NetlinkSocket | None = None
         self.ports: dict[tuple[str, str, int, int], Port] = {}
 
     def install(self, cluster_cidrs: Sequence[str], pod_cidrs: Sequence[str], ports: Iterable[Port]) -> None:
         """Write the whole table, with the ports of pods that are already there."""
-        run_script(render(self._table, cluster_cidrs, pod_cidrs), self._netns)
+        run_script(render(self._table, cluster_cidrs, pod_cidrs, self._link_prefix), self._netns)
         self.ports = {}
         self.change(list(ports), ())
 
@@ -115,6 +123,19 @@ class HostPorts:
                 self._element(batch, port, remove=False)
         self._hairpins(batch, added, removed)
         batch.commit(self.socket())
+        self._forget_flows(added, removed)
+
+    def _forget_flows(self, added: Sequence[Port], removed: Sequence[Port]) -> None:
+        """UDP flows know no end: those to a pod that is gone, or from before there was one, would go on as they were."""
+        former = {(int(port[2]), str(port[3])) for port in removed if port[0] == "UDP"}
+        fresh = {int(port[2]) for port in added if port[0] == "UDP"}
+        if not former and not fresh:
+            return
+        conntrack.forget_stale(
+            self.socket(),
+            lambda flow: (flow.target_port, flow.reply_address) in former
+            or (flow.target_port in fresh and flow.reply_address == flow.target_address),
+        )
 
     def _element(self, batch: ElementBatch, port: Port, *, remove: bool) -> None:
         protocol, host_ip, number, version = self.key_of(port)

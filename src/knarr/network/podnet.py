@@ -25,6 +25,7 @@ from typing import TypeVar
 from knarr.aiokits.log import get_logger
 from knarr.network import rtnl
 from knarr.network.bandwidth import shape
+from knarr.network.firewalls import forward_drops
 from knarr.network.hostport import HostPorts, Port
 from knarr.network.ipam import AddressManager, Lease, PoolExhausted, gateway_of
 from knarr.network.netlink import GONE, NetlinkError, NetlinkSocket
@@ -104,7 +105,7 @@ class BridgeNetwork:
         self._netlink: NetlinkSocket | None = None
         self._addresses: AddressManager | None = None
         self._sysctls = SysctlRecord(self._state_dir / "sysctls.json")
-        self._host_ports = HostPorts(table, netns)
+        self._host_ports = HostPorts(table, netns, link_prefix)
         self.on_attach: Callable[[str, str, Sequence[str]], Awaitable[None]] | None = None
         """Called with namespace, name and addresses of each attached pod before its containers may start."""
         self._started = False
@@ -202,12 +203,17 @@ class BridgeNetwork:
                 return
             self._ensure_gateway()
             run_inside(self.netns, self._ensure_sysctls)
+            self._look_for_firewalls()
             held: list[Port] = [port for lease in self._addresses.leases.values() for port in lease.ports]
             self._host_ports.install(self.cluster_cidrs, self.pod_cidrs, held)
         except Exception as error:
             self._why_not = str(error)
             raise
         self._started = True
+
+    def _look_for_firewalls(self) -> None:
+        for chain in forward_drops([self._table], self.netns):
+            log.warning("a firewall of this machine drops forwarded packets by default; pods may be cut off", chain=chain, interfaces=f"{self._prefix}*")
 
     @staticmethod
     def uplink_mtu(netlink: NetlinkSocket) -> int:
