@@ -53,7 +53,7 @@ class APIServer:
         self.config = config
         self.tasks = Tasks()
         self.instance_id = new_uid()
-        self.storage = Storage(open_store(config.store))
+        self.storage = Storage(open_store(config.store, encryption_config=config.encryption_config))
         self.registry = builtin.Registry()
         self.auth: Auth | None = None
         self.admission: AdmissionChain | None = None

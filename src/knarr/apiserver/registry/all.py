@@ -19,7 +19,7 @@ STRATEGIES: dict[tuple[str, str], type[Strategy]] = {
     ("", "configmaps"): simple.Plain,
     ("", "endpoints"): simple.CreateOnUpdate,
     ("", "events"): simple.Event,
-    ("", "limitranges"): simple.CreateOnUpdate,
+    ("", "limitranges"): simple.LimitRange,
     ("", "namespaces"): core.Namespace,
     ("", "nodes"): core.Node,
     ("", "persistentvolumeclaims"): simple.PersistentVolumeClaim,

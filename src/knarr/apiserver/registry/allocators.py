@@ -133,9 +133,9 @@ class PortAllocator:
     def hold(self, port: int) -> None:
         self._claimed[port] = self._claimed.get(port, 0) + 1
 
-    def claim(self, port: int) -> None:
-        """Claim a given port. Raises AllocationError."""
-        if not self.first <= port <= self.last:
+    def claim(self, port: int, *, dry_run: bool = False) -> None:
+        """Claim a given port; a dry run, as upstream's, does not look at the range. Raises AllocationError."""
+        if not dry_run and not self.first <= port <= self.last:
             raise AllocationError(f"provided port is not in the valid range. The range of valid ports is {self.first}-{self.last}")
         if port in self._claimed:
             raise AllocationError("provided port is already allocated")

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from knarr.api import errors, quantity
-from knarr.api.errors import FieldError
+from knarr.api import quantity
 from knarr.api.types import Object
 from knarr.api.warnings.pods import take_apparmor_annotations
 from knarr.apiserver.registry.base import Strategy, rest_of
@@ -78,6 +77,8 @@ class Pod(Strategy):
     def prepare_create(self, call: Call, obj: Object) -> None:
         spec = obj.setdefault("spec", {})
         obj["metadata"]["generation"] = 1
+        if (spec.get("terminationGracePeriodSeconds") or 0) < 0:
+            spec["terminationGracePeriodSeconds"] = 1
         obj["status"] = {"phase": "Pending", "qosClass": qos_class(spec)}
         if spec.get("schedulingGates") and not spec.get("nodeName"):
             obj["status"]["conditions"] = [{
@@ -90,11 +91,7 @@ class Pod(Strategy):
     def prepare_update(self, call: Call, obj: Object, old: Object) -> None:
         if "status" in old:
             obj["status"] = old["status"]
-        spec = obj.setdefault("spec", {})
-        if old["spec"].get("ephemeralContainers"):
-            spec["ephemeralContainers"] = old["spec"]["ephemeralContainers"]
-        else:
-            spec.pop("ephemeralContainers", None)
+        obj.setdefault("spec", {})
         self.raise_generation(obj, old)
 
     @staticmethod
@@ -144,12 +141,6 @@ class Pod(Strategy):
         obj.update({**old, "metadata": metadata, "spec": spec})
         self.raise_generation(obj, old)
 
-    def validate_create(self, call: Call, obj: Object) -> list[FieldError]:
-        spec = obj.get("spec") or {}
-        if spec.get("ephemeralContainers"):
-            return [errors.field_forbidden("spec.ephemeralContainers", "cannot be set on create")]
-        return []
-
     def check_graceful(self, call: Call, obj: Object, options: Object) -> bool:
         grace = options.get("gracePeriodSeconds")
         spec = obj.get("spec") or {}
@@ -191,3 +182,8 @@ def _merge_label_selectors(obj: Object) -> None:
                     if key in labels and term.get("labelSelector") is not None:
                         expressions = term["labelSelector"].setdefault("matchExpressions", [])
                         expressions.append({"key": key, "operator": operator, "values": [labels[key]]})
+    for constraint in (obj.get("spec") or {}).get("topologySpreadConstraints") or []:
+        for key in constraint.get("matchLabelKeys") or []:
+            if key in labels and constraint.get("labelSelector") is not None:
+                expressions = constraint["labelSelector"].setdefault("matchExpressions", [])
+                expressions.append({"key": key, "operator": "In", "values": [labels[key]]})

@@ -94,10 +94,12 @@ class Service(Strategy):
         normalize_cluster_ips(obj, None)
         claims = _Claims(self)
         try:
+            if not _sound(spec, None):
+                return claims.finish
             self.init_families(obj, None)
             if spec.get("type") != "ExternalName" and (spec.get("clusterIPs") or [""])[0] != "None":
                 await self._claim_addresses(call, obj, claims)
-            self._claim_ports(obj, None, claims)
+            self._claim_ports(obj, None, claims, dry_run=call.dry_run)
         except BaseException:
             claims.finish(False)
             raise
@@ -109,10 +111,11 @@ class Service(Strategy):
         spec, before = obj.setdefault("spec", {}), old["spec"]
         # What clients that know less leave out, stays.
         if spec.get("type") not in (None, "ExternalName"):
-            if before.get("type") != "ExternalName" and not spec.get("clusterIP") and not spec.get("clusterIPs"):
-                for key in ("clusterIP", "clusterIPs"):
-                    if before.get(key):
-                        spec[key] = before[key]
+            if before.get("type") != "ExternalName":
+                if not spec.get("clusterIP") and before.get("clusterIP"):
+                    spec["clusterIP"] = before["clusterIP"]
+                if not spec.get("clusterIPs") and before.get("clusterIPs") and spec.get("clusterIP") == before.get("clusterIP"):
+                    spec["clusterIPs"] = before["clusterIPs"]
             if spec.get("type") in ("NodePort", "LoadBalancer") and before.get("type") in ("NodePort", "LoadBalancer"):
                 _keep_node_ports(spec, before)
             if _needs_health_port(spec) and _needs_health_port(before) and not spec.get("healthCheckNodePort"):
@@ -121,9 +124,11 @@ class Service(Strategy):
         normalize_cluster_ips(obj, old)
         claims = _Claims(self)
         try:
+            if not _sound(spec, before):
+                return claims.finish
             self.init_families(obj, old)
             await self._move_addresses(call, obj, old, claims)
-            self._claim_ports(obj, old, claims)
+            self._claim_ports(obj, old, claims, dry_run=call.dry_run)
         except BaseException:
             claims.finish(False)
             raise
@@ -242,7 +247,7 @@ class Service(Strategy):
         elif len(old_families) == 2 and len(families) == 1:
             claims.release_addresses = list(old_addresses[1:])
 
-    def _claim_ports(self, service: Object, old: Object | None, claims: _Claims) -> None:
+    def _claim_ports(self, service: Object, old: Object | None, claims: _Claims, *, dry_run: bool) -> None:
         spec = service["spec"]
         held = node_ports_of(old) if old is not None else set()
         kept: set[int] = set()
@@ -257,11 +262,11 @@ class Service(Strategy):
                     # The same port under two protocols shares one node port; a later entry may name it.
                     number = by_port.get(port["port"]) or next(
                         (p["nodePort"] for p in spec["ports"][index:] if p.get("port") == port["port"] and p.get("nodePort")), 0)
-                if number and (number in kept or number in held):
+                if number and (by_port.get(port["port"]) == number or (number in held and number not in kept)):
                     pass
                 elif number:
                     try:
-                        self.ports.claim(number)
+                        self.ports.claim(number, dry_run=dry_run)
                     except AllocationError as error:
                         raise _invalid(service, f"spec.ports[{index}].nodePort", number, str(error)) from error
                     claims.ports.append(number)
@@ -319,6 +324,25 @@ class Service(Strategy):
         super().prepare_update(call, obj, old)
         if obj["spec"].get("type") != "LoadBalancer" and (obj.get("status") or {}).get("loadBalancer"):
             obj["status"] = {**obj["status"], "loadBalancer": {}}
+
+
+def _sound(spec: Object, before: Object | None) -> bool:
+    """Whether addresses and families make sense; if not, nothing is claimed, and validation says what is wrong."""
+    one, many, families = spec.get("clusterIP") or "", spec.get("clusterIPs") or [], spec.get("ipFamilies") or []
+    if many and many[0] != one:
+        return False
+    if len(set(families)) != len(families) or any(family not in OTHER for family in families):
+        return False
+    for index, address in enumerate(many):
+        if address in ("None", ""):
+            continue
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        if before is not None and index < len(families) and families[index] != family_of(address):
+            return False
+    return True
 
 
 def _keep_node_ports(spec: Object, before: Object) -> None:

@@ -112,8 +112,26 @@ class HorizontalPodAutoscaler(Strategy):
 
 
 class Lease(Plain):
+    """The fields of coordinated leader election are behind a gate that is off."""
+
     unconditional_update = False
     create_on_update = True
+
+    def prepare_create(self, call: Call, obj: Object) -> None:
+        for key in ("strategy", "preferredHolder"):
+            (obj.get("spec") or {}).pop(key, None)
+
+    def prepare_update(self, call: Call, obj: Object, old: Object) -> None:
+        self.prepare_create(call, obj)
+
+
+class LimitRange(CreateOnUpdate):
+    """A name is made up when none is given."""
+
+    def prepare_create(self, call: Call, obj: Object) -> None:
+        metadata = obj["metadata"]
+        if not metadata.get("name"):
+            metadata["name"] = metadata["uid"]
 
 
 class EndpointSlice(Plain):
@@ -293,14 +311,23 @@ class PersistentVolumeClaim(Strategy):
         _data_sources(obj.get("spec") or {})
 
 
+DATA_SOURCES = frozenset({("", "PersistentVolumeClaim"), ("snapshot.storage.k8s.io", "VolumeSnapshot")})
+
+
 def _data_sources(spec: Object) -> None:
     """dataSource and dataSourceRef mirror each other where both can say the same."""
+    if (spec.get("dataSourceRef") or {}).get("namespace"):
+        # Sources in other namespaces are behind a gate that is off.
+        del spec["dataSourceRef"]
+    if spec.get("dataSource") is not None and spec.get("dataSourceRef") is None:
+        source = spec["dataSource"]
+        if (source.get("apiGroup") or "", source.get("kind")) not in DATA_SOURCES:
+            del spec["dataSource"]
     source, reference = spec.get("dataSource"), spec.get("dataSourceRef")
     if source is not None and reference is None:
         spec["dataSourceRef"] = dict(source)
     elif reference is not None and source is None and not reference.get("namespace"):
-        known = (reference.get("apiGroup") or "", reference.get("kind"))
-        if known in (("", "PersistentVolumeClaim"), ("snapshot.storage.k8s.io", "VolumeSnapshot")):
+        if (reference.get("apiGroup") or "", reference.get("kind")) in DATA_SOURCES:
             spec["dataSource"] = {key: value for key, value in reference.items() if key != "namespace"}
 
 

@@ -263,9 +263,6 @@ def _prepare(call: Call, mode: UpdateMode, new: Object, old: Object) -> None:
         metadata["deletionTimestamp"] = before["deletionTimestamp"]
         if "deletionGracePeriodSeconds" in before and "deletionGracePeriodSeconds" not in metadata:
             metadata["deletionGracePeriodSeconds"] = before["deletionGracePeriodSeconds"]
-    else:
-        metadata.pop("deletionTimestamp", None)
-        metadata.pop("deletionGracePeriodSeconds", None)
 
 
 def _ignore_timestamps(new: Object, old: Object) -> None:
