@@ -80,6 +80,7 @@ class Kubelet:
         self.eviction = Eviction(self.node, self.workers, lambda: self.reporter.changed())
         self.reporter = NodeReporter(config, client, runtime, images, self._record, self.capacity, self.eviction.pressure)
         self.garbage = GarbageCollector(self.node, self.workers, self.reporter.reference)
+        self.eviction.reclaim = self.garbage.free_images
         self.shutdown = NodeShutdown(self.node, self.workers, self.reporter)
         self.server = KubeletServer(self)
 
