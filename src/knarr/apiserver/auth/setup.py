@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -45,6 +45,7 @@ class APIServerAuth:
     def __init__(self, services: Services) -> None:
         config = services.config
         self._services = services
+        self._closing: list[Callable[[], Awaitable[None]]] = []
         store = services.store
         audiences = tuple(config.api_audiences) or (config.service_account_issuer,)
         stores = TokenStores(store("", "serviceaccounts"), store("", "secrets"), store("", "pods"), store("", "nodes"))
@@ -53,6 +54,16 @@ class APIServerAuth:
         if config.token_file:
             tokens.append(TokenFile(config.token_file))
         tokens.append(BootstrapTokens(stores.secrets))
+        if config.oidc:
+            from knarr.apiserver.auth.oidc import OIDC, OIDCConfig
+
+            tokens.append(OIDC(OIDCConfig.from_options(config.oidc)))
+        if config.authentication_webhook_config:
+            from knarr.apiserver.auth.webhooks import WebhookTokens
+
+            asked = WebhookTokens(config.authentication_webhook_config)
+            tokens.append(asked)
+            self._closing.append(asked.close)
         request_header = None
         if config.requestheader_client_ca:
             request_header = RequestHeader(CABundle(config.requestheader_client_ca), tuple(config.requestheader_allowed_names))
@@ -94,6 +105,12 @@ class APIServerAuth:
                 self.references, node_rules(), volume_attachments=store("storage.k8s.io", "volumeattachments"),
                 resource_slices=store("resource.k8s.io", "resourceslices"),
             )  # fmt: skip
+        if mode == "Webhook":
+            from knarr.apiserver.auth.webhooks import WebhookAuthorizer
+
+            asked = WebhookAuthorizer(self._services.config.authorization_webhook_config)
+            self._closing.append(asked.close)
+            return asked
         if mode == "AlwaysAllow":
             return AlwaysAllow()
         if mode == "AlwaysDeny":
@@ -117,7 +134,8 @@ class APIServerAuth:
             await self._policy.start()
 
     async def close(self) -> None:
-        return None
+        for close in self._closing:
+            await close()
 
 
 def build_auth(services: Services) -> APIServerAuth:
