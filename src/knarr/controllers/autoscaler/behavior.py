@@ -68,9 +68,7 @@ def stabilize_with_behavior(history: History, current: int, desired: int, behavi
     down_window = window_seconds if down is None else float(down)
     up = min([desired, *(value for stamp, value in history.recommendations if stamp > now - up_window)])
     highest = max([desired, *(value for stamp, value in history.recommendations if stamp > now - down_window)])
-    result = min(max(current, up), highest) if current <= highest else highest
-    if current < up:
-        result = up
+    result = min(max(current, up), highest)
     history.recommendations = [*_recent(history.recommendations, now - max(up_window, down_window)), (now, desired)]
     if desired >= current:
         return result, "ScaleUpStabilized", "recent recommendations were lower than current one, applying the lowest recent recommendation"
