@@ -41,6 +41,8 @@ _OWNED = (
     "ephemeralContainerStatuses",
     "observedGeneration",
 )
+_SENDERS = 8
+"""Requests at a time: more would cost a TLS connection each and gain nothing on one API server."""
 _TERMINATION_MESSAGES_BYTES = 12 * 1024
 """Room for the termination messages of all containers of a pod together."""
 
@@ -69,6 +71,7 @@ class StatusManager:
         self._api_pod = api_pod
         self._records: dict[str, _Record] = {}
         self._tasks = Tasks()
+        self._slots = asyncio.Semaphore(_SENDERS)
 
     async def close(self) -> None:
         await self._tasks.close()
@@ -126,9 +129,11 @@ class StatusManager:
         delay = 0.2
         try:
             while record.dirty and self._records.get(uid) is record:
-                record.dirty = False
                 try:
-                    await self._send_once(uid, record)
+                    async with self._slots:
+                        # Only now: what became newer while this one waited for its turn goes out with it.
+                        record.dirty = False
+                        await self._send_once(uid, record)
                     delay = 0.2
                 except errors.StatusError as e:
                     if errors.is_not_found(e) or errors.is_conflict(e):

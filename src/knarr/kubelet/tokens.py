@@ -6,6 +6,7 @@ Source: pkg/kubelet/token/token_manager.go.
 
 from __future__ import annotations
 
+import asyncio
 import random
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from knarr.kubelet import podutil
 
 _MAX_AGE_SECONDS = 24 * 3600
 _JITTER_SECONDS = 10
+_REQUESTS = 8
 
 
 @dataclass(slots=True)
@@ -32,6 +34,7 @@ class Tokens:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._tokens: dict[tuple[str, str, str, str, int], _Token] = {}
+        self._slots = asyncio.Semaphore(_REQUESTS)
 
     async def get(self, pod: Object, audience: str, expiration_seconds: int) -> tuple[str, float]:
         """Give (token, time at which to ask again).
@@ -48,7 +51,21 @@ class Tokens:
         if token is not None and now < token.renew_at:
             return token.text, token.renew_at
         try:
-            answer = await self._client.create(
+            answer = await self._request(pod, account, audience, expiration_seconds)
+        except Exception:
+            if token is not None and now < token.expires_at:
+                return token.text, now + 60
+            raise
+        expires = clock.parse_rfc3339(answer["status"]["expirationTimestamp"])
+        granted = (answer.get("spec") or {}).get("expirationSeconds") or (expires - now)
+        renew = min(expires - granted * 0.2, now + _MAX_AGE_SECONDS) - random.uniform(0, _JITTER_SECONDS)
+        self._tokens[key] = _Token(answer["status"]["token"], max(renew, now + 5), expires)
+        return self._tokens[key].text, self._tokens[key].renew_at
+
+    async def _request(self, pod: Object, account: str, audience: str, expiration_seconds: int) -> Object:
+        meta = pod["metadata"]
+        async with self._slots:
+            return await self._client.create(
                 SERVICE_ACCOUNTS,
                 {
                     "apiVersion": "authentication.k8s.io/v1",
@@ -64,15 +81,6 @@ class Tokens:
                 subresource="token",
                 name=account,
             )
-        except Exception:
-            if token is not None and now < token.expires_at:
-                return token.text, now + 60
-            raise
-        expires = clock.parse_rfc3339(answer["status"]["expirationTimestamp"])
-        granted = (answer.get("spec") or {}).get("expirationSeconds") or (expires - now)
-        renew = min(expires - granted * 0.2, now + _MAX_AGE_SECONDS) - random.uniform(0, _JITTER_SECONDS)
-        self._tokens[key] = _Token(answer["status"]["token"], max(renew, now + 5), expires)
-        return self._tokens[key].text, self._tokens[key].renew_at
 
     def forget(self, pod_uid: str) -> None:
         """Drop the tokens bound to a pod that is gone."""
