@@ -14,6 +14,7 @@ from knarr.network import nftables
 from knarr.network.netlink import NetlinkError
 from knarr.network.proxy import ServiceProxy
 from knarr.network.proxy import table as table_module
+from knarr.runtime.cri import PortMapping
 
 from .fed import FedInformers
 from .world import World, endpoint_slice, ready, refused, service
@@ -179,6 +180,19 @@ async def test_what_the_kernel_refuses_hits_one_service_with_an_event_and_is_tri
     running.proxy._mark(["default/s66"])
     await running.settle()
     assert (await asyncio.to_thread(client.ask, "10.96.3.66", 80))[0] == "a"
+
+
+async def test_everything_stands_again_at_once_after_somebody_flushed_the_ruleset(running):
+    world = running.world
+    pod = await world.pod("a", ports=[PortMapping("TCP", 8080, 7001)])
+    pod.serve("a", 8080)
+    await running.put(ENDPOINT_SLICES, endpoint_slice("web", BACK, [ready(pod.ip)]))
+    await running.put(SERVICES, service("web", "10.96.0.10", HTTP))
+    await asyncio.sleep(0.1)
+    await asyncio.to_thread(nftables.run_script, "flush ruleset", world.node.path)
+    await asyncio.sleep(0.4)
+    assert (await asyncio.to_thread(world.node.ask, "10.96.0.10", 80))[0] == "a"
+    assert (await asyncio.to_thread(world.client.ask, world.node.ip, 7001))[0] == "a"
 
 
 async def test_a_flushed_table_is_written_again_with_the_next_change(running):

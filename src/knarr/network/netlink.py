@@ -261,6 +261,10 @@ class NetlinkSocket:
         """Join a multicast group; answers then also hold its notifications."""
         self._socket.setsockopt(_SOL_NETLINK, 1, group)
 
+    def set_option(self, level: int, option: int, value: bytes) -> None:
+        """Set a socket option."""
+        self._socket.setsockopt(level, option, value)
+
     def set_blocking(self, blocking: bool) -> None:
         """Switch between the blocking calls above and use from an event loop."""
         self._socket.settimeout(60 if blocking else 0)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from knarr.aiokits.log import get_logger
+from knarr.aiokits.tasks import Tasks
 from knarr.network import rtnl
 from knarr.network.bandwidth import shape
 from knarr.network.firewalls import forward_drops
@@ -32,6 +33,7 @@ from knarr.network.netlink import GONE, NetlinkError, NetlinkSocket
 from knarr.network.netns import open_netlink, run_inside
 from knarr.network.nftables import NftError, StateMismatch, delete_table
 from knarr.network.sysctl import SysctlRecord, read, write
+from knarr.network.tablewatch import TableWatch
 from knarr.runtime.cri import NetworkResult, RuntimeFault, SandboxNetwork
 
 log = get_logger(__name__)
@@ -106,6 +108,8 @@ class BridgeNetwork:
         self._addresses: AddressManager | None = None
         self._sysctls = SysctlRecord(self._state_dir / "sysctls.json")
         self._host_ports = HostPorts(table, netns, link_prefix)
+        self._tasks = Tasks()
+        self._watch = TableWatch(table, self._table_lost, wanted=lambda: self._started, netns=netns)
         self.on_attach: Callable[[str, str, Sequence[str]], Awaitable[None]] | None = None
         """Called with namespace, name and addresses of each attached pod before its containers may start."""
         self._started = False
@@ -118,6 +122,7 @@ class BridgeNetwork:
           RuntimeFault: the kernel or nft refused; `ready` then says why, and start may be tried again.
         """
         await self._run(self._start)
+        self._watch.start()
 
     async def set_pod_cidrs(self, pod_cidrs: Sequence[str]) -> None:
         """Take the node's pod CIDRs (once the control plane has assigned them) and start, if not done so already."""
@@ -153,12 +158,21 @@ class BridgeNetwork:
         """Free what belongs to sandboxes that are not among `living` (ids); returns their ids."""
         return await self._run(lambda: self._recover(living))
 
+    def _table_lost(self) -> None:
+        if len(self._tasks) == 0:
+            self._tasks.spawn(self.start(), "pod network: write the table anew")
+
     async def cleanup(self) -> None:
         """Remove every trace: links, rules, gateway interface, sysctls, files. Idempotent; `start` makes it anew."""
+        self._started = False
+        self._watch.close()
+        await self._tasks.close()
         await self._run(self._cleanup)
 
     async def close(self) -> None:
         """End the worker; the network itself goes on working."""
+        self._watch.close()
+        await self._tasks.close()
         await self._run(self._close_sockets)
         self._worker.shutdown(wait=False)
         self._reaper.shutdown(wait=False)

@@ -24,6 +24,7 @@ from knarr.network.objects import object_key
 from knarr.network.policy.model import compile_policy, read_pod
 from knarr.network.policy.state import PolicyState
 from knarr.network.policy.table import PolicyTable
+from knarr.network.tablewatch import TableWatch
 
 log = get_logger(__name__)
 T = TypeVar("T")
@@ -66,6 +67,8 @@ class PolicyEngine:
         self._wake = asyncio.Event()
         self._loaded = asyncio.Event()
         self._subscribed = False
+        self._lost = False
+        self._watch = TableWatch(table, self._table_lost, wanted=lambda: self.synced, netns=netns)
         self._early: dict[str, list[str]] = {}
         """Addresses of this node's pods that the API does not know yet."""
         self._commits = 0
@@ -88,9 +91,11 @@ class PolicyEngine:
             await informer.wait_synced()
         backoff = Backoff(0.2, 30.0)
         load = True
+        self._watch.start()
         try:
             while True:
                 self._wake.clear()
+                load, self._lost = load or self._lost, False
                 wanted = self.state.wanted()
                 try:
                     if load:
@@ -112,7 +117,12 @@ class PolicyEngine:
                 # One turn of the loop lets the rest of a burst in.
                 await asyncio.sleep(0)
         finally:
+            self._watch.close()
             await self._recorder.close()
+
+    def _table_lost(self) -> None:
+        self._lost = True
+        self._wake.set()
 
     async def admit(self, namespace: str, name: str, ips: Sequence[str], timeout_seconds: float = 1.0) -> None:
         """Put the policies of a pod of this node in force before its containers start.

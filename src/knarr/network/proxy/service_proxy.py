@@ -31,6 +31,7 @@ from knarr.network.proxy.health import HealthServers, ServiceHealth
 from knarr.network.proxy.model import Rendered, UdpFlow, render_service
 from knarr.network.proxy.table import EMPTY, ProxyTable
 from knarr.network.proxy.topology import NodeView
+from knarr.network.tablewatch import TableWatch
 
 log = get_logger(__name__)
 T = TypeVar("T")
@@ -82,6 +83,8 @@ class ServiceProxy:
         self._reported: dict[str, str] = {}
         self._loaded = asyncio.Event()
         self._handling = False
+        self._lost = False
+        self._watch = TableWatch(table, self._table_lost, wanted=lambda: self.synced, netns=netns)
         self.commits = 0
 
     @property
@@ -112,10 +115,12 @@ class ServiceProxy:
                 log.warning("the proxy's health port cannot be opened", port=self._health_place[1], error=str(error))
         async with Tasks() as tasks:
             try:
+                self._watch.start()
                 await self._load_until_done()
                 tasks.spawn_eternal(self._retry_failed(), "proxy: retry refused services")
                 await self._follow()
             finally:
+                self._watch.close()
                 await self._health.close()
                 await self._recorder.close()
 
@@ -126,6 +131,10 @@ class ServiceProxy:
         self._services.add_handler(self._service_seen, lambda _old, new: self._service_seen(new), self._service_seen)
         self._slices.add_handler(self._slice_seen, self._slice_changed, self._slice_seen)
         self._node.add_handler(lambda _obj: self._node_changed(), lambda _old, _new: self._node_changed())
+
+    def _table_lost(self) -> None:
+        self._lost = True
+        self._wake.set()
 
     def _mark(self, services: Iterable[str]) -> None:
         self._dirty.update(services)
@@ -214,10 +223,14 @@ class ServiceProxy:
             self._wake.clear()
             # One turn of the loop lets the rest of a burst in.
             await asyncio.sleep(0)
-            if not self._dirty:
+            if not self._dirty and not self._lost:
                 continue
             try:
-                await self._apply_dirty()
+                if self._lost:
+                    self._lost = False
+                    await self._load()
+                else:
+                    await self._apply_dirty()
                 backoff.reset()
             except (NftError, OSError, StateMismatch) as error:
                 log.warning("the service table was changed by somebody else or cannot be written; loading it anew", error=str(error))

@@ -1,0 +1,104 @@
+"""Notices when somebody else deletes our nf_tables tables, as `nft flush ruleset` and restarts of firewall services do.
+
+Role: proxy, policy and pod network each watch their table and write it anew at once, instead of with the next change that happens to come. The kernel announces
+every ruleset generation; a socket filter lets only these announcements through, and after one (however many come together) the watched table is looked for.
+Invariants: costs nothing while nobody changes rules; a lost announcement is followed by another look, never by a wrong conclusion.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import socket
+import struct
+from collections.abc import Callable
+
+from knarr.aiokits.log import get_logger
+from knarr.network.netlink import NETLINK_NETFILTER, NetlinkSocket
+from knarr.network.netns import open_netlink
+from knarr.network.nftables import table_exists
+
+log = get_logger(__name__)
+
+_GROUP_NFTABLES = 7
+_NEWGEN = (10 << 8) | 15
+_SO_ATTACH_FILTER = 26
+_SETTLE_SECONDS = 0.05
+
+
+class TableWatch:
+    """Calls `on_lost` (a plain function, in the event loop) when the table is gone.
+
+    Args:
+      wanted: Whether the table ought to be there now; asked before each look.
+    """
+
+    def __init__(self, table: str, on_lost: Callable[[], None], *, wanted: Callable[[], bool], netns: str | None = None) -> None:
+        self._table = table
+        self._on_lost = on_lost
+        self._wanted = wanted
+        self._netns = netns
+        self._listener: NetlinkSocket | None = None
+        self._asker: NetlinkSocket | None = None
+        self._pending: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin to watch; needs the running loop. A kernel that refuses costs only the watch, which is logged."""
+        if self._listener is not None:
+            return
+        try:
+            self._listener = open_netlink(self._netns, NETLINK_NETFILTER)
+            self._asker = open_netlink(self._netns, NETLINK_NETFILTER)
+            _only_messages(self._listener, _NEWGEN)
+            self._listener.subscribe(_GROUP_NFTABLES)
+            self._listener.set_blocking(False)
+        except OSError as error:
+            log.warning("changes of the ruleset by others cannot be watched", table=self._table, error=str(error))
+            self.close()
+            return
+        asyncio.get_running_loop().add_reader(self._listener.fileno(), self._readable)
+
+    def close(self) -> None:
+        """Stop watching; idempotent."""
+        if self._pending is not None:
+            self._pending.cancel()
+            self._pending = None
+        if self._listener is not None:
+            if self._listener.fileno() >= 0:
+                asyncio.get_running_loop().remove_reader(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
+        if self._asker is not None:
+            self._asker.close()
+            self._asker = None
+
+    def _readable(self) -> None:
+        assert self._listener is not None
+        try:
+            while True:
+                self._listener.receive()
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ENOBUFS):
+                log.warning("watching the ruleset failed", table=self._table, error=str(error))
+                self.close()
+                return
+        if self._pending is None:
+            self._pending = asyncio.get_running_loop().call_later(_SETTLE_SECONDS, self._look)
+
+    def _look(self) -> None:
+        self._pending = None
+        if self._asker is None or not self._wanted():
+            return
+        if not table_exists(self._asker, self._table):
+            log.warning("somebody deleted our table, writing it anew", table=self._table)
+            self._on_lost()
+
+
+def _only_messages(netlink: NetlinkSocket, kind: int) -> None:
+    """Let a socket receive only datagrams that begin with a message of this type (a classic BPF program of three instructions)."""
+    wanted = socket.htons(kind)
+    program = struct.pack("=HBBI", 0x28, 0, 0, 4) + struct.pack("=HBBI", 0x15, 0, 1, wanted) + struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF)
+    program += struct.pack("=HBBI", 0x06, 0, 0, 0)
+    buffer = ctypes.create_string_buffer(program, len(program))
+    netlink.set_option(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 4, ctypes.addressof(buffer)))
