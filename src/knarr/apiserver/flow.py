@@ -1,77 +1,331 @@
-"""How many requests run at once. Long-running ones (watches, streams) do not count.
+"""Priority and fairness: which requests may run at once, and whose turn it is when not all may.
 
-Reads answered from memory never queue, since they do not wait for anything; the pipeline asks here only for the others.
+Requests are classified by the FlowSchemas, lowest matchingPrecedence first, into a priority level and, within it, a flow.
+A level has seats in proportion to its shares; who finds none waits in a bounded queue per flow, and flows take turns.
+Reads answered from memory do not wait for anything and are only classified. Long-running requests take no seat.
+
+Owner: APIServer. Input: the FlowSchema and PriorityLevelConfiguration stores. Full: 429 with Retry-After.
+
+Source: apiserver util/flowcontrol, server/filters/priority-and-fairness.go; KEP-1040.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import deque
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, NamedTuple
 
+from knarr.aiokits import clock
 from knarr.api import errors
-from knarr.apiserver.attributes import Attributes
-from knarr.apiserver.config import APIServerConfig
+from knarr.api.types import Object
+from knarr.apiserver.attributes import Attributes, UserInfo
 from knarr.apiserver.requestinfo import RequestInfo
 from knarr.http.server import Request
 
+if TYPE_CHECKING:
+    from knarr.apiserver.server import APIServer
+
+GROUP = "flowcontrol.apiserver.k8s.io"
 LONG_SUBRESOURCES = frozenset({"exec", "attach", "portforward", "log", "proxy"})
-MUTATING = frozenset({"create", "update", "patch", "delete", "deletecollection", "post", "put"})
+MOST_CLASSIFIED = 4096
+QUEUE_WAIT_SECONDS = 15.0
+FULL = "too many requests, please try again later"
 
 
-class _Gate:
-    """A bounded number inside, a bounded queue before it."""
+class Classified(NamedTuple):
+    """Where a request belongs."""
 
-    def __init__(self, seats: int, queue: int) -> None:
-        self.seats = seats
+    level: PriorityLevel
+    flow: str
+    headers: bytes
+    """The two headers by which clients see it."""
+
+
+class PriorityLevel:
+    """Seats, and the queues before them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.uid = ""
+        self.exempt = False
+        self.seats = 0
         self.inside = 0
-        self._queue_limit = queue
-        self._queue: deque[asyncio.Future[None]] = deque()
+        self.waiting = 0
+        self.rejected = 0
+        self.dispatched = 0
+        self._flow_limit = 0
+        self._total_limit = 0
+        self._queues: dict[str, deque[asyncio.Future[None]]] = {}
+        """Flows with somebody waiting, in the order of their next turn."""
 
-    async def enter(self) -> None:
-        if self.inside < self.seats:
+    def configure(self, obj: Object, total_seats: int, total_shares: int) -> None:
+        """Take the settings of a PriorityLevelConfiguration."""
+        spec = obj.get("spec") or {}
+        self.uid = obj["metadata"].get("uid") or ""
+        self.exempt = spec.get("type") == "Exempt"
+        limited = spec.get("limited") or {}
+        shares = limited.get("nominalConcurrencyShares")
+        self.seats = max(1, math.ceil(total_seats * (30 if shares is None else shares) / max(1, total_shares)))
+        response = limited.get("limitResponse") or {}
+        queuing = response.get("queuing") or {}
+        if response.get("type") == "Queue":
+            length = queuing.get("queueLengthLimit") or 50
+            self._flow_limit = length * (queuing.get("handSize") or 8)
+            self._total_limit = length * (queuing.get("queues") or 64)
+        else:
+            self._flow_limit = self._total_limit = 0
+        while self.inside < self.seats and self._queues:
+            self._next()
+
+    async def enter(self, flow: str) -> None:
+        """Take a seat, waiting for it if need be. Raises 429."""
+        if self.exempt or (self.inside < self.seats and not self._queues):
             self.inside += 1
+            self.dispatched += 1
             return
-        if len(self._queue) >= self._queue_limit:
-            raise errors.too_many_requests("too many requests, please try again later", 1)
+        queue = self._queues.get(flow)
+        if self.waiting >= self._total_limit or (queue is not None and len(queue) >= self._flow_limit):
+            self.rejected += 1
+            raise errors.too_many_requests(FULL, 1)
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queue.append(waiter)
+        self._queues.setdefault(flow, deque()).append(waiter)
+        self.waiting += 1
         try:
-            await waiter
-        except BaseException:
+            async with asyncio.timeout(QUEUE_WAIT_SECONDS):
+                await waiter
+        except BaseException as error:
             if waiter.done() and not waiter.cancelled():
                 self.leave()
+            else:
+                self._forget(flow, waiter)
+            if isinstance(error, TimeoutError):
+                self.rejected += 1
+                raise errors.too_many_requests(FULL, 1) from None
             raise
 
+    def _forget(self, flow: str, waiter: asyncio.Future[None]) -> None:
+        queue = self._queues.get(flow)
+        if queue is not None and waiter in queue:
+            queue.remove(waiter)
+            self.waiting -= 1
+            if not queue:
+                del self._queues[flow]
+
     def leave(self) -> None:
-        while self._queue:
-            waiter = self._queue.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                return
+        """Give a seat back; the next flow's first gets it."""
         self.inside -= 1
+        if self._queues and self.inside < self.seats:
+            self._next()
+
+    def _next(self) -> None:
+        flow = next(iter(self._queues))
+        queue = self._queues.pop(flow)
+        waiter = queue.popleft()
+        self.waiting -= 1
+        if queue:
+            # Back to the end of the line: each flow one at a time.
+            self._queues[flow] = queue
+        self.inside += 1
+        self.dispatched += 1
+        if not waiter.done():
+            waiter.set_result(None)
 
 
 class FlowControl:
-    """Two gates, for reads and for writes, as --max-requests-inflight and --max-mutating-requests-inflight set them."""
+    """See the module's docstring."""
 
-    busy = False
-    """Whether even reads from memory must go through `admit`."""
+    def __init__(self, server: APIServer) -> None:
+        self._server = server
+        config = server.config
+        self._enabled = config.priority_and_fairness
+        self._total = config.max_requests_inflight + config.max_mutating_requests_inflight
+        self._levels: dict[str, PriorityLevel] = {}
+        self._schemas: list[Object] = []
+        self._classified: dict[Attributes, Classified] = {}
+        self._dirty = True
+        self._fallback = PriorityLevel("catch-all")
+        self._fallback.seats = 5
+        self._wakeup = asyncio.Event()
 
-    def __init__(self, config: APIServerConfig) -> None:
-        self._reads = _Gate(config.max_requests_inflight, 4 * config.max_requests_inflight)
-        self._writes = _Gate(config.max_mutating_requests_inflight, 20 * config.max_mutating_requests_inflight)
+    async def start(self) -> None:
+        """Follow the configuration, and tell of each FlowSchema whether its level exists."""
+        for plural in ("flowschemas", "prioritylevelconfigurations"):
+            self._server.store(GROUP, plural).add_handler(self._changed)
+        await self._mark_all()
+        self._server.tasks.spawn_eternal(self._mark_forever(), "flow-schema-status")
+
+    def _changed(self, type: str, obj: Object, old: Object | None) -> None:
+        if old is not None and old.get("spec") == obj.get("spec") and type == "MODIFIED":
+            return
+        self._dirty = True
+        self._wakeup.set()
+
+    def _reload(self) -> None:
+        self._dirty = False
+        self._classified.clear()
+        configured = self._server.store(GROUP, "prioritylevelconfigurations").list_nowait()
+        shares = sum(
+            30 if (share := ((obj["spec"].get("limited") or {}).get("nominalConcurrencyShares"))) is None else share
+            for obj in configured if obj["spec"].get("type") == "Limited"
+        )  # fmt: skip
+        names = set()
+        for obj in configured:
+            name = obj["metadata"]["name"]
+            names.add(name)
+            self._levels.setdefault(name, PriorityLevel(name)).configure(obj, self._total, shares)
+        for name in self._levels.keys() - names:
+            if not self._levels[name].inside:
+                del self._levels[name]
+        schemas = self._server.store(GROUP, "flowschemas").list_nowait()
+        self._schemas = sorted(schemas, key=lambda obj: (obj["spec"].get("matchingPrecedence") or 1000, obj["metadata"]["name"]))
+
+    def classify(self, attributes: Attributes) -> Classified:
+        """Return the level and flow of a request."""
+        if self._dirty:
+            self._reload()
+        found = self._classified.get(attributes)
+        if found is None:
+            found = self._classify(attributes)
+            if len(self._classified) >= MOST_CLASSIFIED:
+                self._classified.clear()
+            self._classified[attributes] = found
+        return found
+
+    def _classify(self, attributes: Attributes) -> Classified:
+        for schema in self._schemas:
+            spec = schema["spec"]
+            level = self._levels.get(spec["priorityLevelConfiguration"]["name"])
+            if level is None or not any(_rule_matches(rule, attributes) for rule in spec.get("rules") or ()):
+                continue
+            method = (spec.get("distinguisherMethod") or {}).get("type")
+            distinguisher = attributes.user.name if method == "ByUser" else attributes.namespace if method == "ByNamespace" else ""
+            uid = schema["metadata"].get("uid") or ""
+            headers = f"X-Kubernetes-Pf-Flowschema-Uid: {uid}\r\nX-Kubernetes-Pf-Prioritylevel-Uid: {level.uid}\r\n"
+            return Classified(level, f"{schema['metadata']['name']}/{distinguisher}", headers.encode())
+        return Classified(self._fallback, "", b"")
 
     @contextlib.asynccontextmanager
-    async def admit(self, request: Request, info: RequestInfo, attributes: Attributes) -> AsyncIterator[None]:
-        """Hold a seat while the request runs. Raises 429 when the queue is full."""
-        if info.verb == "watch" or info.subresource in LONG_SUBRESOURCES or not info.is_resource or "system:masters" in attributes.user.groups:
-            yield
+    async def admit(self, request: Request, info: RequestInfo, attributes: Attributes) -> AsyncIterator[bytes]:
+        """Hold a seat while the request runs; gives the headers to answer with. Raises 429."""
+        if not self._enabled:
+            yield b""
             return
-        gate = self._writes if info.verb in MUTATING else self._reads
-        await gate.enter()
+        classified = self.classify(attributes._replace(name="", field_selector="", label_selector=""))
+        if info.verb == "watch" or info.subresource in LONG_SUBRESOURCES or request.upgrade_wanted:
+            yield classified.headers
+            return
+        level = classified.level
+        await level.enter(classified.flow)
         try:
-            yield
+            yield classified.headers
         finally:
-            gate.leave()
+            level.leave()
+
+    def headers_for(self, attributes: Attributes) -> bytes:
+        """Return the headers of a read that takes no seat."""
+        return self.classify(attributes).headers if self._enabled else b""
+
+    # -- status ----------------------------------------------------------------------------------------------------------------
+    async def _mark_forever(self) -> None:
+        while True:
+            await self._wakeup.wait()
+            self._wakeup.clear()
+            with contextlib.suppress(errors.StatusError):
+                await self._mark_all()
+
+    async def _mark_all(self) -> None:
+        levels = self._server.store(GROUP, "prioritylevelconfigurations")
+        schemas = self._server.store(GROUP, "flowschemas")
+        waiting = []
+        for schema in schemas.list_nowait():
+            name = schema["spec"]["priorityLevelConfiguration"]["name"]
+            exists = levels.get_nowait("", name) is not None
+            current = next((c for c in (schema.get("status") or {}).get("conditions") or () if c.get("type") == "Dangling"), None)
+            wanted = "False" if exists else "True"
+            if current is None or current.get("status") != wanted:
+                waiting.append(schemas.update("", schema["metadata"]["name"], lambda obj, n=name, e=exists: _with_dangling(obj, n, e)))  # type: ignore[misc]
+        await asyncio.gather(*waiting)
+
+    def metrics(self) -> list[str]:
+        """Return lines of the exposition format."""
+        lines = [
+            "# HELP apiserver_flowcontrol_current_executing_requests Number of requests in execution", "# TYPE apiserver_flowcontrol_current_executing_requests gauge",
+        ]  # fmt: skip
+        for level in self._levels.values():
+            lines.append(f'apiserver_flowcontrol_current_executing_requests{{flow_schema="",priority_level="{level.name}"}} {level.inside}')
+        lines.append("# TYPE apiserver_flowcontrol_nominal_limit_seats gauge")
+        lines += [f'apiserver_flowcontrol_nominal_limit_seats{{priority_level="{level.name}"}} {level.seats}' for level in self._levels.values()]
+        lines.append("# TYPE apiserver_flowcontrol_current_inqueue_requests gauge")
+        lines += [
+            f'apiserver_flowcontrol_current_inqueue_requests{{flow_schema="",priority_level="{level.name}"}} {level.waiting}'
+            for level in self._levels.values()
+        ]  # fmt: skip
+        lines.append("# TYPE apiserver_flowcontrol_dispatched_requests_total counter")
+        lines += [
+            f'apiserver_flowcontrol_dispatched_requests_total{{flow_schema="",priority_level="{level.name}"}} {level.dispatched}'
+            for level in self._levels.values()
+        ]  # fmt: skip
+        lines.append("# TYPE apiserver_flowcontrol_rejected_requests_total counter")
+        lines += [
+            f'apiserver_flowcontrol_rejected_requests_total{{flow_schema="",priority_level="{level.name}",reason="queue-full"}} {level.rejected}'
+            for level in self._levels.values() if level.rejected
+        ]  # fmt: skip
+        return lines
+
+
+def _with_dangling(schema: Object, level: str, exists: bool) -> Object:
+    status = dict(schema.get("status") or {})
+    others = [c for c in status.get("conditions") or [] if c.get("type") != "Dangling"]
+    text = "and it exists" if exists else "but there is no such object"
+    condition = {
+        "type": "Dangling", "status": "False" if exists else "True", "lastTransitionTime": clock.now_rfc3339(),
+        "reason": "Found" if exists else "NotFound",
+        "message": f'This FlowSchema references the PriorityLevelConfiguration object named "{level}" {text}',
+    }
+    status["conditions"] = [condition, *others]
+    return {**schema, "status": status}
+
+
+def _rule_matches(rule: Object, attributes: Attributes) -> bool:
+    if not any(_subject_matches(subject, attributes.user) for subject in rule.get("subjects") or ()):
+        return False
+    if not attributes.is_resource:
+        return any(
+            _among(attributes.verb, part.get("verbs")) and any(_path_matches(pattern, attributes.path) for pattern in part.get("nonResourceURLs") or ())
+            for part in rule.get("nonResourceRules") or ()
+        )
+    return any(_resource_matches(part, attributes) for part in rule.get("resourceRules") or ())
+
+
+def _subject_matches(subject: Object, user: UserInfo) -> bool:
+    kind = subject.get("kind")
+    if kind == "User":
+        return bool(subject["user"]["name"] in ("*", user.name))
+    if kind == "Group":
+        name = subject["group"]["name"]
+        return name == "*" or name in user.groups
+    if kind == "ServiceAccount":
+        account = subject["serviceAccount"]
+        prefix = f"system:serviceaccount:{account.get('namespace')}:"
+        return user.name.startswith(prefix) if account.get("name") == "*" else user.name == prefix + (account.get("name") or "")
+    return False
+
+
+def _among(value: str, allowed: list[str] | None) -> bool:
+    return bool(allowed) and ("*" in (allowed or ()) or value in (allowed or ()))
+
+
+def _path_matches(pattern: str, path: str) -> bool:
+    return pattern in ("*", path) or (pattern.endswith("/*") and path.startswith(pattern[:-1]))
+
+
+def _resource_matches(rule: Object, attributes: Attributes) -> bool:
+    resource = f"{attributes.resource}/{attributes.subresource}" if attributes.subresource else attributes.resource
+    if not (_among(attributes.verb, rule.get("verbs")) and _among(attributes.group, rule.get("apiGroups")) and _among(resource, rule.get("resources"))):
+        return False
+    if not attributes.namespace:
+        return bool(rule.get("clusterScope"))
+    return _among(attributes.namespace, rule.get("namespaces"))

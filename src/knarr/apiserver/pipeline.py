@@ -16,6 +16,7 @@ nothing, as soon as a stage would have to wait.
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from knarr.aiokits.log import get_logger
@@ -24,6 +25,7 @@ from knarr.api.errors import StatusError
 from knarr.api.scheme import SCHEME
 from knarr.apiserver.attributes import ANONYMOUS, Attributes, ConnectRequest, Decision, ResourceKey, UserInfo
 from knarr.apiserver.call import Call, respond_error, respond_no_such_path
+from knarr.apiserver.flow import LONG_SUBRESOURCES
 from knarr.apiserver.requestinfo import RequestInfo, parse
 from knarr.apiserver.verbs import create, delete, patch, read, subresources, update
 from knarr.http.errors import HTTPError
@@ -50,7 +52,7 @@ class Pipeline:
         if request.method != "GET" or request.upgrade_wanted:
             return False
         server = self.server
-        if server.auth is None or server.auditing or server.flow.busy:
+        if server.auth is None or server.auditing:
             return False
         info = parse("GET", request.path, request.raw_path, request.query_string)
         if not info.is_resource or info.subresource or info.verb not in READS:
@@ -75,6 +77,7 @@ class Pipeline:
         if decision is not Decision.ALLOW:
             return False
         call = Call(server, request, info, endpoint, user)
+        call.flow_headers = server.flow.headers_for(attributes)
         try:
             READS[info.verb](call)
         except StatusError as error:
@@ -90,7 +93,13 @@ class Pipeline:
         info = parse(request.method, request.path, request.raw_path, request.query_string)
         server.metrics.begin()
         try:
-            await self._stages(request, info)
+            if info.verb == "watch" or info.subresource in LONG_SUBRESOURCES or request.upgrade_wanted or not info.is_resource:
+                await self._stages(request, info)
+            else:
+                async with asyncio.timeout(server.config.request_timeout_seconds):
+                    await self._stages(request, info)
+        except TimeoutError:
+            self._refuse(request, errors.timeout("request did not complete within the allotted timeout"))
         except StatusError as error:
             self._refuse(request, error)
         except (ConnectionError, HTTPError) as error:
@@ -121,13 +130,13 @@ class Pipeline:
         attributes = attributes_of(request, info, user)
         trace = server.audit.begin(request, info, original, user) if server.audit is not None else None
         try:
-            async with server.flow.admit(request, info, attributes):
+            async with server.flow.admit(request, info, attributes) as headers:
                 decision, reason = await server.decide(attributes)
                 if decision is not Decision.ALLOW:
                     if user.name == ANONYMOUS.name and user is ANONYMOUS and not server.anonymous_everywhere:
                         raise errors.unauthorized()
                     raise server.forbidden(attributes, reason)
-                await self._route(request, info, attributes, user)
+                await self._route(request, info, attributes, user, headers)
         except StatusError as error:
             if trace is not None:
                 trace.failed(error)
@@ -136,7 +145,7 @@ class Pipeline:
             if trace is not None:
                 trace.finish(request)
 
-    async def _route(self, request: Request, info: RequestInfo, attributes: Attributes, user: UserInfo) -> None:
+    async def _route(self, request: Request, info: RequestInfo, attributes: Attributes, user: UserInfo, headers: bytes) -> None:
         server = self.server
         if not info.is_resource:
             await server.paths.handle(request, user)
@@ -162,6 +171,7 @@ class Pipeline:
             await connect(ConnectRequest(request, attributes, endpoint.resource, info.rest))
             return
         call = Call(server, request, info, endpoint, user)
+        call.flow_headers = headers
         try:
             await self._verb(call, info)
         except StatusError as error:

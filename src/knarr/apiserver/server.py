@@ -59,7 +59,7 @@ class APIServer:
         self.admission: AdmissionChain | None = None
         self.connects: dict[ResourceKey, ConnectHandler] = {}
         self.metrics = Metrics(asyncio.get_running_loop().time)
-        self.flow = FlowControl(config)
+        self.flow = FlowControl(self)
         self.audit: Audit | None = Audit(config) if config.audit_policy else None
         self.discovery = Discovery(self)
         self.openapi = OpenAPI(self)
@@ -87,6 +87,7 @@ class APIServer:
         await self.storage.start()
         from knarr.apiserver.auth.setup import build_auth
 
+        self.metrics.sources.append(self.flow.metrics)
         self.auth = auth = build_auth(self)
         self.paths.handlers.update(auth.paths)
         self._build_optional()
@@ -119,7 +120,7 @@ class APIServer:
 
         self.admission = build_admission(self)
         self.registration = Registration(self)
-        self._starters += [self.registration.start, CustomResources(self).start, Extensions(self).start]
+        self._starters += [self.flow.start, self.registration.start, CustomResources(self).start, Extensions(self).start]
         self.connects.update(build_connect(self))
 
     async def stop(self) -> None:

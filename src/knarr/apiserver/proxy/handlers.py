@@ -14,7 +14,7 @@ from knarr.apiserver.attributes import AdmissionRequest, ConnectRequest, Service
 from knarr.apiserver.proxy import options
 from knarr.apiserver.proxy.clients import Clients
 from knarr.apiserver.proxy.locations import Location, container_of, kubelet_of, node_location, pod_location, service_location
-from knarr.apiserver.proxy.relay import relay_http, relay_upgrade
+from knarr.apiserver.proxy.relay import relay_http, relay_upgrade, stream_body
 from knarr.http import websocket
 from knarr.http.errors import HTTPError
 from knarr.http.server import Request
@@ -115,24 +115,8 @@ class ConnectHandlers:
                     finally:
                         response.abort()
                     return
-                stream = await request.start_stream(200, [("Content-Type", "text/plain")])
-
-                def reader_left(_: object) -> None:
-                    # A followed log ends with its reader, not with the next line that nobody reads.
-                    response.abort()
-
-                stream.closed.add_done_callback(reader_left)
-                try:
-                    async for chunk in response.iter_chunks():
-                        stream.write(chunk)
-                        await stream.drain()
-                except HTTPError:
-                    stream.abort()
-                    return
-                finally:
-                    # The connection to the kubelet is used again by others after this.
-                    stream.closed.remove_done_callback(reader_left)
-                stream.close()
+                response.status = 200
+                await stream_body(request, response, [("Content-Type", "text/plain")])
         except HTTPError as error:
             if not request.done:
                 raise StatusError(500, "", f'Get "https://{kubelet.authority}{path}": {error}') from error

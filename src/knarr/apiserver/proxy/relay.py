@@ -158,16 +158,28 @@ async def _return(request: Request, response: StreamResponse, location: Location
     if length is not None and int(length) <= 1 << 20:
         request.respond(response.status, headers, await response.read())
         return
+    await stream_body(request, response, headers)
+
+
+async def stream_body(request: Request, response: StreamResponse, headers: HeaderItems) -> None:
+    """Pass an answer's body on as it arrives; ends when either side goes away."""
     stream = await request.start_stream(response.status, headers)
+
+    def reader_left(_: object) -> None:
+        # A followed log or a watch ends with its reader, not with the next piece that nobody reads.
+        response.abort()
+
+    stream.closed.add_done_callback(reader_left)
     try:
         async for chunk in response.iter_chunks():
             stream.write(chunk)
             await stream.drain()
-            if stream.closed.done():
-                return
     except HTTPError:
         stream.abort()
         return
+    finally:
+        # The connection to the backend is used again by others after this.
+        stream.closed.remove_done_callback(reader_left)
     stream.close()
 
 
