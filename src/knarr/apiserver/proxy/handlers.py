@@ -115,7 +115,6 @@ class ConnectHandlers:
                     finally:
                         response.abort()
                     return
-                response.status = 200
                 await stream_body(request, response, [("Content-Type", "text/plain")])
         except HTTPError as error:
             if not request.done:
