@@ -21,7 +21,7 @@ NOT_DEFAULTING = re.compile(
     r"|spec\.(clusterIPs?|ipFamil\w+|healthCheckNodePort|ports\[\d+\]\.nodePort)"
     r"|spec\.(tolerations|volumes|serviceAccount\w*|priority|preemptionPolicy|containers\[\d+\]\.volumeMounts|initContainers\[\d+\]\.volumeMounts)"
     r"|spec\.(dataSource|dataSourceRef|taints|finalizers|groups|uid|username)"
-    r"|metadata\.annotations=.'deprecated\.daemonset|metadata\.labels=.'batch|spec\.selector=.'matchLabels'|spec\.template\.metadata\.labels"
+    r"|metadata\.annotations(=.'|\.)deprecated\.daemonset|metadata\.labels=.'batch|spec\.selector=.'matchLabels'|spec\.template\.metadata\.labels"
     r"|spec\.\S*labelSelector\.matchExpressions)",
 )
 

@@ -295,8 +295,7 @@ _FRACTION = re.compile(rb"[0-9][.eE]")
 def canonical_numbers(value: Any) -> Any:
     """Rewrite whole floats as integers in place, as Go's encoder writes them: 1.0 becomes 1."""
     if value.__class__ is float:
-        whole = value.is_integer() and abs(value) < 1e21 and not (value == 0 and str(value)[0] == "-")
-        return int(value) if whole else value
+        return int(value) if value.is_integer() and abs(value) < 1e21 else value
     if value.__class__ is dict:
         for key, item in value.items():
             if item.__class__ in (float, dict, list):

@@ -32,6 +32,11 @@ def _image_pull_policy(container: Object, key: str) -> None:
         container[key] = pull_policy_of(container.get("image") or "")
 
 
+def _image_volume_pull_policy(source: Object, key: str) -> None:
+    if key not in source:
+        source[key] = pull_policy_of(source.get("reference") or "")
+
+
 def _resource_list(holder: Object, key: str) -> None:
     resources = holder.get(key)
     if resources:
@@ -80,7 +85,7 @@ FIELDS: dict[str, Callable[[Object, str], None]] = {
     **{f"api.core.v1.Pod#spec.{path}": _resource_list for path in (
         "containers[].resources.requests", "initContainers[].resources.requests", "resources.limits", "resources.requests")},
     "api.core.v1.Volume#emptyDir": _volume_source,
-    "api.core.v1.Volume#image.pullPolicy": _nothing,
+    "api.core.v1.Volume#image.pullPolicy": _image_volume_pull_policy,
     "api.core.v1.ConfigMap#data": _nothing,
     "api.core.v1.PodLogOptions#stream": _nothing,
     "api.rbac.v1.Subject#apiGroup": _subject_api_group,

@@ -24,8 +24,23 @@ def _pod_spec(spec: Object | None) -> None:
                 del container["restartPolicy"]
 
 
+_INIT_ANNOTATIONS = tuple(f"pod.{stage}.kubernetes.io/init-container{part}" for stage in ("beta", "alpha") for part in ("s", "-statuses"))
+
+
+def _annotated(obj: Object) -> None:
+    """Drop the annotations that held init containers before they were a field."""
+    annotations = (obj.get("metadata") or {}).get("annotations")
+    if annotations:
+        for key in _INIT_ANNOTATIONS:
+            annotations.pop(key, None)
+
+
 def _pod(obj: Object) -> None:
     _pod_spec(obj.get("spec"))
+    _annotated(obj)
+    spec = obj.get("spec")
+    if spec and (spec.get("terminationGracePeriodSeconds") or 0) < 0:
+        spec["terminationGracePeriodSeconds"] = 1
     status = obj.get("status")
     if status:
         _first_and_all(status, "podIP", "podIPs", "ip")
@@ -54,11 +69,24 @@ def _node(obj: Object) -> None:
 
 
 def _template(obj: Object) -> None:
-    _pod_spec(((obj.get("spec") or {}).get("template") or {}).get("spec"))
+    _pod_template(obj.get("spec") or {})
 
 
 def _pod_template(obj: Object) -> None:
-    _pod_spec((obj.get("template") or {}).get("spec"))
+    template = obj.get("template")
+    if template:
+        _pod_spec(template.get("spec"))
+        _annotated(template)
+
+
+def _daemon_set(obj: Object) -> None:
+    """The internal version has a field for what is an annotation here, so every object has one."""
+    _template(obj)
+    metadata = obj.setdefault("metadata", {})
+    annotations = metadata.get("annotations")
+    if annotations is None:
+        annotations = metadata["annotations"] = {}
+    annotations.setdefault("deprecated.daemonset.template.generation", "0")
 
 
 def _cron_job(obj: Object) -> None:
@@ -87,7 +115,7 @@ STEPS: dict[tuple[str, str], tuple[Callable[[Object], None], ...]] = {
     ("v1", "Secret"): (_secret,),
     ("apps/v1", "Deployment"): (_template,),
     ("apps/v1", "ReplicaSet"): (_template,),
-    ("apps/v1", "DaemonSet"): (_template,),
+    ("apps/v1", "DaemonSet"): (_daemon_set,),
     ("apps/v1", "StatefulSet"): (_stateful_set,),
     ("batch/v1", "Job"): (_template,),
     ("batch/v1", "CronJob"): (_cron_job,),

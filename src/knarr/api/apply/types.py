@@ -157,7 +157,8 @@ def _key_defaults(ref: str, keys: tuple[str, ...]) -> dict[str, Any]:
     """Key fields have their declared default, or the zero value if Go always writes them."""
     facts = (schema.definition(ref) or {}).get("fields", {}) if ref else {}
     message = schema.message_of(ref) if ref else None
-    found: dict[str, Any] = {}
+    # A name that may be left out in JSON, yet has a default for the sake of merging.
+    found: dict[str, Any] = {"name": ""} if ref.endswith(".core.v1.LocalObjectReference") else {}
     for key in keys:
         one = facts.get(key, {})
         if "default" in one:

@@ -55,7 +55,7 @@ def of_cidr(path: str, value: str) -> list[str]:
     network = ipaddress.ip_network(f"{address}/{length}", strict=False)
     warnings: list[str] = []
     if network.network_address != address:
-        single = f"{address}/{address.max_prefixlen}"
+        single = f"{address}/{128 if ':' in head else 32}"
         warnings.append(f'{path}: CIDR value "{value}" is ambiguous in this context (should be "{network}" or "{single}"?)')
     if strict is None or mapped or length_text != str(int(length_text)):
         warnings.append(
