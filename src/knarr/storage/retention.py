@@ -15,9 +15,9 @@ class Retention:
 
     seconds: float = 300.0
     """Revisions younger than this are kept, unless one of the other limits says no. Upstream compacts each 5 minutes."""
-    revisions: int = 200_000
+    revisions: int = 100_000
     """Most revisions of history kept."""
-    history_bytes: int = 128 << 20
+    history_bytes: int = 64 << 20
     """Most bytes of values kept as history."""
 
 
