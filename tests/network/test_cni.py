@@ -12,6 +12,7 @@ import pytest
 
 from knarr.network import netns
 from knarr.network.cni import CNIError, CNINetwork, installed, parse
+from knarr.network.plugins import PluginNetwork
 from knarr.runtime.cri import PortMapping, SandboxNetwork
 
 from .world import Place, World
@@ -125,3 +126,24 @@ def test_configurations_are_read_by_the_specification(tmp_path):
     with pytest.raises(CNIError):
         parse("[]", single=False)
     assert installed(tmp_path / "nowhere") is None
+
+
+async def test_the_node_is_wired_alike_with_plugins_and_without(world, tmp_path):
+    (tmp_path / "conf/10-knt.conflist").write_text(json.dumps(BRIDGE))
+    attached: list[str] = []
+
+    async def note(_namespace: str, name: str, _ips: object) -> None:
+        attached.append(name)
+
+    network = PluginNetwork(node_address=world.node.ip, state_dir=tmp_path / "state", config_dir=tmp_path / "conf", netns=world.node.path)
+    network.on_attach = note
+    await network.set_pod_cidrs(["10.88.0.0/24"])
+    assert network.gateways == [world.node.ip]
+    (one, first), (two, second) = sandbox(world, 1), sandbox(world, 2)
+    addresses = [(await network.setup(made)).ips[0] for made in (first, second)]
+    one.serve("one", 80)
+    assert (await asyncio.to_thread(two.ask, addresses[0], 80))[0] == "one"
+    assert attached == ["p1", "p2"]
+    await network.cleanup()
+    assert await network.recover(()) == []
+    await network.close()

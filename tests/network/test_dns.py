@@ -229,6 +229,17 @@ async def test_garbage_is_refused_and_does_not_stop_the_server(dns):
     assert await dns.values("example.com") == ["93.184.216.34"]
 
 
+async def test_a_taken_port_makes_the_server_listen_on_another():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as holder, socket.create_server(("127.0.0.1", 0)) as free:
+        holder.bind(("127.0.0.1", 0))
+        taken, other = holder.getsockname()[1], free.getsockname()[1]
+        free.close()
+        server = DNSServer(FedInformers(), listen=["127.0.0.1"], port=taken, fallback_port=other, upstreams=[], metrics_port=0)
+        await server.start()
+        assert server.port == other
+        await server.close()
+
+
 def test_a_stub_resolver_on_the_loopback_is_replaced_by_its_own_upstreams(tmp_path):
     plain, systemd = tmp_path / "resolv.conf", tmp_path / "systemd.conf"
     plain.write_text("nameserver 127.0.0.53\noptions edns0\n")

@@ -77,6 +77,9 @@ class BridgeNetwork:
       netns: Path of the node's own network namespace; None is the process's.
     """
 
+    own_routes = True
+    """Whether ways to other nodes are ours to make."""
+
     def __init__(
         self,
         *,

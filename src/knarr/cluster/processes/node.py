@@ -23,9 +23,11 @@ from knarr.cluster.supervisor import Announce
 
 if TYPE_CHECKING:
     from knarr.kubelet.config import KubeletConfig
+    from knarr.network.plugins import PluginNetwork
     from knarr.network.podnet import BridgeNetwork
     from knarr.network.proxy.service_proxy import ServiceProxy
     from knarr.runtime.embedded import EmbeddedRuntime
+    from knarr.runtime.grpc_cri import GRPCRuntime
 
 RESOLVE_SECONDS = 0.05
 CIDR_FILE = "pod-cidrs"
@@ -56,10 +58,15 @@ class Node:
     def client(self, pair: pki.KeyPair, component: str) -> Client:
         return Client(common.client_config(self.config, pair, component, host=self.api_host))
 
-    def make_network(self) -> BridgeNetwork:
+    def make_network(self) -> BridgeNetwork | PluginNetwork:
+        from knarr.network import cni
+        from knarr.network.plugins import PluginNetwork
         from knarr.network.podnet import BridgeNetwork
 
         config = self.config
+        if (plugins := cni.installed()) is not None:
+            log.info("pods get their network from the CNI configuration", network=plugins.name, folder=str(cni.CONFIG_FOLDER))
+            return PluginNetwork(node_address=self.address, state_dir=self.state / "network")
         return BridgeNetwork(
             bridge=f"knarr{config.slot}",
             cluster_cidrs=(config.pod_cidr,),
@@ -69,9 +76,13 @@ class Node:
             link_prefix=f"kp{config.slot}-",
         )
 
-    def make_runtime(self, network: BridgeNetwork) -> EmbeddedRuntime:
+    def make_runtime(self, network: BridgeNetwork | PluginNetwork) -> EmbeddedRuntime | GRPCRuntime:
         from knarr.runtime.embedded import EmbeddedRuntime, RuntimeConfig
 
+        if self.config.oci_runtime.startswith("unix://"):
+            from knarr.runtime.grpc_cri import GRPCRuntime
+
+            return GRPCRuntime(self.config.oci_runtime, str(self.data / "cri"))
         return EmbeddedRuntime(
             RuntimeConfig(
                 root=str(self.data / "runtime"),
@@ -160,7 +171,7 @@ class Node:
         except FileNotFoundError:
             return []
 
-    async def follow_own_node(self, informers: Informers, network: BridgeNetwork, runtime: EmbeddedRuntime, changed_network: Callable[[], None]) -> None:
+    async def follow_own_node(self, informers: Informers, network: BridgeNetwork | PluginNetwork, runtime: EmbeddedRuntime | GRPCRuntime, changed_network: Callable[[], None]) -> None:
         """Give the pod network its CIDRs as soon as the node has them, and again should they change."""
         wake = asyncio.Event()
         seen: dict[str, list[str]] = {}
@@ -185,22 +196,30 @@ class Node:
             if freed:
                 log.info("freed the network of sandboxes that are gone", count=len(freed))
 
-    async def serve_dns(self, client: Client, informers: Informers, network: BridgeNetwork) -> None:
+    async def serve_dns(self, client: Client, informers: Informers, network: BridgeNetwork | PluginNetwork) -> None:
         """Answer on the node's address in the pod network, once there is one, and tell the cluster."""
         from knarr.network.dns import DNSPublisher, DNSServer
 
         await self.network_started.wait()
-        server = DNSServer(informers, listen=network.gateways, cluster_domain=self.config.cluster_domain)
-        publisher = DNSPublisher(client, informers, node_name=self.node.name, addresses=network.gateways, cluster_ips=(self.config.dns_ip,))
-        async with asyncio.TaskGroup() as group:
-            group.create_task(server.run(), name="dns-server")
-            group.create_task(publisher.run(), name="dns-publisher")
+        # A node's own address may have a DNS server of the machine's owner; the pod network's is ours alone.
+        port = 53 if network.own_routes else 10053
+        server = DNSServer(informers, listen=network.gateways, port=port, cluster_domain=self.config.cluster_domain)
+        await server.start()
+        try:
+            await DNSPublisher(
+                client, informers, node_name=self.node.name, addresses=network.gateways, cluster_ips=(self.config.dns_ip,), port=server.port
+            ).run()
+        finally:
+            await server.close()
 
-    async def reach_other_nodes(self, informers: Informers, network: BridgeNetwork) -> None:
+    async def reach_other_nodes(self, informers: Informers, network: BridgeNetwork | PluginNetwork) -> None:
         """Keep the ways to the pods of other nodes; the node that is this machine itself is behind the gateway of those that are namespaces."""
         from knarr.network.overlay import NodeRoutes
+        from knarr.network.podnet import BridgeNetwork
 
         await self.network_started.wait()
+        if not isinstance(network, BridgeNetwork):
+            return
         hops = {node.name: nodes.gateway(self.config) for node in self.config.nodes if not node.netns} if self.node.netns else {}
         device = f"kp{self.config.slot}-vx"
         await NodeRoutes(informers, network, node_name=self.node.name, next_hops=hops, device=device, vni=4040 + self.config.slot).run()

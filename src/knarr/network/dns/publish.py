@@ -48,8 +48,8 @@ def dns_service(cluster_ips: Sequence[str]) -> Object:
     }
 
 
-def dns_slice(node: Object | None, node_name: str, addresses: Sequence[str]) -> Object:
-    """This node's slice; addresses of one family."""
+def dns_slice(node: Object | None, node_name: str, addresses: Sequence[str], port: int = 53) -> Object:
+    """This node's slice; addresses of one family, `port` where the server listens."""
     family = "IPv6" if ":" in addresses[0] else "IPv4"
     metadata: dict[str, Any] = {
         "name": f"{NAME}-{node_name}" + ("-v6" if family == "IPv6" else ""),
@@ -66,8 +66,8 @@ def dns_slice(node: Object | None, node_name: str, addresses: Sequence[str]) -> 
         "hints": {"forNodes": [{"name": node_name}]},
     }
     ports = [
-        {"name": "dns", "port": 53, "protocol": "UDP"},
-        {"name": "dns-tcp", "port": 53, "protocol": "TCP"},
+        {"name": "dns", "port": port, "protocol": "UDP"},
+        {"name": "dns-tcp", "port": port, "protocol": "TCP"},
         {"name": "metrics", "port": 9153, "protocol": "TCP"},
     ]
     return {
@@ -84,11 +84,13 @@ class DNSPublisher:
     """See the module.
 
     Args:
-      addresses: Where this node's server listens (one per family).
+      addresses, port: Where this node's server listens (one address per family).
       cluster_ips: Addresses of the Service when it has to be made.
     """
 
-    def __init__(self, client: Client, informers: Informers, *, node_name: str, addresses: Sequence[str], cluster_ips: Sequence[str] = ("10.96.0.10",)) -> None:
+    def __init__(
+        self, client: Client, informers: Informers, *, node_name: str, addresses: Sequence[str], cluster_ips: Sequence[str] = ("10.96.0.10",), port: int = 53
+    ) -> None:
         self._client = client
         self._informers = informers
         self._service = informers.get(SERVICES)
@@ -96,6 +98,7 @@ class DNSPublisher:
         self._node_name = node_name
         self._addresses = list(addresses)
         self._cluster_ips = list(cluster_ips)
+        self._port = port
         self._wake = asyncio.Event()
         self.published = asyncio.Event()
         """Set once the slices stand as they should."""
@@ -143,7 +146,7 @@ class DNSPublisher:
                 continue
             if ours and node is None:
                 node = await self._own_node()
-            await self._reconcile_slice(dns_slice(node, self._node_name, addresses), ours)
+            await self._reconcile_slice(dns_slice(node, self._node_name, addresses, self._port), ours)
 
     async def _own_node(self) -> Object | None:
         try:

@@ -9,6 +9,7 @@ is emptied when full, TCP connections and questions in flight are limited. Befor
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import struct
 from collections import Counter
@@ -66,6 +67,7 @@ class DNSServer:
       cluster_domain: e.g. "cluster.local".
       upstreams: Servers for other names; None reads the host's resolv.conf and follows its changes.
       stub_domains: Domains with servers of their own.
+      port, fallback_port: Where to listen; the second is taken when some server of the host holds the first (0 means: then fail).
       metrics_port: Serves /metrics on the same addresses; 0 does not.
     """
 
@@ -75,6 +77,7 @@ class DNSServer:
         *,
         listen: Sequence[str],
         port: int = 53,
+        fallback_port: int = 10053,
         cluster_domain: str = "cluster.local",
         upstreams: Sequence[str] | None = None,
         upstream_port: int = 53,
@@ -93,7 +96,7 @@ class DNSServer:
         self._slices.add_index("service", slice_service)
         self.zone = ClusterZone(self._services, self._slices, self._namespaces, domain=cluster_domain, ttl_seconds=ttl_seconds)
         self._listen = list(listen)
-        self._port = port
+        self._port, self._fallback_port = port, fallback_port
         resolvers = HostResolvers([*listen, *avoid])
         self.forwarder = Forwarder((lambda: list(upstreams)) if upstreams is not None else resolvers.current, stub_domains, port=upstream_port)
         self._metrics_port, self._ready_port = metrics_port, ready_port
@@ -121,13 +124,27 @@ class DNSServer:
         for informer in (self._services, self._slices, self._namespaces):
             informer.add_handler(self._changed, self._updated, self._changed)
         try:
+            await self._open_all()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not self._fallback_port or self._port in (0, self._fallback_port):
+                raise
+            log.warning("a server of this machine holds the DNS port, listening on another", port=self._port, instead=self._fallback_port)
+            self._port = self._fallback_port
+            await self._open_all()
+        try:
+            await self._web.listen(self._listen, self._metrics_port, self._ready_port)
+        except OSError as error:
+            # Names are worth more than numbers about them.
+            log.warning("the DNS server's metrics cannot be served", port=self._metrics_port, error=str(error))
+        await self._informers.start()
+
+    async def _open_all(self) -> None:
+        try:
             for address in self._listen:
                 await self._open(address)
-            await self._web.listen(self._listen, self._metrics_port, self._ready_port)
         except OSError:
-            await self.close()
+            self._close_sockets()
             raise
-        await self._informers.start()
 
     async def run(self) -> None:
         """Start, serve until cancelled, close."""
@@ -159,6 +176,12 @@ class DNSServer:
 
     async def close(self) -> None:
         """Stop serving."""
+        self._close_sockets()
+        await self._web.close()
+        await self._tasks.close()
+        await self.forwarder.close()
+
+    def _close_sockets(self) -> None:
         loop = asyncio.get_running_loop()
         for udp in self._sockets:
             if udp.fileno() >= 0:
@@ -168,9 +191,6 @@ class DNSServer:
         for server in self._servers:
             server.close()
         self._servers = []
-        await self._web.close()
-        await self._tasks.close()
-        await self.forwarder.close()
 
     def _changed(self, _obj: Object) -> None:
         if self._answers:
