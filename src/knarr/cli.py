@@ -7,6 +7,7 @@ prompt waits for this module. Errors that a user can act on become one line on s
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         command = verbs.add_parser(name, help=text, description=text)
-        command.add_argument("--name", default="default", help="which cluster (default: default)")
+        command.add_argument("--name", default=os.environ.get("KNARR_NAME", "default"), help="which cluster (default: $KNARR_NAME, or default)")
         command.add_argument("--data-dir", default=None, help="where its state is kept (default: /var/lib/knarr/NAME)")
         command.set_defaults(run=run)
         return command
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     up = verb("up", run_up, "bring the cluster up")
     up.add_argument("--nodes", type=int, default=None, help="number of nodes on this machine, for a new cluster")
     up.add_argument("--storage", default=None, help="store address, for a new cluster (default: an embedded file)")
-    up.add_argument("--oci-runtime", default=None, choices=["runc", "crun"], help="program that makes containers")
+    up.add_argument("--oci-runtime", default=None, metavar="runc|crun|unix:///SOCKET", help="program that makes containers, or the socket of containerd or CRI-O")
     up.add_argument("--controllers", default=None, help="controllers to run, e.g. *,-deployment")
     up.add_argument("--no-kubeconfig", action="store_true", help="leave the user's kubeconfig alone")
     verb("down", run_down, "stop the cluster; its data stays")
@@ -82,7 +83,7 @@ def _add_port(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     actions = port.add_subparsers(metavar="ACTION", required=True)
     for name, text in (("add", "publish a service: knarr port add 8080:web:80"), ("rm", "take a port back"), ("ls", "list published ports")):
         action = actions.add_parser(name, help=text, description=text)
-        action.add_argument("--name", default="default", help="which cluster (default: default)")
+        action.add_argument("--name", default=os.environ.get("KNARR_NAME", "default"), help="which cluster (default: $KNARR_NAME, or default)")
         action.add_argument("--data-dir", default=None, help="where its state is kept")
         action.set_defaults(run=run_port, action=name)
         if name == "add":
@@ -105,7 +106,7 @@ def _add_node(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     }
     for name, text in texts.items():
         action = actions.add_parser(name, help=text, description=text)
-        action.add_argument("--name", default="default", help="which cluster (default: default)")
+        action.add_argument("--name", default=os.environ.get("KNARR_NAME", "default"), help="which cluster (default: $KNARR_NAME, or default)")
         action.add_argument("--data-dir", default=None, help="where its state is kept")
         action.set_defaults(run=run_node, action=name)
         if name != "ls":
@@ -120,7 +121,7 @@ def _add_image(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     actions = image.add_subparsers(metavar="ACTION", required=True)
     for name, text in (("load", "load images from OCI or docker archives"), ("pull", "pull an image from its registry"), ("ls", "list images"), ("rm", "remove an image")):
         action = actions.add_parser(name, help=text, description=text)
-        action.add_argument("--name", default="default", help="which cluster (default: default)")
+        action.add_argument("--name", default=os.environ.get("KNARR_NAME", "default"), help="which cluster (default: $KNARR_NAME, or default)")
         action.add_argument("--data-dir", default=None, help="where its state is kept")
         action.set_defaults(run=run_image, action=name)
         if name == "load":
