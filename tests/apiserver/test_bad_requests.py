@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import orjson
@@ -116,13 +117,14 @@ def test_wrong_type_in_any_field_of_a_pod_is_the_clients_fault(path: tuple[str, 
     changed = _nested(path, value)
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x", "namespace": "default"}, "spec": {**spec, **changed}}
     endpoint = Endpoint(PODS, None, Pod())
-    try:
-        obj, _ = machinery.decode(endpoint, orjson.dumps(pod), "application/json", "Strict")
-        machinery.validate_create(endpoint, obj)
-    except StatusError as error:
-        assert 400 <= error.code < 500, error
-    except orjson.JSONEncodeError:
-        pass
+    code = 200
+    with contextlib.suppress(orjson.JSONEncodeError):
+        try:
+            obj, _ = machinery.decode(endpoint, orjson.dumps(pod), "application/json", "Strict")
+            machinery.validate_create(endpoint, obj)
+        except StatusError as error:
+            code = error.code
+    assert code == 200 or 400 <= code < 500
 
 
 async def test_random_bytes_never_make_the_server_fail() -> None:
