@@ -338,6 +338,8 @@ async def test_silent_node_is_tainted_and_its_pods_evicted(apiserver: RunningAPI
 
 async def test_many_endpoints_are_spread_over_slices_and_packed_again(apiserver: RunningAPIServer) -> None:
     async with controllers(apiserver, "endpointslice-controller,serviceaccount-controller", max_endpoints_per_slice=10) as client:
+        await client.create(NODES, {"metadata": {"name": "n"}})
+        await until(lambda: client.get(SERVICE_ACCOUNTS, "default", NS))
         await client.create(
             SERVICES, {"metadata": {"name": "s", "namespace": NS}, "spec": {"selector": {"a": "b"}, "ports": [{"port": 80}]}}
         )
