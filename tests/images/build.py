@@ -35,8 +35,8 @@ def _cached(name: str, sources: list[Path], make: Callable[[Path], None]) -> Pat
     return path
 
 
-def busybox_root(folder: Path) -> None:
-    """Fill a folder with a root file system: busybox, bash as sh, users root, nobody and `test` (uid 1000, groups 2000 and 3000)."""
+def busybox_root(folder: Path, shell: str = "bash") -> None:
+    """Fill a folder with a root file system: busybox, bash (or busybox) as sh, users root, nobody and `test` (uid 1000, groups 2000 and 3000)."""
     for name in ("bin", "etc", "tmp", "proc", "sys", "dev", "root", "home/test", "var", "usr/bin", "usr/sbin", "sbin"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "tmp").chmod(0o1777)
@@ -46,7 +46,7 @@ def busybox_root(folder: Path) -> None:
     for applet in subprocess.run([str(BUSYBOX), "--list"], check=True, capture_output=True, text=True).stdout.split():
         link = folder / "bin" / applet
         if not link.is_symlink() and not link.exists():
-            link.symlink_to("bash" if applet == "sh" else "busybox")
+            link.symlink_to(shell if applet == "sh" else "busybox")
     (folder / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\ntest:x:1000:1000::/home/test:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")
     (folder / "etc/group").write_text("root:x:0:\ntest:x:1000:\nextra:x:2000:test\nmore:x:3000:test,root\nnobody:x:65534:\n")
     # A setuid copy shows whether no_new_privs and the unpacker's modes are right.
@@ -54,17 +54,17 @@ def busybox_root(folder: Path) -> None:
     (folder / "usr/bin/suid-bash").chmod(0o4755)
 
 
-def busybox(names: tuple[str, ...] = ("docker.io/library/busybox:latest",)) -> Path:
-    """Path of an archive with the busybox image."""
+def busybox(names: tuple[str, ...] = ("docker.io/library/busybox:latest",), shell: str = "bash") -> Path:
+    """Path of an archive with the busybox image; `shell` is what its sh is."""
 
     def make(path: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            busybox_root(Path(folder))
+            busybox_root(Path(folder), shell)
             os.chmod(folder, 0o755)
             layer = oci.layer_from_folder(Path(folder))
         oci.write_archive(path, [(names, [layer], oci.ImageConfig(cmd=["sh"]))])
 
-    return _cached("busybox-" + hashlib.sha256(repr(names).encode()).hexdigest()[:8], [BUSYBOX, BASH], make)
+    return _cached("busybox-" + hashlib.sha256(repr((names, shell)).encode()).hexdigest()[:8], [BUSYBOX, BASH], make)
 
 
 def pause(names: tuple[str, ...] = ("registry.k8s.io/pause:3.10.1",)) -> Path:

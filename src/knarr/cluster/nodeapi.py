@@ -19,6 +19,7 @@ from knarr.cluster.config import ClusterConfig
 if TYPE_CHECKING:
     from knarr.http.server import Request
     from knarr.runtime.embedded import EmbeddedRuntime
+    from knarr.runtime.grpc_cri import GRPCRuntime
 
 TIMEOUT_SECONDS = 3600.0
 
@@ -30,7 +31,7 @@ def socket_path(config: ClusterConfig, node: str) -> Path:
 class NodeAPI:
     """Serves the image verbs of one node until closed."""
 
-    def __init__(self, runtime: EmbeddedRuntime, path: Path) -> None:
+    def __init__(self, runtime: EmbeddedRuntime | GRPCRuntime, path: Path) -> None:
         from knarr.http.server import HTTPServer
 
         self._runtime = runtime

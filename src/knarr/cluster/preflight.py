@@ -5,6 +5,7 @@ Role: `knarr up` runs `check` and prints the findings; `knarr preflight` prints 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import socket
@@ -43,12 +44,29 @@ def _privilege() -> list[Finding]:
 
 
 def _programs(config: ClusterConfig) -> list[Finding]:
+    if config.oci_runtime.startswith("unix://"):
+        return _foreign_runtime(config)
     packages = {config.oci_runtime: config.oci_runtime, "conmon": "conmon", "nft": "nftables"}
     return [
         Finding(f"the program {program} is missing", f"install it: apt-get install {package}")
         for program, package in packages.items()
         if shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is None
     ]
+
+
+def _foreign_runtime(config: ClusterConfig) -> list[Finding]:
+    """What containerd or CRI-O needs: its socket, grpcio here, and one node, since it knows only one kubelet."""
+    findings = []
+    path = config.oci_runtime.removeprefix("unix://")
+    if not Path(path).is_socket():
+        findings.append(Finding(f"there is no socket {path}", "start containerd or CRI-O, or name another socket"))
+    if importlib.util.find_spec("grpc") is None:
+        findings.append(Finding("the Python package grpcio is missing", "install it: pip install 'knarr[cri]'"))
+    if len(config.nodes) > 1:
+        findings.append(Finding("one containerd or CRI-O serves one node", "use the embedded runtime for several nodes on one machine"))
+    if shutil.which("nft", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is None:
+        findings.append(Finding("the program nft is missing", "install it: apt-get install nftables"))
+    return findings
 
 
 def _kernel() -> list[Finding]:

@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
 from knarr.runtime import execs, forward, process
-from knarr.runtime.attach import attach
+from knarr.runtime.attach import Attach, attach
 from knarr.runtime.cgroups import Cgroups
 from knarr.runtime.conmon import Conmon
 from knarr.runtime.container import Containers
@@ -248,7 +248,7 @@ class EmbeddedRuntime:
         return self._execs.start(self._containers.running(container_id), command, tty=tty, stdin=stdin)
 
     @_faults
-    async def attach(self, container_id: str, *, tty: bool, stdin: bool) -> object:
+    async def attach(self, container_id: str, *, tty: bool, stdin: bool) -> Attach:
         return await attach(self._containers, self._containers.running(container_id), stdin=stdin)
 
     @_faults

@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
-from knarr.runtime import disk, records
+from knarr.runtime import disk, process, records
 from knarr.runtime.cri import (
     AuthConfig,
     ContainerConfig,
@@ -42,6 +43,7 @@ from knarr.runtime.cri import (
 from knarr.runtime.criapi import codec, convert, streams
 from knarr.runtime.events import Events
 from knarr.runtime.images.reference import parse_reference
+from knarr.runtime.images.registry import Progress
 
 log = get_logger(__name__)
 _CALL_SECONDS, _PULL_SECONDS, _RELIST_SECONDS = 120.0, 3600.0, 1.0
@@ -278,7 +280,10 @@ class GRPCRuntime:
         answer = (await self._call("ImageStatus", {"image": {"image": reference}})).get("image")
         return None if answer is None else convert.image(answer)
 
-    async def pull_image(self, reference: str, auth: Sequence[AuthConfig] = (), namespace: str = "") -> str:
+    async def pull_image(
+        self, reference: str, auth: Sequence[AuthConfig] = (), namespace: str = "", progress: Progress | None = None
+    ) -> str:
+        """As the Protocol says; CRI tells no progress, so `progress` is never called."""
         name = str(parse_reference(reference))
         last: RuntimeFault | None = None
         for credentials in (*auth, None):
@@ -303,6 +308,18 @@ class GRPCRuntime:
         if not found:
             raise RuntimeFault("the runtime reports no image file system")
         return convert.filesystem(found[0])
+
+
+    async def load_images(self, path: str, *, name: str = "") -> list[Image]:
+        """Load an archive with containerd's own program, since CRI cannot. Raises RuntimeFault where there is none."""
+        socket_path = self._image_endpoint.removeprefix("unix://")
+        if shutil.which("ctr") is None:
+            raise RuntimeFault("CRI cannot load archives: use the runtime's own tool (ctr, skopeo)")
+        before = {image.id for image in await self.list_images()}
+        done = await process.run(["ctr", "-a", socket_path, "-n", "k8s.io", "images", "import", path], timeout_seconds=_PULL_SECONDS)
+        named = [line.split()[1] for line in done.stdout.decode(errors="replace").splitlines() if line.startswith("unpacking ")]
+        found = [image for image in [await self.image_status(item) for item in named] if image is not None]
+        return found or [image for image in await self.list_images() if image.id not in before]
 
 
 def _found(results: Sequence[Any]) -> list[Any]:
