@@ -172,9 +172,11 @@ class NodeResourcesFit(Plugin):
 
     def _resource_score(self, have: Ints, used: Ints) -> Ints:
         if self._strategy == "LeastAllocated":
-            return np.maximum(have - used, 0) * MAXIMUM_SCORE // have
+            least: Ints = np.maximum(have - used, 0) * MAXIMUM_SCORE // have
+            return least
         if self._strategy == "MostAllocated":
-            return np.minimum(used, have) * MAXIMUM_SCORE // have
+            most: Ints = np.minimum(used, have) * MAXIMUM_SCORE // have
+            return most
         utilization = np.where(used > have, 100, used * 100 // have)
         return self._broken_line(np.asarray(utilization, dtype=np.int64))
 
