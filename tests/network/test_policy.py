@@ -364,3 +364,27 @@ def test_a_thousand_policies_on_a_thousand_pods_are_computed_and_changed_quickly
     state.set_pod(read_pod(obj))
     state.wanted()
     assert time.perf_counter() - started < 0.2
+
+
+async def test_policies_hold_in_the_second_family_too():
+    async with World(dual_stack=True) as world:
+        state, table = PolicyState("here"), PolicyTable("knt-policy", netns=world.node.path)
+        state.set_namespace("x", {"ns": "x"})
+        places = {}
+        for name in "abc":
+            places[name] = place = await world.pod(name)
+            place.serve("x", 80, family=socket.AF_INET6)
+            state.set_pod(read_pod(pod_object(place, "x", name)))
+        inside = [{"podSelector": {"matchLabels": {"pod": "b"}}}, {"ipBlock": {"cidr": f"{world.client.ips[1]}/128"}}]
+        spec = {"podSelector": {"matchLabels": {"pod": "a"}}, "policyTypes": ["Ingress"], "ingress": [{"from": inside, "ports": [{"port": "web"}]}]}
+        state.set_policy(compile_policy({"metadata": {"namespace": "x", "name": "p"}, "spec": spec}))
+        table.load(state.wanted())
+        target = places["a"].ips[1]
+        ask = lambda place: asyncio.to_thread(lambda: place.ask(target, 80, seconds=0.4))
+        assert (await ask(places["b"]))[0] == "x"
+        assert (await ask(world.node))[0] == "x"
+        assert (await ask(world.client))[0] == "x"
+        with pytest.raises(TimeoutError):
+            await ask(places["c"])
+        table.remove()
+        table.close()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import Counter
 from typing import Any
 
 import pytest
 
+from knarr.network import netns
 from knarr.network.proxy.model import render_service
 from knarr.network.proxy.table import ProxyTable
 from knarr.network.proxy.topology import NodeView
@@ -195,3 +197,59 @@ async def test_two_clusters_in_one_namespace_do_not_take_each_others_marks(world
     for neighbour in neighbours:
         neighbour.remove()
         neighbour.close()
+
+
+async def test_services_of_the_second_family_work_alike():
+    async with World(dual_stack=True) as world:
+        proxied = Proxied(world)
+        pods = [await world.pod(f"p{number}") for number in range(3)]
+        for number, pod in enumerate(pods):
+            pod.serve(f"p{number}", 8080, family=10)
+        client = await world.pod("client")
+        part = endpoint_slice("web", BACK, [ready(pod.ips[1]) for pod in pods], family="IPv6")
+        plain = service("web", "fd96::10", HTTP, type="NodePort", node_ports={80: 30080}, externalIPs=["fd99::1"])
+        proxied.put(plain, part)
+        assert {name for name, _peer in [await ask(client, "fd96::10", 80) for _ in range(20)]} == {"p0", "p1", "p2"}
+        assert {peer for _name, peer in [await ask(client, "fd96::10", 80) for _ in range(3)]} == {client.ips[1]}
+        for place, address, port in (
+            (world.node, "fd96::10", 80), (world.client, world.node.ips[1], 30080), (world.client, "fd99::1", 80), (pods[0], "fd96::10", 80),
+        ):  # fmt: skip
+            assert (await ask(place, address, port))[0].startswith("p")
+        proxied.put({**plain, "spec": {**plain["spec"], "sessionAffinity": "ClientIP"}}, part)
+        for address, port in (("fd96::10", 80), (world.node.ips[1], 30080)):
+            assert len({await ask(client, address, port) for _ in range(10)}) == 1
+        proxied.put(plain, endpoint_slice("web", BACK, [], family="IPv6"))
+        with refused():
+            await ask(client, "fd96::10", 80)
+        limited = service(
+            "web", "fd96::10", HTTP, type="LoadBalancer", loadBalancerSourceRanges=["fd00:1::/64"], status={"loadBalancer": {"ingress": [{"ip": "fd99::2"}]}}
+        )  # fmt: skip
+        proxied.put(limited, part)
+        with pytest.raises(TimeoutError):
+            await ask(world.client, "fd99::2", 80, seconds=0.4)
+        proxied.table.remove()
+        proxied.table.close()
+
+
+async def test_sctp_services_where_the_kernel_has_the_protocol(world):
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_SCTP).close()
+    except OSError:
+        pytest.skip("this kernel has no SCTP sockets")
+    a, client = await world.pod("a"), await world.pod("client")
+    world.proxy.put(service("web", "10.96.0.10", [("s", "SCTP", 80)]), endpoint_slice("web", [("s", "SCTP", 8080)], [ready(a.ip)]))
+    with netns.entered(a.path):
+        server = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_SCTP)
+    server.bind(("", 8080)), server.listen(), server.settimeout(3)
+    with netns.entered(client.path):
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_SCTP)
+    sock.settimeout(3)
+    await asyncio.to_thread(sock.connect, ("10.96.0.10", 80))
+    server.close(), sock.close()
+
+
+async def test_a_service_of_any_protocol_can_be_written(world):
+    proxy = world.proxy
+    ports = [("a", "TCP", 80), ("b", "UDP", 80), ("c", "SCTP", 80)]
+    proxy.put(service("web", "10.96.0.10", ports), endpoint_slice("web", ports, [ready("10.77.0.9")]))
+    assert len(proxy.table.elements("service4")) == 3

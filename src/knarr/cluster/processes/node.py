@@ -123,7 +123,15 @@ class Node:
         kubelet_client = self.client(own, "kubelet")
         network_client = self.client(common.pair(self.config, "network"), "knarr-network")
         informers = Informers(network_client)
-        proxy = ServiceProxy(network_client, informers, node_name=self.node.name, table=f"knarr{self.config.suffix}", pod_cidrs=(self.config.pod_cidr,))
+        proxy = ServiceProxy(
+            network_client,
+            informers,
+            node_name=self.node.name,
+            table=f"knarr{self.config.suffix}",
+            pod_cidrs=(self.config.pod_cidr,),
+            # Where load balancers and monitoring look for kube-proxy's health; other clusters of this machine keep out of its way.
+            health_port=10256 if self.node.netns else self.config.kubelet_port + 6,
+        )
         policy = PolicyEngine(network_client, informers, node_name=self.node.name, table=f"knarr{self.config.suffix}-policy")
         network.on_attach = policy.admit
         try:
