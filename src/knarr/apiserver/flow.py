@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import math
 from collections import deque
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from knarr.aiokits import clock
@@ -51,6 +50,8 @@ class PriorityLevel:
         self.name = name
         self.uid = ""
         self.exempt = False
+        self.unbounded = False
+        """Stands for no seat at all (long-running requests)."""
         self.seats = 0
         self.inside = 0
         self.waiting = 0
@@ -148,6 +149,8 @@ class FlowControl:
         self._dirty = True
         self._fallback = PriorityLevel("catch-all")
         self._fallback.seats = 5
+        self._unbounded = PriorityLevel("")
+        self._unbounded.unbounded = True
         self._wakeup = asyncio.Event()
 
     async def start(self) -> None:
@@ -207,22 +210,23 @@ class FlowControl:
             return Classified(level, f"{schema['metadata']['name']}/{distinguisher}", headers.encode())
         return Classified(self._fallback, "", b"")
 
-    @contextlib.asynccontextmanager
-    async def admit(self, request: Request, info: RequestInfo, attributes: Attributes) -> AsyncIterator[bytes]:
-        """Hold a seat while the request runs; gives the headers to answer with. Raises 429."""
+    async def admit(self, request: Request, info: RequestInfo, attributes: Attributes) -> Classified | None:
+        """Take a seat for a request; the caller gives it back with `release`. Raises 429.
+
+        Plain calls instead of a context manager: every write comes through here.
+        """
         if not self._enabled:
-            yield b""
-            return
+            return None
         classified = self.classify(attributes._replace(name="", field_selector="", label_selector=""))
         if info.verb == "watch" or info.subresource in LONG_SUBRESOURCES or request.upgrade_wanted:
-            yield classified.headers
-            return
-        level = classified.level
-        await level.enter(classified.flow)
-        try:
-            yield classified.headers
-        finally:
-            level.leave()
+            return classified._replace(level=self._unbounded)
+        await classified.level.enter(classified.flow)
+        return classified
+
+    @staticmethod
+    def release(seat: Classified | None) -> None:
+        if seat is not None and not seat.level.unbounded:
+            seat.level.leave()
 
     def headers_for(self, attributes: Attributes) -> bytes:
         """Return the headers of a read that takes no seat."""

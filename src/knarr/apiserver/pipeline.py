@@ -130,13 +130,16 @@ class Pipeline:
         attributes = attributes_of(request, info, user)
         trace = server.audit.begin(request, info, original, user) if server.audit is not None else None
         try:
-            async with server.flow.admit(request, info, attributes) as headers:
+            seat = await server.flow.admit(request, info, attributes)
+            try:
                 decision, reason = await server.decide(attributes)
                 if decision is not Decision.ALLOW:
                     if user.name == ANONYMOUS.name and user is ANONYMOUS and not server.anonymous_everywhere:
                         raise errors.unauthorized()
                     raise server.forbidden(attributes, reason)
-                await self._route(request, info, attributes, user, headers)
+                await self._route(request, info, attributes, user, seat.headers if seat is not None else b"")
+            finally:
+                server.flow.release(seat)
         except StatusError as error:
             if trace is not None:
                 trace.failed(error)

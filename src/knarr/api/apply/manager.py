@@ -18,6 +18,7 @@ from knarr.api.apply import fieldset as fs
 from knarr.api.apply import managed, walk
 from knarr.api.apply.fieldset import FieldSet
 from knarr.api.apply.managed import APPLY, UPDATE, Conflicts, ManagerID, Managers, Owned
+from knarr.api.apply.shapes import Shapes, shape
 from knarr.api.apply.types import Kind
 from knarr.api.meta import deep_copy
 from knarr.api.types import Object
@@ -68,6 +69,7 @@ class FieldManager:
         self._finish = finish
         self._convert = convert
         self._kind_of = kind_of
+        self._shapes = Shapes()
 
     # --- writes other than apply --------------------------------------------------------------------------------------
 
@@ -84,6 +86,16 @@ class FieldManager:
         """
         meta = new.setdefault("metadata", {})
         given = meta.pop("managedFields", None)
+        key: Any = None
+        if live is None and given is None and not self._subresource:
+            key = shape(new)
+            fields = self._shapes.get(key)
+            if fields is not None:
+                meta["managedFields"] = [{
+                    "manager": manager or "unknown", "operation": UPDATE, "apiVersion": self._api_version, "time": now or _now(),
+                    "fieldsType": "FieldsV1", "fieldsV1": fields,
+                }]
+                return
         try:
             managers = self._managers_for_update(live, given)
             live_or_empty = live if live is not None else self._empty()
@@ -92,6 +104,8 @@ class FieldManager:
             return
         if managers:
             meta["managedFields"] = managed.encode(managers)
+            if key is not None:
+                self._shapes.put(key, meta["managedFields"][0]["fieldsV1"])
 
     def _managers_for_update(self, live: Object | None, given: Any) -> Managers:
         before = (live or {}).get("metadata", {}).get("managedFields")
