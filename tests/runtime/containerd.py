@@ -25,7 +25,7 @@ state = "{folder}/state"
   stream_server_address = "127.0.0.1"
   stream_server_port = "0"
   [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "{folder}/cni"
+    bin_dir = "/usr/lib/cni"
     conf_dir = "{folder}/cni"
 """
 
