@@ -23,8 +23,12 @@ _PREFIX_CHARACTERS = 223
 
 
 def template_data(template: Object) -> Object:
-    """The data of a revision: a patch that replaces the whole template."""
-    return {"spec": {"template": {**template, "$patch": "replace"}}}
+    """The data of a revision: a patch that replaces the whole template.
+
+    Keys are sorted at every level, as Go writes maps: others compare these bytes with what they would write.
+    """
+    patch: Object = orjson.loads(orjson.dumps({"spec": {"template": {**template, "$patch": "replace"}}}, option=orjson.OPT_SORT_KEYS))
+    return patch
 
 
 def template_of(revision: Object) -> Object:
