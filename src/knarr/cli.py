@@ -67,6 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     verb("kubeconfig", run_kubeconfig, "merge the cluster's context into the kubeconfig again")
     verb("preflight", run_preflight, "check what the cluster needs of this machine")
     verb("version", run_version, "print the version")
+    verb("backup", run_backup, "write all API objects to a file").add_argument("file")
+    verb("restore", run_restore, "put a backup in the place of the store of a cluster that is down").add_argument("file")
     question = verb("why", run_why, "say why a packet arrives, or what stops it: knarr why pod/a pod/b:80")
     question.add_argument("source", help="pod/NAME, pod/NAMESPACE/NAME or node/NAME")
     question.add_argument("target", help="pod/NAME:PORT, svc/NAME:PORT, NAME.NAMESPACE:PORT or ADDRESS:PORT")
@@ -194,6 +196,26 @@ def run_kubeconfig(options: argparse.Namespace) -> int:
     config = lifecycle.existing(options.name, options.data_dir)
     path = lifecycle.merge_kubeconfig(config, lifecycle.make_pki(config))
     print(f"context {config.context} is in {path}", file=sys.stderr)
+    return 0
+
+
+def run_backup(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from knarr.cluster import backup, lifecycle
+
+    summary = backup.backup(lifecycle.existing(options.name, options.data_dir), Path(options.file))
+    print(f"{summary.keys} objects at revision {summary.revision} are in {options.file}", file=sys.stderr)
+    return 0
+
+
+def run_restore(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from knarr.cluster import backup, lifecycle
+
+    summary = backup.restore(lifecycle.existing(options.name, options.data_dir), Path(options.file))
+    print(f"{summary.keys} objects restored, the store is at revision {summary.revision}", file=sys.stderr)
     return 0
 
 

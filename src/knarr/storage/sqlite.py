@@ -311,6 +311,18 @@ class SQLiteStore:
             if not future.done():
                 future.set_exception(UnavailableError(f"the store cannot write: {error}"))
 
+    async def skip_to(self, revision: int) -> None:
+        """Go on behind a revision, in a store that holds nothing yet (restore): revisions never go back for those who saw the old one."""
+        if self._index or self._pending.rows or self._committing is not None:
+            raise UnavailableError("the store is not empty")
+        if revision <= self._last:
+            return
+        assert self._writer is not None
+        writer = self._writer
+        await self._on_writer(lambda: writer.skip_to(revision))
+        self._last = self._revision = self._compacted = revision
+        self._retention = History(self._limits, clock.now(), revision)
+
     def _expire(self, key: str, revision: int) -> None:
         if self._closed:
             return

@@ -7,6 +7,7 @@ loop every re-acquisition may wait a whole switch interval. Hence one INSERT wit
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,6 +164,14 @@ class Writer:
             connection.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES // 2})").fetchall()
         return CompactionStep(until)
 
+    def skip_to(self, revision: int) -> None:
+        """Make `revision` the last one used, and everything up to it compacted; only for a store without rows."""
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        for name in ("revision", "compacted"):
+            connection.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = max(value, excluded.value)", (name, revision))
+        connection.execute("COMMIT")
+
     def close(self) -> None:
         self._connection.close()
 
@@ -210,3 +219,25 @@ class Reader:
 
     def close(self) -> None:
         self._connection.close()
+
+
+def snapshot(path: Path) -> tuple[int, Iterator[tuple[str, bytes, float]]]:
+    """One consistent view of a store file that may be in use: its revision and (key, value, expiry) of every live key.
+
+    The view lasts until the iterator is exhausted.
+    """
+    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None, check_same_thread=False, timeout=5)
+    connection.execute("BEGIN")
+    newest = connection.execute("SELECT max(revision) FROM log").fetchone()[0] or 0
+    meta = dict(connection.execute("SELECT name, value FROM meta"))
+
+    def rows() -> Iterator[tuple[str, bytes, float]]:
+        try:
+            yield from connection.execute(
+                "SELECT log.key, log.value, log.expires FROM (SELECT key, max(revision) AS revision, removed FROM log GROUP BY key HAVING NOT removed)"
+                " AS newest JOIN log ON log.revision = newest.revision ORDER BY log.key"
+            )
+        finally:
+            connection.close()
+
+    return max(newest, meta.get("revision", 0)), rows()
