@@ -379,3 +379,69 @@ async def test_manager_leaves_no_task_behind(apiserver: RunningAPIServer) -> Non
     await asyncio.sleep(0.1)
     left = {task.get_name() for task in asyncio.all_tasks()} - before
     assert not [name for name in left if name.startswith(("informer", "deployment", "worker")) or name.endswith("controller")]
+
+
+# Claims of devices
+
+
+async def test_claim_is_made_from_its_template_and_goes_with_the_pod(everything: Client) -> None:
+    client = everything
+    claims, templates = _resource("resourceclaims"), _resource("resourceclaimtemplates")
+    requests = [{"name": "gpu", "exactly": {"deviceClassName": "gpu.example.org"}}]
+    template = {
+        "metadata": {"name": "t", "namespace": NS},
+        "spec": {"metadata": {"labels": {"l": "1"}}, "spec": {"devices": {"requests": requests}}},
+    }
+    await until(lambda: client.get(SERVICE_ACCOUNTS, "default", NS))
+    pod = {"metadata": {"name": "p", "namespace": NS}, "spec": {"containers": [{"name": "c", "image": "i"}]}}
+    pod["spec"]["resourceClaims"] = [{"name": "device", "resourceClaimTemplateName": "t"}]
+    await client.create(PODS, pod)
+    # The pod may be first.
+    await asyncio.sleep(0.1)
+    await client.create(templates, template)
+    found: list[str] = []
+
+    async def named() -> bool:
+        statuses = (await client.get(PODS, "p", NS))["status"].get("resourceClaimStatuses") or ()
+        found[:] = [item["resourceClaimName"] for item in statuses]
+        return bool(found)
+
+    await until(named)
+    claim = await client.get(claims, found[0], NS)
+    assert claim["metadata"]["annotations"] == {"resource.kubernetes.io/pod-claim-name": "device"}
+    assert claim["metadata"]["labels"] == {"l": "1"}
+    assert claim["spec"]["devices"]["requests"][0]["name"] == "gpu"
+    # Deleted by accident it is made again; with the pod over it goes.
+    await client.delete(claims, found[0], NS)
+
+    async def made_again() -> bool:
+        await named()
+        listed = (await client.list(claims, NS))["items"]
+        return len(listed) == 1 and [listed[0]["metadata"]["name"]] == found and listed[0]["metadata"]["uid"] != claim["metadata"]["uid"]
+
+    await until(made_again)
+    assert len(await _names(client, claims)) == 1
+    await client.patch(PODS, "p", NS, {"status": {"phase": "Succeeded"}}, type="strategic", subresource="status")
+
+    async def none_left() -> bool:
+        return not await _names(client, claims)
+
+    await until(none_left)
+    await client.delete(PODS, "p", NS)
+
+
+async def test_claim_that_nobody_uses_any_more_is_free_for_another_node(everything: Client) -> None:
+    client, claims = everything, _resource("resourceclaims")
+    spec = {"devices": {"requests": [{"name": "gpu", "exactly": {"deviceClassName": "gpu.example.org"}}]}}
+    meta = {"name": "shared", "namespace": NS, "finalizers": ["resource.kubernetes.io/delete-protection"]}
+    claim = await client.create(claims, {"metadata": meta, "spec": spec})
+    result = {"request": "gpu", "driver": "d.example.org", "pool": "p", "device": "x"}
+    consumer = {"resource": "pods", "name": "gone", "uid": "uid-of-a-pod-long-gone"}
+    claim["status"] = {"allocation": {"devices": {"results": [result]}}, "reservedFor": [consumer]}
+    await client.update(claims, claim, subresource="status")
+
+    async def free() -> bool:
+        now = await client.get(claims, "shared", NS)
+        return not now.get("status") and not now["metadata"].get("finalizers")
+
+    await until(free)

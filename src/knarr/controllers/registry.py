@@ -22,6 +22,7 @@ CONTROLLERS: dict[str, str] = {
     "persistentvolumeclaim-protection-controller": "volume.protection:ClaimProtection",
     "persistentvolume-protection-controller": "volume.protection:VolumeProtection",
     "volumeattributesclass-protection-controller": "volume.protection:AttributesClassProtection",
+    "resourceclaim-controller": "resourceclaim:ResourceClaimController",
     "ephemeral-volume-controller": "volume.ephemeral:EphemeralVolumeController",
     "endpoints-controller": "endpoints:EndpointsController",
     "endpointslice-controller": "endpointslice:EndpointSliceController",
