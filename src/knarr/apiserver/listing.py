@@ -144,13 +144,15 @@ def too_large_version(revision: int, current: int) -> StatusError:
 def list_nowait(storage: Storage, cache: ResourceCache, options: ListOptions) -> ListResult | None:
     """List from memory; None when that needs an older revision than the cache shows, or a later one."""
     revision = storage.revision
+    # A revision that is compacted has expired for every resource alike, also for those that have not changed since.
+    compacted = storage.store.compacted
     after = ""
     at = options.revision
     if options.continue_token:
         after, at = decode_continue(options.continue_token)
         if options.selection.namespace:
             after = f"{options.selection.namespace}/{after}"
-        if at > 0 and cache.revision > at:
+        if at > 0 and (cache.revision > at or at < compacted):
             return None
         if at > revision:
             return None
@@ -160,7 +162,7 @@ def list_nowait(storage: Storage, cache: ResourceCache, options: ListOptions) ->
             return None
         if at and (options.exact or (options.limit and options.match != "NotOlderThan")):
             # Paging with a revision is served at exactly that revision, as upstream does for compatibility.
-            if cache.revision > at:
+            if cache.revision > at or at < compacted:
                 return None
             shown = at
         else:
