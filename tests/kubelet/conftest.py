@@ -14,7 +14,7 @@ from typing import Any
 import pytest_asyncio
 
 from knarr.api.errors import StatusError
-from knarr.api.resources import CONFIG_MAPS, NAMESPACES, NODES, PODS, SERVICE_ACCOUNTS
+from knarr.api.resources import CONFIG_MAPS, EVENTS, NAMESPACES, NODES, PODS, SERVICE_ACCOUNTS
 from knarr.api.types import Object
 from knarr.client.rest import Client
 from knarr.kubelet.config import KubeletConfig
@@ -132,6 +132,15 @@ class Bench:
 
     async def until(self, name: str, condition: Callable[[Object | None], Any], seconds: float = 20) -> Any:
         """Watch a pod until the condition holds (of None when it is gone); gives what it returned."""
+        try:
+            return await self._until(name, condition, seconds)
+        except TimeoutError as e:
+            pods = await self.client.list(PODS, self.namespace, field_selector=f"metadata.name={name}")
+            events = await self.client.list(EVENTS, self.namespace, field_selector=f"involvedObject.name={name}")
+            told = [f"{e['reason']}: {e['message']}" for e in events["items"]]
+            raise AssertionError(f"{name} is {[(p['metadata'].get('deletionTimestamp'), p['status']) for p in pods['items']]}, events {told}") from e
+
+    async def _until(self, name: str, condition: Callable[[Object | None], Any], seconds: float) -> Any:
         async with asyncio.timeout(seconds):
             listed = await self.client.list(PODS, self.namespace, field_selector=f"metadata.name={name}")
             pod = listed["items"][0] if listed["items"] else None

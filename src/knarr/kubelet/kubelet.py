@@ -296,10 +296,11 @@ class Kubelet:
 
     async def _close(self) -> None:
         await self.server.close()
+        # No more news first: nothing may ask for new work of what is ending.
+        await self.informers.close()
         await self.tasks.close()
         await self.node.probes.close()
         await self.node.status.close()
         await self.node.objects.close()
         await self.csi.close()
-        await self.informers.close()
         await self._recorder.close()

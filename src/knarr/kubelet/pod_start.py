@@ -20,7 +20,7 @@ from knarr.kubelet.plugins.devices import NotEnoughDevices
 from knarr.kubelet.plugins.wire import PluginError
 from knarr.kubelet.pod_worker import PodEnding, PodWorker
 from knarr.kubelet.userns import NoRangeLeft
-from knarr.runtime.cri import Image, RuntimeFault
+from knarr.runtime.cri import ContainerState, Image, RuntimeFault
 
 log = get_logger(__name__)
 
@@ -90,10 +90,12 @@ def _attempt(worker: PodWorker, name: str, observed: Observed) -> int:
     """The new container's number: one more than the last, which may be known only from its log."""
     last = observed.latest(name)
     if last is not None:
-        return last.metadata.attempt + 1
+        # One that was created and never started is replaced, not restarted.
+        return last.metadata.attempt + (last.state is not ContainerState.CREATED)
     folder = os.path.join(sandboxes.log_directory(worker.node.config, worker.pod), name)
     try:
-        numbers = [int(m[1]) for m in (re.match(r"(\d+)\.log", entry) for entry in os.listdir(folder)) if m]
+        entries = [e for e in os.scandir(folder) if e.stat().st_size]
+        numbers = [int(m[1]) for m in (re.match(r"(\d+)\.log", entry.name) for entry in entries) if m]
     except OSError:
         return 0
     return max(numbers, default=-1) + 1
@@ -138,7 +140,10 @@ async def _create_and_start(worker: PodWorker, spec: Object, image: Image, sandb
         return False
     if worker.ending:
         raise PodEnding
+    last = observed.latest(name)
     try:
+        if last is not None and last.state is ContainerState.CREATED:
+            await node.runtime.remove_container(last.id)
         container_id = await node.runtime.create_container(sandbox_id, config)
     except RuntimeFault as e:
         node.container_event(pod, name, "Warning", "Failed", f"Error: {e}")

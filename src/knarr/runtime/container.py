@@ -545,16 +545,15 @@ class Containers:
     async def _recover_starting(self, container: Container) -> None:
         """Killed while it was being started: adopt it if the process was let go, else take the start back."""
         state = await self._runc.state(container.id)
-        if container.held is not None and state is not None and state.get("status") != "created":
+        ran = state.get("status") != "created" if state is not None else self._conmon.exit_file(container.id) is not None
+        if container.held is not None and ran:
             container.started_at_ns = time.time_ns()
             self._watch(container)
             return
+        # Its program never ran: it stays created, and who wanted it makes another one.
         if container.held is not None or state is not None or os.path.exists(f"{self.bundle(container.id)}/conmon.pid"):
             await self._kill_leftovers(container)
-            await self._failed(container, "the start was interrupted by a restart of the node")
-        elif not os.path.ismount(os.path.join(self.bundle(container.id), "rootfs")):
-            # The machine was restarted between create and start.
-            await self._failed(container, "the container was created before the machine was restarted")
+            await self._save(container)
 
     async def _save(self, container: Container) -> None:
         live = self._live.get(container.id)
