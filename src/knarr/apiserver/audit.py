@@ -19,13 +19,12 @@ from knarr.aiokits import clock
 from knarr.api.errors import StatusError
 from knarr.api.types import Object
 from knarr.apiserver.attributes import UserInfo
-from knarr.apiserver.call import audit_id
+from knarr.apiserver.call import Call, audit_id
 from knarr.apiserver.config import APIServerConfig
 from knarr.apiserver.requestinfo import RequestInfo
 from knarr.http.server import Request
 
 LEVELS = {"None": 0, "Metadata": 1, "Request": 2, "RequestResponse": 3}
-LONG_RUNNING = frozenset({"watch", "proxy"})
 
 
 class Trace:
@@ -52,12 +51,31 @@ class Trace:
         event["stage"] = "ResponseComplete"
         event["stageTimestamp"] = clock.now_micro()
         event["annotations"] = {"authorization.k8s.io/decision": "forbid" if code == 403 else "allow", "authorization.k8s.io/reason": ""}
+        self._add_objects(request)
         if "ResponseComplete" not in self._omit:
             self._audit.write(event)
+
+    def _add_objects(self, request: Request) -> None:
+        """What was sent and answered, as far as the level wants it; managed fields say little and are long."""
+        call = request.context
+        if not isinstance(call, Call):
+            return
+        self._event["annotations"].update(call.annotations)
+        if self._level >= LEVELS["Request"] and call.log_object is not None:
+            self._event["requestObject"] = _without_managed_fields(call.log_object)
+        if self._level >= LEVELS["RequestResponse"] and call.response_body:
+            self._event["responseObject"] = _without_managed_fields(orjson.loads(call.response_body))
 
     def received(self) -> None:
         if "RequestReceived" not in self._omit:
             self._audit.write({**self._event, "stage": "RequestReceived", "stageTimestamp": self._event["requestReceivedTimestamp"]})
+
+
+def _without_managed_fields(obj: Object) -> Object:
+    metadata = obj.get("metadata")
+    if isinstance(metadata, dict) and "managedFields" in metadata:
+        return {**obj, "metadata": {key: value for key, value in metadata.items() if key != "managedFields"}}
+    return obj
 
 
 class Audit:

@@ -38,7 +38,7 @@ class Call:
 
     __slots__ = (
         "annotations", "audit_id", "dry_run", "endpoint", "field_manager", "field_validation", "flow_headers", "info", "log_object", "namespace",
-        "query", "request", "server", "user", "warnings",
+        "query", "request", "response_body", "server", "user", "warnings",
     )  # fmt: skip
 
     def __init__(self, server: APIServer, request: Request, info: RequestInfo, endpoint: Endpoint, user: UserInfo) -> None:
@@ -56,6 +56,8 @@ class Call:
         self.field_validation = "Warn"
         self.audit_id = audit_id(request)
         self.annotations: dict[str, str] = {}
+        self.response_body = b""
+        """Kept for the audit log, when there is one."""
         self.log_object: Object | None = None
         """The decoded request body, for the audit log."""
 
@@ -154,6 +156,8 @@ class Call:
 
     def answer_bytes(self, status: int, body: bytes, content_type: str, yaml: bool = False, pretty: bool = False) -> None:
         """Answer with a rendered body."""
+        if self.server.auditing and content_type == "application/json":
+            self.response_body = body
         if yaml:
             body, content_type = to_yaml(body), "application/yaml"
         elif pretty and content_type == "application/json":

@@ -27,7 +27,7 @@ from knarr.apiserver.attributes import ANONYMOUS, Attributes, ConnectRequest, De
 from knarr.apiserver.call import Call, respond_error, respond_no_such_path
 from knarr.apiserver.flow import LONG_SUBRESOURCES
 from knarr.apiserver.requestinfo import RequestInfo, parse
-from knarr.apiserver.verbs import create, delete, patch, read, subresources, update
+from knarr.apiserver.verbs import componentstatus, create, delete, patch, read, subresources, update
 from knarr.http.errors import HTTPError
 from knarr.http.server import Request
 
@@ -175,6 +175,7 @@ class Pipeline:
             return
         call = Call(server, request, info, endpoint, user)
         call.flow_headers = headers
+        request.context = call
         try:
             await self._verb(call, info)
         except StatusError as error:
@@ -193,6 +194,9 @@ class Pipeline:
         verb = info.verb
         if not info.name and verb in ("update", "patch"):
             raise errors.method_not_allowed()
+        if endpoint.store is None and verb in ("get", "list") and resource.plural == "componentstatuses":
+            await componentstatus.read(call)
+            return
         if verb == "create" and endpoint.store is None:
             await subresources.review(call)
             return
