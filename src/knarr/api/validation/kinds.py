@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from knarr.api.validation import admissionregistration as admission
 from knarr.api.validation import apps, autoscaling, batch, certificates, core, networking, policy, rbac, service, small, storage
 from knarr.api.validation.claims import create_claim, update_claim
 from knarr.api.validation.pod import create_pod, create_pod_template, update_pod
@@ -58,6 +59,14 @@ KINDS.update(
         ("apiregistration.k8s.io", "apiservices"): Kind(
             small.create_api_service, small.update_api_service, name=small.api_service_name, core_finalizers=False
         ),
+        (admission.GROUP, "validatingwebhookconfigurations"): Kind(
+            admission.create_validating, admission.update_validating, core_finalizers=False
+        ),
+        (admission.GROUP, "mutatingwebhookconfigurations"): Kind(
+            admission.create_mutating, admission.update_mutating, core_finalizers=False
+        ),
+        (admission.GROUP, "validatingadmissionpolicies"): Kind(admission.create_policy, admission.update_policy, core_finalizers=False),
+        (admission.GROUP, "validatingadmissionpolicybindings"): Kind(admission.create_binding, core_finalizers=False),
         ("", "events"): Kind(small.create_core_event, small.update_core_event),
         ("events.k8s.io", "events"): Kind(small.create_event, small.update_event),
         ("storage.k8s.io", "storageclasses"): Kind(storage.create_storage_class, storage.update_storage_class),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from ipaddress import ip_address, ip_network
 from typing import Any
 
+from knarr.api.addresses import sloppy_network
 from knarr.api.errors import duplicate, field_forbidden, invalid_value, not_supported, required, too_long, too_many
 from knarr.api.validation.batch import domain_prefixed_path
 from knarr.api.validation.containers import PROTOCOLS
@@ -218,17 +219,16 @@ def _ip_block(block: Object, path: str, errors: Errors) -> None:
     if not cidr:
         errors.append(required(f"{path}.cidr"))
         return
-    before = len(errors)
     validate_cidr(cidr, f"{path}.cidr", errors)
-    if len(errors) > before:
+    outer = sloppy_network(cidr)
+    if outer is None:
         return
-    outer = ip_network(cidr, strict=False)
     for index, text in enumerate(block.get("except") or ()):
-        own, before = f"{path}.except[{index}]", len(errors)
+        own = f"{path}.except[{index}]"
         validate_cidr(text, own, errors)
-        if len(errors) > before:
+        inner = sloppy_network(text)
+        if inner is None:
             continue
-        inner = ip_network(text, strict=False)
         if inner.version != outer.version or inner.network_address not in outer or outer.prefixlen >= inner.prefixlen:
             errors.append(invalid_value(own, text, "must be a strict subset of `cidr`"))
 

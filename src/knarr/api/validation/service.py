@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ipaddress import ip_address, ip_network
 
+from knarr.api.addresses import sloppy_network
 from knarr.api.errors import duplicate, field_forbidden, invalid_value, not_supported, required
 from knarr.api.validation.containers import PROTOCOLS, validate_port_or_name
 from knarr.api.validation.metadata import Errors, Object, add, validate_labels
@@ -53,11 +54,7 @@ def validate_endpoint_ip(value: str, path: str, errors: Errors) -> None:
 
 
 def validate_cidr(value: str, path: str, errors: Errors) -> None:
-    try:
-        ip_network(value, strict=False)
-        if "/" not in value:
-            raise ValueError
-    except ValueError:
+    if sloppy_network(value) is None:
         errors.append(invalid_value(path, value, "must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)"))
 
 
