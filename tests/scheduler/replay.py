@@ -194,9 +194,14 @@ class Replay:
         self._made.append((resource, made["metadata"]["name"], namespace))
         if resource.plural == "nodes" and body.get("status"):
             await self.client.patch(resource, body["metadata"]["name"], None, {"status": body["status"]}, subresource="status")
-            # Admission marks new nodes as not ready; with the status in place the mark would go anyway, but later.
-            taints = (body.get("spec") or {}).get("taints") or []
-            await self.client.patch(resource, body["metadata"]["name"], None, {"spec": {"taints": taints}})
+            await self._ready(body["metadata"]["name"])
+
+    async def _ready(self, name: str) -> None:
+        """Take away the mark that admission puts on new nodes, in place of the node lifecycle controller."""
+        nodes = by_plural("nodes")
+        spec = (await self.client.get(nodes, name)).get("spec") or {}
+        taints = [t for t in spec.get("taints") or () if t["key"] != "node.kubernetes.io/not-ready"]
+        await self.client.patch(nodes, name, None, {"spec": {"taints": taints}})
 
     async def _act(self, action: dict[str, Any]) -> None:
         verb = action["verb"]
@@ -217,6 +222,8 @@ class Replay:
             kind = action.get("type") or "strategic"
             body, part = self._fill(action["body"]), action.get("subresource") or ""
             await self.client.patch(resource, name, namespace, body, type=kind, subresource=part)
+            if plural == "nodes" and part == "status":
+                await self._ready(name)
         else:
             raise AssertionError(f"action {verb} is not known here")
 

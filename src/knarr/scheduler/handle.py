@@ -29,5 +29,30 @@ class Handle:
         self.volumes = Volumes(self.objects)
         self.volume_writer: VolumeWriter | None = None
         self.random = randomness or random.Random()
-        self.preempting: set[str] = set()
-        """Pods (by uid) whose victims are being evicted right now."""
+        self._preempting: dict[str, tuple[str, str] | None] = {}
+
+    # Pods whose victims are being evicted. Such a pod must not be tried again before the last victim is seen going:
+    # until then its node looks full, and the next attempt would pick more victims.
+
+    def preemption_started(self, uid: str) -> None:
+        self._preempting[uid] = None
+
+    def last_victim(self, uid: str, node_name: str, victim_uid: str) -> None:
+        """All victims but this one have been told to go."""
+        self._preempting[uid] = (node_name, victim_uid)
+
+    def preemption_ended(self, uid: str) -> None:
+        self._preempting.pop(uid, None)
+
+    def is_preempting(self, uid: str) -> bool:
+        if uid not in self._preempting:
+            return False
+        last = self._preempting[uid]
+        if last is None:
+            return True
+        node = self.table.get(last[0])
+        victim = node.pods.get(last[1]) if node is not None else None
+        if victim is not None and not victim.deleting:
+            return True
+        del self._preempting[uid]
+        return False

@@ -204,6 +204,7 @@ class EventHandlers:
         info = self.placed.pop(uid, None)
         self.assumed.discard(uid)
         self._scheduler.diagnoses.forget(uid)
+        self._scheduler.handle.preemption_ended(uid)
         nominated = self._queue.nominator.node_of(uid)
         self._queue.delete(uid)
         if info is not None:

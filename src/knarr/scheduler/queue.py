@@ -19,7 +19,7 @@ import heapq
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from knarr.scheduler.events import FORCE_ACTIVATE, TIMEOUT, Action, ClusterEvent, pod_changes
+from knarr.scheduler.events import FORCE_ACTIVATE, TIMEOUT, ClusterEvent, pod_changes
 from knarr.scheduler.framework import Hint, Profile, Refusal
 from knarr.scheduler.podinfo import Pod, PodInfo, Shapes
 
@@ -386,7 +386,3 @@ class SchedulingQueue:
     def waiting(self) -> list[QueuedPod]:
         """All pods in the queue, for `why` and metrics."""
         return list(self.pods.values())
-
-    @property
-    def unschedulable_events(self) -> Action:
-        return Action.ALL

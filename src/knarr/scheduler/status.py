@@ -77,7 +77,7 @@ class StatusWriter:
 
     def preempt(self, info: PodInfo, candidate: Candidate) -> None:
         """Evict the victims; the pod stays out of the active queue until the last one is told to go."""
-        self._handle.preempting.add(info.uid)
+        self._handle.preemption_started(info.uid)
         lower = [p for p in self._queue.nominator.pods_for(candidate.node_name) if p.priority < info.priority]
         for other in lower:
             self._queue.nominator.set(other, "")
@@ -87,15 +87,17 @@ class StatusWriter:
     async def _evict_all(self, info: PodInfo, candidate: Candidate) -> None:
         # Most important first in the list: the last to go is the one whose end finally makes room.
         *others, last = candidate.victims
-        failed = False
+        gone = False
         try:
-            if others:
-                results = await asyncio.gather(*(self._evict(info, victim, candidate.node_name) for victim in others))
-                failed = not all(results)
+            results = await asyncio.gather(*(self._evict(info, victim, candidate.node_name) for victim in others))
+            self._handle.last_victim(info.uid, candidate.node_name, last.uid)
+            node = self._handle.table.get(candidate.node_name)
+            present = node is not None and last.uid in node.pods
+            gone = await self._evict(info, last, candidate.node_name) and all(results) and present
         finally:
-            self._handle.preempting.discard(info.uid)
-        failed = not await self._evict(info, last, candidate.node_name) or failed
-        if failed:
+            if not gone:
+                self._handle.preemption_ended(info.uid)
+        if not gone:
             # No deletion may ever come to wake the pod up.
             self._queue.activate(info.uid)
 

@@ -127,7 +127,7 @@ class DefaultPreemption(Plugin):
         return ((ClusterEvent("Pod", Action.DELETE), _never),)
 
     def pre_enqueue(self, pod: PodInfo) -> Refusal | None:
-        if pod.uid in self.handle.preempting:
+        if self.handle.is_preempting(pod.uid):
             return Refusal(self.name, "waiting for the preemption for this pod to be finished")
         return None
 
