@@ -445,3 +445,54 @@ async def test_claim_that_nobody_uses_any_more_is_free_for_another_node(everythi
         return not now.get("status") and not now["metadata"].get("finalizers")
 
     await until(free)
+
+
+# Volumes
+
+
+async def test_volume_is_attached_for_its_pod_and_detached_when_the_node_lets_go(everything: Client) -> None:
+    client = everything
+    volumes, claims, attachments = _resource("persistentvolumes"), _resource("persistentvolumeclaims"), _resource("volumeattachments")
+    await until(lambda: client.get(SERVICE_ACCOUNTS, "default", NS))
+    for name in ("one", "two"):
+        annotations = {"volumes.kubernetes.io/controller-managed-attach-detach": "true"}
+        await client.create(NODES, {"metadata": {"name": name, "annotations": annotations}})
+        await _beat(client, name)
+    source = {"driver": "d.example.org", "volumeHandle": "h"}
+    common = {"accessModes": ["ReadWriteOnce"], "storageClassName": "x"}
+    await client.create(volumes, {"metadata": {"name": "v"}, "spec": {**common, "capacity": {"storage": "1Gi"}, "csi": source}})
+    await client.create(
+        claims, {"metadata": {"name": "c", "namespace": NS}, "spec": {**common, "resources": {"requests": {"storage": "1Gi"}}}}
+    )
+
+    async def run_on(node: str) -> None:
+        pod_volumes = [{"name": "v", "persistentVolumeClaim": {"claimName": "c"}}]
+        spec = {"nodeName": node, "volumes": pod_volumes, "containers": [{"name": "c", "image": "i"}], "terminationGracePeriodSeconds": 0}
+        await client.create(PODS, {"metadata": {"name": f"on-{node}", "namespace": NS}, "spec": spec})
+
+    async def nodes_attached() -> list[str]:
+        return [item["spec"]["nodeName"] for item in (await client.list(attachments))["items"]]
+
+    async def on(node: str) -> bool:
+        return await nodes_attached() == [node]
+
+    async def reported() -> bool:
+        found = (await client.get(NODES, "one"))["status"].get("volumesAttached") or []
+        return [item["name"] for item in found] == ["kubernetes.io/csi/d.example.org^h"]
+
+    await run_on("one")
+    await until(lambda: on("one"))
+    (attachment,) = (await client.list(attachments))["items"]
+    await client.patch(attachments, attachment["metadata"]["name"], None, {"status": {"attached": True}}, subresource="status")
+    await until(reported)
+    in_use = {"status": {"volumesInUse": ["kubernetes.io/csi/d.example.org^h"]}}
+    await client.patch(NODES, "one", None, in_use, subresource="status")
+    await run_on("two")
+    await client.delete(PODS, "on-one", NS, grace_period_seconds=0)
+    await asyncio.sleep(0.5)
+    # Still mounted there, so neither detached nor attached twice.
+    assert await on("one")
+    await client.patch(NODES, "one", None, {"status": {"volumesInUse": None}}, subresource="status")
+    await until(lambda: on("two"))
+    assert not (await client.get(NODES, "one"))["status"].get("volumesAttached")
+    assert attachment["metadata"]["name"].startswith("csi-")

@@ -18,6 +18,7 @@ CONTROLLERS: dict[str, str] = {
     "service-cidr-controller": "servicecidr:ServiceCIDRController",
     "validatingadmissionpolicy-status-controller": "admissionpolicystatus:ValidatingAdmissionPolicyStatusController",
     "persistentvolume-binder-controller": "volume.binder:PersistentVolumeBinder",
+    "persistentvolume-attach-detach-controller": "volume.attachdetach:AttachDetachController",
     "persistentvolume-expander-controller": "volume.expander:VolumeExpander",
     "persistentvolumeclaim-protection-controller": "volume.protection:ClaimProtection",
     "persistentvolume-protection-controller": "volume.protection:VolumeProtection",

@@ -183,7 +183,9 @@ class ResourceClaimController:
             return made
         template = self._templates.get(namespace, template_name)
         if template is None:
-            raise _ClaimError(f'resource claim template "{template_name}": resourceclaimtemplate.resource.k8s.io "{template_name}" not found')
+            raise _ClaimError(
+                f'resource claim template "{template_name}": resourceclaimtemplate.resource.k8s.io "{template_name}" not found'
+            )
         created = await self._client.create(RESOURCE_CLAIMS, _from_template(pod, entry, template))
         self._made[pod["metadata"]["uid"], entry["name"]] = created["metadata"]["name"]
         return str(created["metadata"]["name"])
