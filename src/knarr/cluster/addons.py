@@ -34,6 +34,7 @@ BALANCER_RULES: list[dict[str, Any]] = [
     {"apiGroups": [""], "resources": ["services/status"], "verbs": ["patch", "update"]},
     {"apiGroups": ["networking.k8s.io"], "resources": ["ingresses", "ingressclasses"], "verbs": [*READ, "create"]},
     {"apiGroups": ["networking.k8s.io"], "resources": ["ingresses/status"], "verbs": ["patch", "update"]},
+    {"apiGroups": ["gateway.networking.k8s.io"], "resources": ["*"], "verbs": [*READ, "patch", "update"]},
 ]
 """What the control process' load balancer and ingress controllers may do beyond upstream's controller manager."""
 

@@ -31,6 +31,8 @@ from knarr.client.events import EventRecorder
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
 from knarr.http.errors import HTTPError
+from knarr.network.ingress.gateway import Outcome
+from knarr.network.ingress.gateways import GatewaySupport
 from knarr.network.ingress.haproxy import Certificates, HAProxy, HAProxyError, Listen, certificate_name, program, usable
 from knarr.network.ingress.model import Routes, build, is_ours
 from knarr.network.objects import object_key, slice_service
@@ -75,6 +77,7 @@ class IngressController:
         self.proxy = HAProxy(Path(folder), listen or Listen(), _self_signed())
         self._wake = asyncio.Event()
         self._tasks = Tasks()
+        self._gateways = GatewaySupport(client, informers, self._wake, self._status)
         self._started = False
         self._reported: dict[str, str] = {}
         self.applied = 0
@@ -84,6 +87,7 @@ class IngressController:
         for informer in (self._ingresses, self._classes, self._services, self._secrets):
             informer.add_handler(self._seen, self._changed, self._seen)
         self._slices.add_handler(self._slice_seen, lambda _old, new: self._slice_seen(new), self._slice_seen)
+        self._gateways.subscribe()
         await self._informers.start()
         for informer in (self._ingresses, self._classes, self._services, self._slices, self._secrets):
             await informer.wait_synced()
@@ -93,6 +97,7 @@ class IngressController:
                 self._wake.clear()
                 try:
                     await self._ensure_class()
+                    await self._gateways.prepare()
                     await self._sync()
                     backoff.reset()
                 except (HAProxyError, StatusError, HTTPError, OSError) as error:
@@ -143,9 +148,12 @@ class IngressController:
 
     async def _sync(self) -> None:
         ingresses = self._ours()
-        if not ingresses and not self._started:
+        if not ingresses and not self._gateways.gateways() and not self._started:
+            await self._gateways.write_statuses(Outcome())
             return
         routes = build(ingresses, self._addresses)
+        usable_secrets = {object_key(obj): True for obj in self._secrets.list() if _secret_pem(obj) is not None} if self._gateways.active else {}
+        outcome = self._gateways.add_routes(routes, self._addresses, usable_secrets)
         if program() is None:
             routes.problems.extend((object_key(ingress), "haproxy is not installed on this machine") for ingress in ingresses)
         certificates = self._certificates(routes)
@@ -157,6 +165,7 @@ class IngressController:
         self._report(routes, ingresses)
         for ingress in ingresses:
             await self._write_status(ingress)
+        await self._gateways.write_statuses(outcome)
 
     def _addresses(self, namespace: str, name: str, port: Mapping[str, Any]) -> list[tuple[str, int]] | str:
         service = self._services.get(namespace, name)

@@ -23,7 +23,17 @@ from pathlib import Path
 from knarr.aiokits.backoff import Backoff
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
-from knarr.network.ingress.model import HTTP2_BACKEND, HTTPS_BACKEND, MOVED, TO_HTTPS, Routes
+from knarr.network.ingress.model import (
+    HTTP2_BACKEND,
+    HTTPS_BACKEND,
+    MOVED,
+    ONLY_PLAIN,
+    ONLY_TLS,
+    TO_HTTPS,
+    TO_HTTPS_301,
+    TO_HTTPS_302,
+    Routes,
+)
 
 log = get_logger(__name__)
 
@@ -122,12 +132,16 @@ defaults
 frontend http
 {binds}
 {route}
+  http-request return status 404 content-type text/plain string "default backend - 404" if {{ var(txn.flags) -m sub {ONLY_TLS} }}
   http-request redirect scheme https code 308 if {{ var(txn.flags) -m sub {TO_HTTPS} }}
+  http-request redirect scheme https code 301 if {{ var(txn.flags) -m sub {TO_HTTPS_301} }}
+  http-request redirect scheme https code 302 if {{ var(txn.flags) -m sub {TO_HTTPS_302} }}
   http-request set-header X-Forwarded-Proto http
 {forward}
 frontend https
 {secure}
 {route}
+  http-request return status 404 content-type text/plain string "default backend - 404" if {{ var(txn.flags) -m sub {ONLY_PLAIN} }}
   http-request set-header X-Forwarded-Proto https
 {forward}
 backend plain

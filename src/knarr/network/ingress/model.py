@@ -18,7 +18,8 @@ from knarr.network.objects import object_key
 
 CLASS_ANNOTATION = "kubernetes.io/ingress.class"
 ANNOTATION_PREFIXES = ("knarr.dev/", "nginx.ingress.kubernetes.io/")
-HTTPS_BACKEND, HTTP2_BACKEND, TO_HTTPS, MOVED = "S", "G", "R", "M"
+HTTPS_BACKEND, HTTP2_BACKEND, TO_HTTPS, MOVED, ONLY_PLAIN, ONLY_TLS = "S", "G", "R", "M", "P", "T"
+TO_HTTPS_301, TO_HTTPS_302 = "1", "2"
 _PROTOCOL_FLAGS = {"": "", "HTTP": "", "HTTPS": HTTPS_BACKEND, "GRPC": HTTP2_BACKEND, "GRPCS": HTTPS_BACKEND}
 
 

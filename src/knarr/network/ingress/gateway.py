@@ -1,0 +1,325 @@
+"""Gateway API on the same proxy: GatewayClass, Gateway and HTTPRoute to routes and statuses. Pure functions.
+
+Role: the controller calls `add_routes` when the resources are served (their CRDs are installed by whoever wants them) and writes the statuses that come back.
+Supported: HTTP and HTTPS (Terminate) listeners with certificates, listener and route host names, attachment by namespace, path matches Exact and PathPrefix, weighted
+Services, redirect to HTTPS, replacement of the full path. What is not is told by the condition that the specification has for it, and routes nothing.
+Source: gateway-api v1 (apis/v1 types, conformance conditions).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from math import gcd
+from typing import Any
+
+from knarr.api.scheme import Resource
+from knarr.api.selectors import from_label_selector
+from knarr.api.types import Object
+from knarr.network.ingress.model import MOVED, ONLY_PLAIN, ONLY_TLS, TO_HTTPS, TO_HTTPS_301, TO_HTTPS_302, Addresses, Routes
+from knarr.network.objects import object_key
+
+GROUP = "gateway.networking.k8s.io"
+CONTROLLER = "knarr.dev/gateway"
+GATEWAY_CLASSES = Resource(GROUP, "v1", "gatewayclasses", "gatewayclass", "GatewayClass", False, custom=True)
+GATEWAYS = Resource(GROUP, "v1", "gateways", "gateway", "Gateway", True, custom=True)
+HTTP_ROUTES = Resource(GROUP, "v1", "httproutes", "httproute", "HTTPRoute", True, custom=True)
+_MAXIMUM_WEIGHTS = 100
+
+
+@dataclass(slots=True)
+class Listener:
+    """One listener of one of our Gateways, and why it does not work, if so."""
+
+    gateway: Object
+    name: str
+    protocol: str
+    hostname: str
+    secret: str = ""
+    problem: tuple[str, str] | None = None
+    """(reason, message) of Programmed=False."""
+    attached: int = 0
+
+    @property
+    def key(self) -> str:
+        """Its Gateway as "namespace/name"."""
+        return object_key(self.gateway)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Statuses to be written: Gateway and HTTPRoute keys to their status."""
+
+    gateways: dict[str, dict[str, Any]] = field(default_factory=dict)
+    routes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def condition(kind: str, true: bool, reason: str, message: str, generation: int) -> dict[str, Any]:
+    """A condition without its time, which the writer fills in when it changes."""
+    return {"type": kind, "status": "True" if true else "False", "reason": reason, "message": message, "observedGeneration": generation}
+
+
+def add_routes(
+    routes: Routes,
+    gateways: Iterable[Object],
+    http_routes: Iterable[Object],
+    addresses: Addresses,
+    *,
+    has_secret: Mapping[str, bool],
+    namespace_labels: Mapping[str, Mapping[str, str]],
+    shown: Sequence[Mapping[str, str]],
+) -> Outcome:
+    """Add what the HTTPRoutes of our Gateways ask for to a routing table.
+
+    Args:
+      gateways: Those of our classes.
+      has_secret: Which "namespace/name" Secrets hold a usable certificate.
+      shown: Gateway status addresses.
+    """
+    listeners = [listener for gateway in gateways for listener in _listeners(gateway, has_secret)]
+    outcome = Outcome()
+    for route in sorted(http_routes, key=lambda obj: (obj["metadata"].get("creationTimestamp") or "", object_key(obj))):
+        parents = [_attach(routes, route, parent, listeners, addresses, namespace_labels) for parent in (route.get("spec") or {}).get("parentRefs") or ()]
+        ours = [parent for parent in parents if parent is not None]
+        if ours:
+            outcome.routes[object_key(route)] = {"parents": ours}
+    for listener in listeners:
+        if listener.secret and listener.problem is None:
+            routes.certificates.setdefault(listener.hostname or "*", listener.secret)
+    by_gateway: dict[str, list[Listener]] = {}
+    for listener in listeners:
+        by_gateway.setdefault(listener.key, []).append(listener)
+    outcome.gateways = {key: _gateway_status(found, shown) for key, found in by_gateway.items()}
+    return outcome
+
+
+def _listeners(gateway: Object, has_secret: Mapping[str, bool]) -> list[Listener]:
+    found = []
+    namespace = gateway["metadata"]["namespace"]
+    for item in (gateway.get("spec") or {}).get("listeners") or ():
+        listener = Listener(gateway, item["name"], item.get("protocol") or "", (item.get("hostname") or "").lower())
+        if listener.protocol not in ("HTTP", "HTTPS"):
+            listener.problem = ("UnsupportedProtocol", f"protocol {listener.protocol} is not supported")
+        elif listener.protocol == "HTTPS":
+            tls = item.get("tls") or {}
+            refs = tls.get("certificateRefs") or ()
+            if tls.get("mode", "Terminate") != "Terminate" or not refs:
+                listener.problem = ("Invalid", "only TLS mode Terminate with a certificate is supported")
+            elif refs[0].get("namespace", namespace) != namespace:
+                listener.problem = ("RefNotPermitted", "certificates of other namespaces are not permitted")
+            else:
+                listener.secret = f"{namespace}/{refs[0]['name']}"
+                if not has_secret.get(listener.secret):
+                    listener.problem = ("InvalidCertificateRef", f"secret {listener.secret} has no usable certificate")
+        found.append(listener)
+    return found
+
+
+def _gateway_status(listeners: list[Listener], shown: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    generation = listeners[0].gateway["metadata"].get("generation") or 0
+    states = []
+    for listener in listeners:
+        good, problem = listener.problem is None, listener.problem or ("", "")
+        unsupported = problem[0] == "UnsupportedProtocol"
+        resolved = problem[0] not in ("InvalidCertificateRef", "RefNotPermitted")
+        kinds = [] if unsupported else [{"group": GROUP, "kind": "HTTPRoute"}]
+        states.append(
+            {
+                "name": listener.name,
+                "attachedRoutes": listener.attached,
+                "supportedKinds": kinds,
+                "conditions": [
+                    condition("Accepted", not unsupported, problem[0] if unsupported else "Accepted", problem[1] if unsupported else "", generation),
+                    condition("Programmed", good, "Programmed" if good else "Invalid", problem[1], generation),
+                    condition("ResolvedRefs", resolved, "ResolvedRefs" if resolved else problem[0], "" if resolved else problem[1], generation),
+                ],
+            }
+        )
+    any_good = any(listener.problem is None for listener in listeners)
+    all_good = all(listener.problem is None for listener in listeners)
+    return {
+        "addresses": [{"type": "IPAddress", "value": item["ip"]} for item in shown],
+        "conditions": [
+            condition("Accepted", any_good, "Accepted" if all_good else "ListenersNotValid", "", generation),
+            condition("Programmed", any_good, "Programmed" if any_good else "Invalid", "", generation),
+        ],
+        "listeners": states,
+    }
+
+
+def _allowed(listener: Listener, route: Object, namespace_labels: Mapping[str, Mapping[str, str]]) -> bool:
+    spec = next(item for item in listener.gateway["spec"]["listeners"] if item["name"] == listener.name)
+    wanted = ((spec.get("allowedRoutes") or {}).get("namespaces")) or {}
+    source = wanted.get("from", "Same")
+    namespace = route["metadata"]["namespace"]
+    if source == "All":
+        return True
+    if source == "Selector":
+        return from_label_selector(wanted.get("selector") or {}).matches(namespace_labels.get(namespace, {}))
+    return bool(source == "Same" and namespace == listener.gateway["metadata"]["namespace"])
+
+
+def intersect(listener: str, route: str) -> str | None:
+    """The host name that serves both, the more special of the two; None when they have nothing in common. "" is any."""
+    if not listener or listener == route:
+        return route
+    if not route:
+        return listener
+    if listener.startswith("*.") and route.endswith(listener[1:]):
+        return route
+    if route.startswith("*.") and listener.endswith(route[1:]):
+        return listener
+    return None
+
+
+def _attach(
+    routes: Routes,
+    route: Object,
+    parent: Mapping[str, Any],
+    listeners: Sequence[Listener],
+    addresses: Addresses,
+    namespace_labels: Mapping[str, Mapping[str, str]],
+) -> dict[str, Any] | None:
+    """Serve a route through one of its parents; returns the parent's status, or None when the parent is not ours."""
+    if parent.get("group", GROUP) != GROUP or parent.get("kind", "Gateway") != "Gateway":
+        return None
+    key = f"{parent.get('namespace') or route['metadata']['namespace']}/{parent['name']}"
+    mine = [listener for listener in listeners if listener.key == key]
+    if not mine:
+        return None
+    generation = route["metadata"].get("generation") or 0
+    named = [listener for listener in mine if not parent.get("sectionName") or listener.name == parent["sectionName"]]
+    allowed = [listener for listener in named if listener.problem is None and _allowed(listener, route, namespace_labels)]
+    hostnames = [name.lower() for name in (route.get("spec") or {}).get("hostnames") or ()] or [""]
+    pairs = [(listener, host) for listener in allowed for name in hostnames if (host := intersect(listener.hostname, name)) is not None]
+    accepted, refs = _writable(route), ("ResolvedRefs", "")
+    if not named:
+        accepted = ("NoMatchingParent", "no such listener")
+    elif not allowed:
+        accepted = ("NotAllowedByListeners", "no listener takes routes from this namespace")
+    elif not pairs:
+        accepted = ("NoMatchingListenerHostname", "no listener has a host name in common")
+    if accepted[0] == "Accepted":
+        for listener in {id(listener): listener for listener, _host in pairs}.values():
+            listener.attached += 1
+        for listener, host in pairs:
+            refs = _write(routes, route, host, ONLY_TLS if listener.protocol == "HTTPS" else ONLY_PLAIN, addresses)
+    status = {
+        "parentRef": dict(parent),
+        "controllerName": CONTROLLER,
+        "conditions": [
+            condition("Accepted", accepted[0] == "Accepted", accepted[0], accepted[1], generation),
+            condition("ResolvedRefs", refs[0] == "ResolvedRefs", refs[0], refs[1], generation),
+        ],
+    }
+    return status
+
+
+def _writable(route: Object) -> tuple[str, str]:
+    """("Accepted", "") or why the route asks for something that is not supported."""
+    for rule in (route.get("spec") or {}).get("rules") or ():
+        for match in rule.get("matches") or ():
+            if match.get("headers") or match.get("queryParams") or match.get("method"):
+                return "UnsupportedValue", "matches of headers, query parameters and methods are not supported"
+            if (match.get("path") or {}).get("type", "PathPrefix") not in ("Exact", "PathPrefix"):
+                return "UnsupportedValue", "regular expressions are not supported"
+        for item in rule.get("filters") or ():
+            if _filter(item) is None:
+                return "UnsupportedValue", f"filter {item.get('type')} in this form is not supported"
+    return "Accepted", ""
+
+
+def _filter(item: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(flags, argument) of a supported filter."""
+    if item.get("type") == "RequestRedirect":
+        redirect = item.get("requestRedirect") or {}
+        path = redirect.get("path") or {}
+        if set(redirect) <= {"scheme", "statusCode"} and redirect.get("scheme") == "https":
+            return {301: TO_HTTPS_301, 302: TO_HTTPS_302, 308: TO_HTTPS}[redirect.get("statusCode", 302)], ""
+        if redirect.get("hostname") and path.get("type") == "ReplaceFullPath" and redirect.get("statusCode", 301) == 301:
+            return MOVED, f"{redirect.get('scheme', 'http')}://{redirect['hostname']}{path.get('replaceFullPath', '/')}"
+    if item.get("type") == "URLRewrite":
+        rewrite = item.get("urlRewrite") or {}
+        path = rewrite.get("path") or {}
+        if not rewrite.get("hostname") and path.get("type") == "ReplaceFullPath":
+            return "", str(path.get("replaceFullPath") or "/")
+    return None
+
+
+def _write(routes: Routes, route: Object, host: str, only: str, addresses: Addresses) -> tuple[str, str]:
+    refs = ("ResolvedRefs", "")
+    site = host or "*"
+    if host:
+        routes.hosts[host] = host
+    for rule in (route.get("spec") or {}).get("rules") or ():
+        flags, argument = only, ""
+        for item in rule.get("filters") or ():
+            more = _filter(item)
+            if more is not None:
+                flags, argument = flags + more[0], argument or more[1]
+        target, problem = _target(routes, route, rule.get("backendRefs") or (), addresses)
+        refs = problem if problem is not None else refs
+        matches: Sequence[Mapping[str, Any]] = rule.get("matches") or ({},)
+        for match in matches:
+            path = match.get("path") or {}
+            value, text = path.get("value") or "/", f"{target}|{flags}|{argument}"
+            if path.get("type") == "Exact":
+                _merge(routes.exact, f"{site}|{value}", text)
+            else:
+                _merge(routes.prefix, f"{site}|{value.rstrip('/')}/", text)
+    return refs
+
+
+def _merge(table: dict[str, str], key: str, text: str) -> None:
+    """The first to come wins; one target through both kinds of listener is served by both."""
+    known = table.get(key)
+    if known is None:
+        table[key] = text
+        return
+    if known != text and _for_both(known) == _for_both(text):
+        table[key] = _for_both(known)
+
+
+def _for_both(value: str) -> str:
+    return value.replace(f"|{ONLY_TLS}", "|", 1).replace(f"|{ONLY_PLAIN}", "|", 1)
+
+
+def _target(routes: Routes, route: Object, refs: Sequence[Mapping[str, Any]], addresses: Addresses) -> tuple[str, tuple[str, str] | None]:
+    """A target for weighted backends, and what is wrong with the references."""
+    namespace = route["metadata"]["namespace"]
+    problem: tuple[str, str] | None = None
+    weighted: list[tuple[int, list[tuple[str, int]]]] = []
+    for ref in refs:
+        if ref.get("group", "") != "" or ref.get("kind", "Service") != "Service":
+            problem = ("InvalidKind", f"backend of kind {ref.get('kind')} is not supported")
+        elif ref.get("namespace", namespace) != namespace:
+            problem = ("RefNotPermitted", "backends of other namespaces are not permitted")
+        else:
+            found = addresses(namespace, ref["name"], {"number": ref.get("port")})
+            if isinstance(found, str):
+                problem = ("BackendNotFound", found)
+            elif ref.get("weight", 1) > 0 and found:
+                weighted.append((ref.get("weight", 1), found))
+    name = "gw/" + hashlib.blake2b(json.dumps([namespace, list(refs)], sort_keys=True).encode(), digest_size=9).hexdigest()
+    if name not in routes.targets:
+        places = _spread(weighted)
+        routes.targets[name] = str(len(places))
+        routes.targets.update({f"{name}#{index}": f"{address}|{port}" for index, (address, port) in enumerate(places)})
+    return name, problem
+
+
+def _spread(weighted: Sequence[tuple[int, list[tuple[str, int]]]]) -> list[tuple[str, int]]:
+    """A list in which each backend appears as often as its weight asks, so that drawing evenly keeps the proportions."""
+    if not weighted:
+        return []
+    divisor = reduce(gcd, (weight for weight, _places in weighted))
+    total = sum(weight // divisor for weight, _places in weighted)
+    scale = min(1.0, _MAXIMUM_WEIGHTS / total)
+    out: list[tuple[str, int]] = []
+    for weight, places in weighted:
+        count = max(1, round(weight // divisor * scale))
+        out.extend(places[index % len(places)] for index in range(max(count, 1)))
+    return out

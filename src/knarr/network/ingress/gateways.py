@@ -1,0 +1,160 @@
+"""Gateway API beside Ingress: watches its resources once they are served, writes their statuses.
+
+Role: owned by `controller`. The resources are custom; whoever wants them installs their definitions, and from then on we follow. Making routes of them is `gateway`'s work.
+Invariants: without the definitions nothing is watched but them. Only objects of classes whose controllerName is ours get a status, and of an HTTPRoute only our own parents' entries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from knarr.aiokits.clock import now_rfc3339
+from knarr.aiokits.log import get_logger
+from knarr.api import errors
+from knarr.api.errors import StatusError
+from knarr.api.resources import CUSTOM_RESOURCE_DEFINITIONS, NAMESPACES
+from knarr.api.scheme import Resource
+from knarr.api.types import Object
+from knarr.client.informer import Informer, Informers
+from knarr.client.rest import Client
+from knarr.network.ingress import gateway
+from knarr.network.ingress.gateway import CONTROLLER, GATEWAY_CLASSES, GATEWAYS, HTTP_ROUTES, Outcome
+from knarr.network.ingress.model import Addresses, Routes
+from knarr.network.objects import object_key
+
+log = get_logger(__name__)
+
+_KINDS = (GATEWAY_CLASSES, GATEWAYS, HTTP_ROUTES)
+
+
+def _slim(obj: Object) -> Object:
+    # Of a definition only its name and whether it is served matter; schemas are large.
+    return {"metadata": {"name": obj["metadata"]["name"], "resourceVersion": obj["metadata"].get("resourceVersion")}, "status": {"conditions": (obj.get("status") or {}).get("conditions") or []}}
+
+
+class GatewaySupport:
+    """See the module. `wake` is set when something changed."""
+
+    def __init__(self, client: Client, informers: Informers, wake: asyncio.Event, shown: Sequence[Mapping[str, str]]) -> None:
+        self._client = client
+        self._informers = informers
+        self._wake = wake
+        self._shown = shown
+        self._definitions = informers.get(CUSTOM_RESOURCE_DEFINITIONS, transform=_slim)
+        self._namespaces = informers.get(NAMESPACES)
+        self._watched: dict[Resource, Informer] = {}
+
+    def subscribe(self) -> None:
+        """Follow the definitions."""
+        self._definitions.add_handler(self._definition_seen, lambda _old, new: self._definition_seen(new))
+
+    def _definition_seen(self, obj: Object) -> None:
+        if obj["metadata"]["name"].endswith("." + gateway.GROUP):
+            self._wake.set()
+
+    def _served(self) -> bool:
+        for resource in _KINDS:
+            found = self._definitions.get(None, f"{resource.plural}.{resource.group}")
+            conditions = found["status"]["conditions"] if found is not None else ()
+            if not any(item.get("type") == "Established" and item.get("status") == "True" for item in conditions):
+                return False
+        return True
+
+    @property
+    def active(self) -> bool:
+        """Whether the resources are watched."""
+        return len(self._watched) == len(_KINDS) and all(informer.synced for informer in self._watched.values())
+
+    async def prepare(self) -> None:
+        """Begin to watch the resources as soon as they are served."""
+        if self._watched or not self._served():
+            return
+        for resource in _KINDS:
+            informer = self._informers.get(resource)
+            informer.add_handler(self._seen, self._changed, self._seen)
+            self._watched[resource] = informer
+        await self._informers.start()
+        for informer in self._watched.values():
+            await informer.wait_synced()
+
+    def _seen(self, _obj: Object) -> None:
+        self._wake.set()
+
+    def _changed(self, old: Object, new: Object) -> None:
+        if old.get("spec") != new.get("spec") or old["metadata"].get("deletionTimestamp") != new["metadata"].get("deletionTimestamp"):
+            self._wake.set()
+
+    def _classes(self) -> list[Object]:
+        return [obj for obj in self._watched[GATEWAY_CLASSES].list() if (obj.get("spec") or {}).get("controllerName") == CONTROLLER]
+
+    def gateways(self) -> list[Object]:
+        """Gateways of our classes."""
+        if not self.active:
+            return []
+        names = {obj["metadata"]["name"] for obj in self._classes()}
+        return [obj for obj in self._watched[GATEWAYS].list() if (obj.get("spec") or {}).get("gatewayClassName") in names]
+
+    def add_routes(self, routes: Routes, addresses: Addresses, has_secret: Mapping[str, bool]) -> Outcome:
+        """Add all HTTPRoutes of our Gateways; see gateway.add_routes."""
+        if not self.active:
+            return Outcome()
+        labels = {obj["metadata"]["name"]: obj["metadata"].get("labels") or {} for obj in self._namespaces.list()}
+        return gateway.add_routes(
+            routes, self.gateways(), self._watched[HTTP_ROUTES].list(), addresses, has_secret=has_secret, namespace_labels=labels, shown=self._shown
+        )
+
+    async def write_statuses(self, outcome: Outcome) -> None:
+        """Bring statuses to what came out; unchanged ones are not written."""
+        if not self.active:
+            return
+        for obj in self._classes():
+            generation = obj["metadata"].get("generation") or 0
+            await self._write(GATEWAY_CLASSES, obj, {"conditions": [gateway.condition("Accepted", True, "Accepted", "", generation)]})
+        for obj in self.gateways():
+            status = outcome.gateways.get(object_key(obj))
+            if status is not None:
+                await self._write(GATEWAYS, obj, status)
+        for obj in self._watched[HTTP_ROUTES].list():
+            foreign = [item for item in (obj.get("status") or {}).get("parents") or () if item.get("controllerName") != CONTROLLER]
+            ours = outcome.routes.get(object_key(obj), {"parents": []})["parents"]
+            if ours or len(foreign) != len((obj.get("status") or {}).get("parents") or ()):
+                await self._write(HTTP_ROUTES, obj, {"parents": [*foreign, *ours]})
+
+    async def _write(self, resource: Resource, obj: Object, status: dict[str, Any]) -> None:
+        before = obj.get("status") or {}
+        _keep_times(before, status)
+        if all(before.get(name) == content for name, content in status.items()):
+            return
+        meta = obj["metadata"]
+        try:
+            patch = {"metadata": {"uid": meta["uid"]}, "status": status}
+            await self._client.patch(resource, meta["name"], meta.get("namespace"), patch, type="merge", subresource="status")
+        except StatusError as error:
+            if not errors.is_not_found(error) and not errors.is_conflict(error):
+                raise
+
+
+def _keep_times(before: Any, after: Any) -> None:
+    """Give every condition its transition time: the former one unless its status changed."""
+    if isinstance(after, dict):
+        conditions = after.get("conditions")
+        if isinstance(conditions, list):
+            known = {item.get("type"): item for item in (before.get("conditions") if isinstance(before, dict) else None) or ()}
+            for item in conditions:
+                old = known.get(item["type"])
+                same = old is not None and old.get("status") == item["status"]
+                item["lastTransitionTime"] = old["lastTransitionTime"] if same and old and old.get("lastTransitionTime") else now_rfc3339()
+        for name, part in after.items():
+            if name != "conditions":
+                _keep_times(before.get(name) if isinstance(before, dict) else None, part)
+    elif isinstance(after, list):
+        for index, part in enumerate(after):
+            identity = _identity(part)
+            match = next((item for item in before or () if _identity(item) == identity), None) if isinstance(before, list) else None
+            _keep_times(match if identity is not None else (before[index] if isinstance(before, list) and index < len(before) else None), part)
+
+
+def _identity(part: Any) -> Any:
+    return (part.get("name") or part.get("parentRef")) if isinstance(part, dict) else None

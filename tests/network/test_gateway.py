@@ -1,0 +1,114 @@
+"""Gateway API resources become routes and conditions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from knarr.network.ingress.gateway import add_routes, intersect
+from knarr.network.ingress.gateways import _keep_times
+from knarr.network.ingress.model import Routes
+
+
+def gateway(*listeners: dict[str, Any], namespace: str = "infra") -> dict[str, Any]:
+    return {"metadata": {"namespace": namespace, "name": "gw", "generation": 2}, "spec": {"gatewayClassName": "knarr", "listeners": list(listeners)}}
+
+
+def listener(name: str = "http", **more: Any) -> dict[str, Any]:
+    return {"name": name, "port": 80, "protocol": "HTTP", "allowedRoutes": {"namespaces": {"from": "All"}}, **more}
+
+
+def route(*rules: dict[str, Any], hostnames: list[str] | None = None, **parent: Any) -> dict[str, Any]:
+    spec = {"parentRefs": [{"name": "gw", "namespace": "infra", **parent}], "hostnames": hostnames or [], "rules": list(rules)}
+    return {"metadata": {"namespace": "app", "name": "r", "generation": 1}, "spec": spec}
+
+
+def to(*names: str, path: str = "/", kind: str = "PathPrefix", weights: tuple[int, ...] = (), filters: tuple[Any, ...] = ()) -> dict[str, Any]:
+    refs = [{"name": name, "port": 80, **({"weight": weights[i]} if weights else {})} for i, name in enumerate(names)]
+    return {"matches": [{"path": {"type": kind, "value": path}}], "backendRefs": refs, "filters": list(filters)}
+
+
+def build(gateways: list[dict[str, Any]], routes: list[dict[str, Any]], **more: Any) -> tuple[Routes, Any]:
+    table = Routes()
+    known = {"a": [("10.0.0.1", 80)], "b": [("10.0.0.2", 80)]}
+    find = lambda _namespace, name, _port: known.get(name, f"service {name} does not exist")
+    outcome = add_routes(table, gateways, routes, find, **{"has_secret": {}, "namespace_labels": {"app": {"team": "x"}}, "shown": [{"ip": "192.0.2.7"}], **more})
+    return table, outcome
+
+
+def state(conditions: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    return {item["type"]: (item["status"], item["reason"]) for item in conditions}
+
+
+def test_a_route_of_an_allowed_namespace_is_served_and_accepted():
+    table, outcome = build([gateway(listener())], [route(to("a"), to("b", path="/exact", kind="Exact"), hostnames=["Foo.test"])])
+    target = table.prefix["foo.test|/"].split("|")[0]
+    assert table.targets[f"{target}#0"] == "10.0.0.1|80"
+    assert "foo.test|/exact" in table.exact
+    parent = outcome.routes["app/r"]["parents"][0]
+    assert state(parent["conditions"]) == {"Accepted": ("True", "Accepted"), "ResolvedRefs": ("True", "ResolvedRefs")}
+    status = outcome.gateways["infra/gw"]
+    assert status["addresses"] == [{"type": "IPAddress", "value": "192.0.2.7"}]
+    assert status["listeners"][0]["attachedRoutes"] == 1
+    assert state(status["conditions"])["Programmed"] == ("True", "Programmed")
+
+
+def test_weights_decide_how_often_a_backend_is_drawn():
+    table, _outcome = build([gateway(listener())], [route(to("a", "b", weights=(30, 10)))])
+    places = [value for key, value in table.targets.items() if "#" in key]
+    assert sorted(places) == ["10.0.0.1|80"] * 3 + ["10.0.0.2|80"]
+
+
+def test_what_is_not_allowed_or_supported_is_told_and_not_served():
+    cases = {
+        "NotAllowedByListeners": ([gateway(listener(allowedRoutes={"namespaces": {"from": "Same"}}))], route(to("a"))),
+        "NoMatchingListenerHostname": ([gateway(listener(hostname="*.one.test"))], route(to("a"), hostnames=["x.two.test"])),
+        "NoMatchingParent": ([gateway(listener())], route(to("a"), sectionName="other")),
+        "UnsupportedValue": ([gateway(listener())], route({"matches": [{"method": "GET"}], "backendRefs": []})),
+    }
+    for reason, (gateways, wanted) in cases.items():
+        table, outcome = build(gateways, [wanted])
+        assert not table.prefix, reason
+        assert state(outcome.routes["app/r"]["parents"][0]["conditions"])["Accepted"] == ("False", reason)
+
+
+def test_namespaces_may_be_selected_and_missing_backends_answer_503():
+    selector = {"namespaces": {"from": "Selector", "selector": {"matchLabels": {"team": "x"}}}}
+    table, outcome = build([gateway(listener(allowedRoutes=selector))], [route(to("nothing"))])
+    target = table.prefix["*|/"].split("|")[0]
+    assert table.targets[target] == "0"
+    assert state(outcome.routes["app/r"]["parents"][0]["conditions"])["ResolvedRefs"] == ("False", "BackendNotFound")
+
+
+def test_https_listeners_bring_their_certificate_and_keep_plain_requests_out():
+    secure = listener("https", protocol="HTTPS", hostname="safe.test", tls={"certificateRefs": [{"name": "cert"}]})
+    table, outcome = build([gateway(secure)], [route(to("a"))], has_secret={"infra/cert": True})
+    assert table.certificates == {"safe.test": "infra/cert"}
+    assert table.prefix["safe.test|/"].endswith("|T|")
+    table, outcome = build([gateway(secure, listener("http", hostname="safe.test"))], [route(to("a"))], has_secret={"infra/cert": True})
+    assert table.prefix["safe.test|/"].endswith("||")
+    _table, outcome = build([gateway(secure)], [])
+    assert state(outcome.gateways["infra/gw"]["listeners"][0]["conditions"])["ResolvedRefs"] == ("False", "InvalidCertificateRef")
+
+
+def test_redirects_and_rewrites():
+    redirect = {"type": "RequestRedirect", "requestRedirect": {"scheme": "https", "statusCode": 301}}
+    rewrite = {"type": "URLRewrite", "urlRewrite": {"path": {"type": "ReplaceFullPath", "replaceFullPath": "/new"}}}
+    table, _outcome = build([gateway(listener())], [route(to("a", path="/r", filters=(redirect,)), to("a", path="/w", filters=(rewrite,)))])
+    assert table.prefix["*|/r/"].endswith("|P1|")
+    assert table.prefix["*|/w/"].endswith("|P|/new")
+
+
+def test_host_names_of_listener_and_route_are_intersected():
+    assert intersect("", "a.test") == "a.test"
+    assert intersect("*.test", "a.test") == "a.test"
+    assert intersect("a.test", "*.test") == "a.test"
+    assert intersect("*.test", "") == "*.test"
+    assert intersect("a.test", "b.test") is None
+
+
+def test_a_condition_keeps_its_time_until_its_status_changes():
+    before = {"conditions": [{"type": "Accepted", "status": "True", "lastTransitionTime": "then"}, {"type": "Programmed", "status": "False", "lastTransitionTime": "then"}]}
+    after = {"conditions": [{"type": "Accepted", "status": "True"}, {"type": "Programmed", "status": "True"}]}
+    _keep_times(before, after)
+    assert after["conditions"][0]["lastTransitionTime"] == "then"
+    assert after["conditions"][1]["lastTransitionTime"] != "then"
