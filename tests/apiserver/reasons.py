@@ -21,6 +21,7 @@ REASONS: list[tuple[str, str, str]] = [
     (r"", r"data\.ca\.crt: 'x'|data: unexpected \{'ca\.crt'", CALLER),
     (r"list\.fieldSelector\.events\.involvedObject\.namespace=rec", r"", NAMESPACE),
     (r"default-objects", r"spec\.cidrs", NAMESPACE),
+    (r"vap\.enforce", r"causes", NAMESPACE),
     (r"watch\.send-initial-events", r"", WATCH_LIST),
     (r"quota\.exceeded", r"code", CONTROLLERS),
     (r"ownerrefs", r"uid: '\*'", "replay normalises uids everywhere; here the expected ones were given by the request"),

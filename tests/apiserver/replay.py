@@ -302,8 +302,12 @@ class Replayer:
         """Namespace rec with what controllers would put there."""
         await self.send("POST", "/api/v1/namespaces", {"metadata": {"name": "rec"}})
         for namespace in ("rec", "default", "kube-system"):
-            await self.send("POST", f"/api/v1/namespaces/{namespace}/serviceaccounts", {"metadata": {"name": "default"}})
-            await self.send("POST", f"/api/v1/namespaces/{namespace}/configmaps", {"metadata": {"name": "kube-root-ca.crt"}, "data": {"ca.crt": "x"}})
+            await self._furnish(namespace)
+
+    async def _furnish(self, namespace: str) -> None:
+        """Make what controllers put into a namespace."""
+        await self.send("POST", f"/api/v1/namespaces/{namespace}/serviceaccounts", {"metadata": {"name": "default"}})
+        await self.send("POST", f"/api/v1/namespaces/{namespace}/configmaps", {"metadata": {"name": "kube-root-ca.crt"}, "data": {"ca.crt": "x"}})
 
     async def send(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, auth: bool = True) -> Response:
         data = body if isinstance(body, bytes) or body is None else orjson.dumps(body)
@@ -342,6 +346,9 @@ class Replayer:
             headers["Content-Type"] = step.get("contentType", "application/json") if body is not None else headers.get("Content-Type", "application/json")
             headers["Accept"] = step.get("accept", "application/json")
             if step.get("sleep"):
+                before = scenario["steps"][index - 1] if index else {}
+                if before.get("method") == "POST" and before.get("path") == "/api/v1/namespaces" and before.get("status") == 201:
+                    await self._furnish(before["body"]["metadata"]["name"])
                 await asyncio.sleep(min(step["sleep"], 0.3) if no_sleep else step["sleep"])
             events: list[Any] | None = None
             if "events" in step:
