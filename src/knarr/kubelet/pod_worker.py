@@ -137,8 +137,15 @@ class PodWorker:
         if self._ending.is_set():
             coroutine.close()
             raise PodEnding
-        work = self.node.tasks.spawn(_shield_error(coroutine), f"step-{self.key}")
-        ending = self.node.tasks.spawn(self._ending.wait(), f"ending-{self.key}")
+        try:
+            work = self.node.tasks.spawn(_shield_error(coroutine), f"step-{self.key}")
+            ending = self.node.tasks.spawn(self._ending.wait(), f"ending-{self.key}")
+        except RuntimeError as e:
+            # The kubelet itself is ending.
+            coroutine.close()
+            raise PodEnding from e
+        # A task cancelled before its first step never touched what it was to await.
+        work.add_done_callback(lambda _: coroutine.close())
         try:
             await asyncio.wait({work, ending}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -158,6 +165,7 @@ class PodWorker:
         """Wait for a stop; False when a shorter grace period interrupted it."""
         self._sooner.clear()
         work = self.node.tasks.spawn(_shield_error(coroutine), f"stop-{self.key}")
+        work.add_done_callback(lambda _: coroutine.close())
         sooner = self.node.tasks.spawn(self._sooner.wait(), f"sooner-{self.key}")
         try:
             await asyncio.wait({work, sooner}, return_when=asyncio.FIRST_COMPLETED)
