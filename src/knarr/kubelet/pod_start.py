@@ -60,7 +60,9 @@ def _backs_off(worker: PodWorker, spec: Object, observed: Observed) -> bool:
     name, last = spec["name"], observed.latest_exited(spec["name"])
     if last is None:
         return False
-    finished, now, key = last.finished_at_ns / 1e9, clock.now(), f"{name}_{podutil.container_hash(spec)}"
+    # A new image or new resources deserve a new chance.
+    key = f"{name}_{podutil.container_hash(spec)}_{spec.get('resources') or ''}"
+    finished, now = last.finished_at_ns / 1e9, clock.now()
     wait = worker.back_off.remaining(key, finished, now)
     if wait <= 0:
         worker.back_off.next(key, finished, now)
