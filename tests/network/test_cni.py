@@ -97,7 +97,9 @@ async def test_a_failing_plugin_is_told_in_its_own_words_and_leaves_nothing(worl
     plugin.parent.mkdir()
     calls = tmp_path / "calls"
     answer = '{"cniVersion":"1.1.0","code":7,"msg":"no good","details":"because"}'
-    plugin.write_text(f'#!/bin/sh\necho "$CNI_COMMAND $CNI_CONTAINERID" >> {calls}\n[ "$CNI_COMMAND" = ADD ] && echo \'{answer}\' && exit 1\nexit 0\n')
+    plugin.write_text(
+        f'#!/bin/sh\necho "$CNI_COMMAND $CNI_CONTAINERID" >> {calls}\n[ "$CNI_COMMAND" = ADD ] && echo \'{answer}\' && exit 1\nexit 0\n'
+    )
     os.chmod(plugin, 0o755)
     (tmp_path / "conf/1.conf").write_text(json.dumps({"cniVersion": "1.1.0", "name": "bad", "type": "bad"}))
     cni = network(world, tmp_path, plugin_dirs=[tmp_path / "bin"])

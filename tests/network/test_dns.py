@@ -183,7 +183,9 @@ async def test_an_external_name_is_a_cname_and_is_followed_for_addresses(dns):
     dns.informers.put(SERVICES, service("ext", "", [], type="ExternalName", externalName="example.com"))
     assert await dns.values(f"ext.default.svc.{ZONE}", "CNAME") == ["example.com."]
     assert await dns.values(f"ext.default.svc.{ZONE}") == ["93.184.216.34", "example.com."]
-    dns.informers.put(SERVICES, service("web", "10.96.7.7", []), service("in", "", [], type="ExternalName", externalName=f"web.default.svc.{ZONE}"))
+    dns.informers.put(
+        SERVICES, service("web", "10.96.7.7", []), service("in", "", [], type="ExternalName", externalName=f"web.default.svc.{ZONE}")
+    )
     assert await dns.values(f"in.default.svc.{ZONE}") == ["10.96.7.7", f"web.default.svc.{ZONE}."]
 
 

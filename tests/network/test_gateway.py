@@ -10,7 +10,10 @@ from knarr.network.ingress.model import Routes
 
 
 def gateway(*listeners: dict[str, Any], namespace: str = "infra") -> dict[str, Any]:
-    return {"metadata": {"namespace": namespace, "name": "gw", "generation": 2}, "spec": {"gatewayClassName": "knarr", "listeners": list(listeners)}}
+    return {
+        "metadata": {"namespace": namespace, "name": "gw", "generation": 2},
+        "spec": {"gatewayClassName": "knarr", "listeners": list(listeners)},
+    }
 
 
 def listener(name: str = "http", **more: Any) -> dict[str, Any]:
@@ -22,7 +25,9 @@ def route(*rules: dict[str, Any], hostnames: list[str] | None = None, **parent: 
     return {"metadata": {"namespace": "app", "name": "r", "generation": 1}, "spec": spec}
 
 
-def to(*names: str, path: str = "/", kind: str = "PathPrefix", weights: tuple[int, ...] = (), filters: tuple[Any, ...] = ()) -> dict[str, Any]:
+def to(
+    *names: str, path: str = "/", kind: str = "PathPrefix", weights: tuple[int, ...] = (), filters: tuple[Any, ...] = ()
+) -> dict[str, Any]:
     refs = [{"name": name, "port": 80, **({"weight": weights[i]} if weights else {})} for i, name in enumerate(names)]
     return {"matches": [{"path": {"type": kind, "value": path}}], "backendRefs": refs, "filters": list(filters)}
 
@@ -31,7 +36,13 @@ def build(gateways: list[dict[str, Any]], routes: list[dict[str, Any]], **more: 
     table = Routes()
     known = {"a": [("10.0.0.1", 80)], "b": [("10.0.0.2", 80)]}
     find = lambda _namespace, name, _port: known.get(name, f"service {name} does not exist")
-    outcome = add_routes(table, gateways, routes, find, **{"has_secret": {}, "namespace_labels": {"app": {"team": "x"}}, "shown": [{"ip": "192.0.2.7"}], **more})
+    outcome = add_routes(
+        table,
+        gateways,
+        routes,
+        find,
+        **{"has_secret": {}, "namespace_labels": {"app": {"team": "x"}}, "shown": [{"ip": "192.0.2.7"}], **more},
+    )
     return table, outcome
 
 
@@ -107,7 +118,12 @@ def test_host_names_of_listener_and_route_are_intersected():
 
 
 def test_a_condition_keeps_its_time_until_its_status_changes():
-    before = {"conditions": [{"type": "Accepted", "status": "True", "lastTransitionTime": "then"}, {"type": "Programmed", "status": "False", "lastTransitionTime": "then"}]}
+    before = {
+        "conditions": [
+            {"type": "Accepted", "status": "True", "lastTransitionTime": "then"},
+            {"type": "Programmed", "status": "False", "lastTransitionTime": "then"},
+        ]
+    }
     after = {"conditions": [{"type": "Accepted", "status": "True"}, {"type": "Programmed", "status": "True"}]}
     _keep_times(before, after)
     assert after["conditions"][0]["lastTransitionTime"] == "then"

@@ -68,7 +68,12 @@ def headless(name: str, web: Web) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def ingress(name: str, rules: list[dict[str, Any]] | None = None, annotations: dict[str, str] | None = None, **spec: Any) -> dict[str, Any]:
     meta = {"name": name, "namespace": "default", "annotations": annotations or {}}
-    return {"apiVersion": "networking.k8s.io/v1", "kind": "Ingress", "metadata": meta, "spec": {"ingressClassName": "knarr", "rules": rules or [], **spec}}
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "Ingress",
+        "metadata": meta,
+        "spec": {"ingressClassName": "knarr", "rules": rules or [], **spec},
+    }
 
 
 def backend(name: str) -> dict[str, Any]:
@@ -190,7 +195,13 @@ async def test_other_classes_and_classless_ingresses_are_left_alone(running):
 def secret(name: str, pem: str) -> dict[str, Any]:
     cut = pem.index("-----BEGIN PRIVATE")
     data = {"tls.crt": base64.b64encode(pem[:cut].encode()).decode(), "tls.key": base64.b64encode(pem[cut:].encode()).decode()}
-    return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name, "namespace": "default"}, "type": "kubernetes.io/tls", "data": data}
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": name, "namespace": "default"},
+        "type": "kubernetes.io/tls",
+        "data": data,
+    }
 
 
 def der_of(pem: str) -> str:
@@ -223,7 +234,9 @@ async def test_annotations(running):
     await running.expose("a")
     prefix = "nginx.ingress.kubernetes.io/"
     await running.put(ingress("rewrite", [rule("rewrite.test", ("/app", "Prefix", "a"))], {prefix + "rewrite-target": "/"}))
-    await running.put(ingress("moved", [rule("moved.test", ("/", "Prefix", "a"))], {prefix + "permanent-redirect": "https://new.test/there"}))
+    await running.put(
+        ingress("moved", [rule("moved.test", ("/", "Prefix", "a"))], {prefix + "permanent-redirect": "https://new.test/there"})
+    )
     await running.put(ingress("forced", [rule("forced.test", ("/", "Prefix", "a"))], {prefix + "force-ssl-redirect": "true"}))
     assert (await running.get("rewrite.test", "/app/deep"))[1].startswith("a / ")
     status, _body, head = await running.get("moved.test")

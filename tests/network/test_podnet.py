@@ -28,9 +28,18 @@ async def world():
 def node_state(world: World) -> str:
     """Everything of the node's namespace that the network could leave behind."""
     name = Path(world.node.path).name
-    commands = ["ip -o link", "ip -o addr", "ip route", "ip -6 route", "nft list ruleset", "sysctl -a -r '^net.ipv[46].(ip_forward|conf.(all|lan0).)' -N"]
+    commands = [
+        "ip -o link",
+        "ip -o addr",
+        "ip route",
+        "ip -6 route",
+        "nft list ruleset",
+        "sysctl -a -r '^net.ipv[46].(ip_forward|conf.(all|lan0).)' -N",
+    ]
     values = ["sysctl -a -r '^net.ipv[46].(ip_forward|conf.(all|lan0)[.](forwarding|accept_ra))'"]
-    run = lambda command: subprocess.run(["ip", "netns", "exec", name, "sh", "-c", command], capture_output=True, text=True, check=False).stdout
+    run = lambda command: (
+        subprocess.run(["ip", "netns", "exec", name, "sh", "-c", command], capture_output=True, text=True, check=False).stdout
+    )
     text = "\n".join(run(command) for command in (*commands[:5], *values))
     # Link-local addresses settle on their own.
     return "\n".join(line for line in text.splitlines() if "fe80" not in line and "ff00" not in line)
@@ -128,9 +137,11 @@ async def test_bandwidth_annotations_limit_what_a_pod_receives_and_sends(world):
     limits = {"kubernetes.io/ingress-bandwidth": "10M", "kubernetes.io/egress-bandwidth": "20M"}
     pod = await world.pod("slow", annotations=limits)
     name = world.network.lease(world.pods[-1][1].sandbox_id).link
-    show = lambda path, link: subprocess.run(
-        ["ip", "netns", "exec", Path(path).name, "tc", "qdisc", "show", "dev", link], capture_output=True, text=True, check=False
-    ).stdout
+    show = lambda path, link: (
+        subprocess.run(
+            ["ip", "netns", "exec", Path(path).name, "tc", "qdisc", "show", "dev", link], capture_output=True, text=True, check=False
+        ).stdout
+    )
     assert "tbf" in show(world.node.path, name)
     assert "rate 10Mbit" in show(world.node.path, name)
     assert "rate 20Mbit" in show(pod.path, "eth0")
@@ -237,6 +248,12 @@ async def test_a_foreign_firewall_that_drops_is_named_and_left_alone(world):
     await asyncio.to_thread(nftables.run_script, rules, world.node.path)
     assert firewalls.forward_drops(["knt-pods"], world.node.path) == ["ip filter FORWARD"]
     await world.network.start()
-    assert "policy drop" in subprocess.run(
-        ["ip", "netns", "exec", Path(world.node.path).name, "nft", "list", "table", "ip", "filter"], capture_output=True, text=True, check=True
-    ).stdout
+    assert (
+        "policy drop"
+        in subprocess.run(
+            ["ip", "netns", "exec", Path(world.node.path).name, "nft", "list", "table", "ip", "filter"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )

@@ -27,7 +27,9 @@ NAMESPACES = {"x": {"ns": "x", "team": "one"}, "y": {"ns": "y", "team": "one"}, 
 def pod_object(place: Place, namespace: str, name: str, **labels: str) -> dict[str, Any]:
     # "web" is port 80 on most pods and 81 on those named c, so that names have to be resolved per pod.
     number = 81 if name == "c" else 80
-    container = {"ports": [{"name": "web", "containerPort": number, "protocol": "TCP"}, {"name": "udp", "containerPort": 80, "protocol": "UDP"}]}
+    container = {
+        "ports": [{"name": "web", "containerPort": number, "protocol": "TCP"}, {"name": "udp", "containerPort": 80, "protocol": "UDP"}]
+    }
     return {
         "metadata": {"namespace": namespace, "name": name, "labels": {"pod": name, **labels}},
         "spec": {"nodeName": "here", "containers": [container]},
@@ -58,7 +60,9 @@ def peer_fits(peer: dict[str, Any], namespace: str, other: dict[str, Any]) -> bo
     if "ipBlock" in peer:
         address = ipaddress.ip_address(other["status"]["podIP"])
         block = peer["ipBlock"]
-        return address in ipaddress.ip_network(block["cidr"]) and not any(address in ipaddress.ip_network(hole) for hole in block.get("except", []))
+        return address in ipaddress.ip_network(block["cidr"]) and not any(
+            address in ipaddress.ip_network(hole) for hole in block.get("except", [])
+        )
     meta = other["metadata"]
     if "namespaceSelector" in peer:
         if not selects(peer["namespaceSelector"], NAMESPACES[meta["namespace"]]):
@@ -75,7 +79,10 @@ def port_fits(port: dict[str, Any], target: dict[str, Any], protocol: str, numbe
     if wanted is None:
         return True
     if isinstance(wanted, str):
-        return any(p["name"] == wanted and p["protocol"] == protocol and p["containerPort"] == number for p in target["spec"]["containers"][0]["ports"])
+        return any(
+            p["name"] == wanted and p["protocol"] == protocol and p["containerPort"] == number
+            for p in target["spec"]["containers"][0]["ports"]
+        )
     return wanted <= number <= port.get("endPort", wanted)
 
 
@@ -175,7 +182,9 @@ class Cluster:
         if wrong:
             # A busy machine may answer late: what looks blocked is asked again with patience.
             found = self.probe(2.0)
-            wrong = [(key, "reached" if reached else "blocked") for key, reached in found.items() if reached != self.expected(policies, key)]
+            wrong = [
+                (key, "reached" if reached else "blocked") for key, reached in found.items() if reached != self.expected(policies, key)
+            ]
         return wrong
 
     def expected(self, policies: list[dict[str, Any]], key: tuple[str, str, str, int]) -> bool:
@@ -240,7 +249,16 @@ class Generator:
 
     def port(self) -> dict[str, Any]:
         protocol = self.random.choice(["TCP", "TCP", "UDP"])
-        value: dict[str, Any] = self.random.choice([{}, {"port": 80}, {"port": 81}, {"port": "web" if protocol == "TCP" else "udp"}, {"port": 79, "endPort": 80}, {"port": 1, "endPort": 65535}])
+        value: dict[str, Any] = self.random.choice(
+            [
+                {},
+                {"port": 80},
+                {"port": 81},
+                {"port": "web" if protocol == "TCP" else "udp"},
+                {"port": 79, "endPort": 80},
+                {"port": 1, "endPort": 65535},
+            ]
+        )
         return {"protocol": protocol, **value}
 
     def rules(self, side: str) -> list[dict[str, Any]]:
@@ -291,7 +309,9 @@ def deny_all(namespace: str = "x") -> dict[str, Any]:
 
 async def test_the_node_reaches_isolated_pods_and_pods_reach_themselves(cluster):
     await cluster.fill("a")
-    cluster.apply([deny_all(), {**deny_all(), "metadata": {"namespace": "x", "name": "out"}, "spec": {"podSelector": {}, "policyTypes": ["Egress"]}}])
+    cluster.apply(
+        [deny_all(), {**deny_all(), "metadata": {"namespace": "x", "name": "out"}, "spec": {"podSelector": {}, "policyTypes": ["Egress"]}}]
+    )
     a = cluster.places["x/a"]
     assert (await asyncio.to_thread(cluster.world.node.ask, a.ip, 80))[0] == "x"
     assert (await asyncio.to_thread(a.ask, a.ip, 80))[0] == "x"
@@ -376,7 +396,11 @@ async def test_policies_hold_in_the_second_family_too():
             place.serve("x", 80, family=socket.AF_INET6)
             state.set_pod(read_pod(pod_object(place, "x", name)))
         inside = [{"podSelector": {"matchLabels": {"pod": "b"}}}, {"ipBlock": {"cidr": f"{world.client.ips[1]}/128"}}]
-        spec = {"podSelector": {"matchLabels": {"pod": "a"}}, "policyTypes": ["Ingress"], "ingress": [{"from": inside, "ports": [{"port": "web"}]}]}
+        spec = {
+            "podSelector": {"matchLabels": {"pod": "a"}},
+            "policyTypes": ["Ingress"],
+            "ingress": [{"from": inside, "ports": [{"port": "web"}]}],
+        }
         state.set_policy(compile_policy({"metadata": {"namespace": "x", "name": "p"}, "spec": spec}))
         table.load(state.wanted())
         target = places["a"].ips[1]

@@ -95,7 +95,13 @@ async def test_a_node_port_answers_from_outside_from_the_node_its_loopback_and_p
     a, client = await world.pod("a"), await world.pod("client")
     a.serve("a", 8080)
     world.proxy.put(service("web", "10.96.0.10", HTTP, type="NodePort", node_ports={80: 30080}), endpoint_slice("web", BACK, [ready(a.ip)]))
-    for place, address in ((world.client, world.node.ip), (world.node, world.node.ip), (world.node, "127.0.0.1"), (client, world.node.ip), (a, world.node.ip)):
+    for place, address in (
+        (world.client, world.node.ip),
+        (world.node, world.node.ip),
+        (world.node, "127.0.0.1"),
+        (client, world.node.ip),
+        (a, world.node.ip),
+    ):
         assert (await ask(place, address, 30080))[0] == "a"
 
 

@@ -40,7 +40,12 @@ class Running:
         self.world = world
         self.informers = FedInformers()
         self.proxy = ServiceProxy(
-            None, self.informers, node_name="here", table="knt", pod_cidrs=world.cluster_cidrs, netns=world.node.path  # type: ignore[arg-type]
+            None,
+            self.informers,
+            node_name="here",
+            table="knt",
+            pod_cidrs=world.cluster_cidrs,
+            netns=world.node.path,  # type: ignore[arg-type]
         )
         self.proxy._recorder = self.recorder = Recorder()  # type: ignore[assignment]
 
@@ -136,7 +141,10 @@ async def test_the_health_port_tells_whether_this_node_has_endpoints(running):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     status = {"loadBalancer": {"ingress": [{"ip": "172.31.0.9"}]}}
-    await running.put(SERVICES, service("lb", "10.96.0.20", HTTP, type="LoadBalancer", externalTrafficPolicy="Local", healthCheckNodePort=port, status=status))
+    await running.put(
+        SERVICES,
+        service("lb", "10.96.0.20", HTTP, type="LoadBalancer", externalTrafficPolicy="Local", healthCheckNodePort=port, status=status),
+    )
 
     async def health() -> str:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)

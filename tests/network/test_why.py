@@ -44,12 +44,20 @@ def selecting(name: str, **selector: str) -> dict[str, Any]:
 
 
 def test_an_open_way_across_nodes():
-    assert ends(world(pod("a", "10.0.0.1"), pod("b", "10.0.1.1", "n2")), "pod/b:8080") == (True, "node n1 has a route to the pods of node n2")
+    assert ends(world(pod("a", "10.0.0.1"), pod("b", "10.0.1.1", "n2")), "pod/b:8080") == (
+        True,
+        "node n1 has a route to the pods of node n2",
+    )
 
 
 @pytest.mark.parametrize(
     ("target", "text"),
-    [("pod/none:80", "does not exist"), ("pod/c:80", "is Pending"), ("svc/none:80", "does not exist"), ("pod/b:metrics", "no port named metrics")],
+    [
+        ("pod/none:80", "does not exist"),
+        ("pod/c:80", "is Pending"),
+        ("svc/none:80", "does not exist"),
+        ("pod/b:metrics", "no port named metrics"),
+    ],
 )
 def test_what_is_not_there(target, text):
     arrives, said = ends(world(pod("a", "10.0.0.1"), pod("b", "10.0.0.2"), pod("c", "", phase="Pending")), target)

@@ -1,7 +1,7 @@
 """A node and its pods in network namespaces of their own, inside the test process.
 
-Sockets belong to the namespace they were opened in, so a pod here is a namespace plus sockets of this process: no containers, no subprocesses, and nothing
-of the host is touched. `Server.seen` counts who came.
+Sockets belong to the namespace they were opened in, so a pod here is a namespace plus sockets of this process: no
+containers, no subprocesses, and nothing of the host is touched. `Server.seen` counts who came.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ class Place:
         self.servers.append(server)
         return server
 
-    def ask(self, address: str, port: int, *, udp: bool = False, seconds: float = 2, source: str = "", source_port: int = 0) -> tuple[str, str]:
+    def ask(
+        self, address: str, port: int, *, udp: bool = False, seconds: float = 2, source: str = "", source_port: int = 0
+    ) -> tuple[str, str]:
         """(server's name, client address as it saw it). Raises OSError (ConnectionRefusedError, TimeoutError)."""
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with self.open(socket.SOCK_DGRAM if udp else socket.SOCK_STREAM, family) as sock:
@@ -184,13 +186,24 @@ def service(name: str, cluster_ip: str, ports: list[tuple[str, str, int]], **spe
     """A Service; ports are (name, protocol, port), node ports go by spec key node_ports={port: node port}."""
     node_ports: dict[int, int] = spec.pop("node_ports", {})  # type: ignore[assignment]
     status = spec.pop("status", {})
-    items = [{"name": n, "protocol": p, "port": number, **({"nodePort": node_ports[number]} if number in node_ports else {})} for n, p, number in ports]
+    items = [
+        {"name": n, "protocol": p, "port": number, **({"nodePort": node_ports[number]} if number in node_ports else {})}
+        for n, p, number in ports
+    ]
     families = ["IPv6" if ":" in cluster_ip else "IPv4"]
     body = {"clusterIP": cluster_ip, "clusterIPs": [cluster_ip], "ipFamilies": families, "ports": items, "type": "ClusterIP", **spec}
-    return {"apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": name, "uid": name}, "spec": body, "status": status}
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"namespace": "default", "name": name, "uid": name},
+        "spec": body,
+        "status": status,
+    }
 
 
-def endpoint_slice(name: str, ports: list[tuple[str, str, int]], endpoints: list[dict[str, object]], family: str = "IPv4") -> dict[str, object]:
+def endpoint_slice(
+    name: str, ports: list[tuple[str, str, int]], endpoints: list[dict[str, object]], family: str = "IPv4"
+) -> dict[str, object]:
     """A slice of Service `name`; endpoints as on the wire."""
     return {
         "apiVersion": "discovery.k8s.io/v1",

@@ -1,7 +1,8 @@
 """Bandwidth annotations of a pod as token buckets.
 
-Role: `kubernetes.io/ingress-bandwidth` and `kubernetes.io/egress-bandwidth` (bits per second as a quantity) shape what a pod receives and
-sends. Each side of its veth shapes what it sends; the pod's own side is out of reach for a pod without NET_ADMIN. Used by `podnet` from its worker thread.
+Role: `kubernetes.io/ingress-bandwidth` and `kubernetes.io/egress-bandwidth` (bits per second as a quantity) shape what
+a pod receives and sends. Each side of its veth shapes what it sends; the pod's own side is out of reach for a pod
+without NET_ADMIN. Used by `podnet` from its worker thread.
 Invariant: a kernel without the discipline costs the pod its limit, not its network: that is logged once.
 Source: cni-plugins bandwidth; kubelet's bandwidth annotations (pkg/util/bandwidth).
 """

@@ -1,9 +1,11 @@
 """Pod networks by other people's plugins: any CNI configuration, executed by the specification.
 
-Role: `CNINetwork` implements the runtime's PodNetwork with the configuration that sorts first in the standard folder; `installed` tells cluster whether there is one. Chained plugins run in order
-with the former result, deletion in reverse; what ADD returned is kept beside the lease so that DEL, CHECK and GC have it after a restart.
-Invariants: plugins run with a deadline and their own process group; a failing ADD is followed by DEL of the whole chain; DEL never fails because something is gone. The
-folder is read again for every ADD, so a changed configuration counts for new pods at once.
+Role: `CNINetwork` implements the runtime's PodNetwork with the configuration that sorts first in the standard folder;
+`installed` tells cluster whether there is one. Chained plugins run in order with the former result, deletion in
+reverse; what ADD returned is kept beside the lease so that DEL, CHECK and GC have it after a restart.
+Invariants: plugins run with a deadline and their own process group; a failing ADD is followed by DEL of the whole
+chain; DEL never fails because something is gone. The folder is read again for every ADD, so a changed configuration
+counts for new pods at once.
 Source: CNI specification 1.1.0 (containernetworking/cni SPEC.md); libcni behaviour for capabilities (CONVENTIONS.md).
 """
 
@@ -106,7 +108,12 @@ def capability_arguments(plugin: Mapping[str, Any], sandbox: SandboxNetwork) -> 
     out: dict[str, Any] = {}
     if can.get("portMappings"):
         out["portMappings"] = [
-            {"hostPort": m.host_port, "containerPort": m.container_port, "protocol": m.protocol.lower(), **({"hostIP": m.host_ip} if m.host_ip else {})}
+            {
+                "hostPort": m.host_port,
+                "containerPort": m.container_port,
+                "protocol": m.protocol.lower(),
+                **({"hostIP": m.host_ip} if m.host_ip else {}),
+            }
             for m in sandbox.port_mappings
             if m.host_port > 0
         ]

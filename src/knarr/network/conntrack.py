@@ -1,7 +1,8 @@
 """Connection tracking entries: list UDP flows and delete single ones, over netlink.
 
-Role: the proxy calls `forget_stale` after it has taken UDP endpoints away: UDP has no end of connection, so an entry would send a client's packets to
-an address that nobody, or somebody else, answers at, for as long as the client keeps sending. Blocking; called from a worker thread.
+Role: the proxy calls `forget_stale` after it has taken UDP endpoints away: UDP has no end of connection, so an entry
+would send a client's packets to an address that nobody, or somebody else, answers at, for as long as the client keeps
+sending. Blocking; called from a worker thread.
 Source: pkg/proxy/conntrack/cleanup.go; linux/netfilter/nfnetlink_conntrack.h.
 """
 

@@ -1,7 +1,7 @@
 """nf_tables expressions, chains and sets as netlink bytes, for rules that change together with elements.
 
-Role: shared by the proxy's chains and the policy table. A rule is the concatenation of expressions; registers are the sixteen 32-bit ones from `R` on.
-Everything here lists well: `nft list ruleset` shows such rules like its own.
+Role: shared by the proxy's chains and the policy table. A rule is the concatenation of expressions; registers are the
+sixteen 32-bit ones from `R` on. Everything here lists well: `nft list ruleset` shows such rules like its own.
 Source: linux/include/uapi/linux/netfilter/nf_tables.h.
 """
 
@@ -171,13 +171,28 @@ def add_rule(batch: ElementBatch, table: str, chain: str, rule: bytes) -> None:
 
 
 def add_set(
-    batch: ElementBatch, table: str, name: str, *, key_types: tuple[int, ...], key_bytes: int, number: int, flags: int = 0, verdicts: bool = False,
+    batch: ElementBatch,
+    table: str,
+    name: str,
+    *,
+    key_types: tuple[int, ...],
+    key_bytes: int,
+    number: int,
+    flags: int = 0,
+    verdicts: bool = False,
 ) -> None:
     """Make a set, or a verdict map. `number` must be unique within the batch."""
     key_type = 0
     for kind in key_types:
         key_type = key_type << 6 | kind
-    body = text(1, table) + text(2, name) + be32(3, flags | (SET_MAP if verdicts else 0)) + be32(4, key_type) + be32(5, key_bytes) + be32(10, number)
+    body = (
+        text(1, table)
+        + text(2, name)
+        + be32(3, flags | (SET_MAP if verdicts else 0))
+        + be32(4, key_type)
+        + be32(5, key_bytes)
+        + be32(10, number)
+    )
     if verdicts:
         body += be32(6, _VERDICT_TYPE) + be32(7, 16)
     batch.raw(NEWSET, body, NLM_F_CREATE, f"adding set {name}")

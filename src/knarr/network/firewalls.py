@@ -1,7 +1,8 @@
 """Other people's firewalls that would stop pods: found, named, never touched.
 
-Role: the pod network looks once at its start and logs what it finds. A packet must pass every table's chains of a hook, so a forward chain with policy drop (as Docker
-sets it) stops pods whatever our own tables accept; only its owner can open it.
+Role: the pod network looks once at its start and logs what it finds. A packet must pass every table's chains of a hook,
+so a forward chain with policy drop (as Docker sets it) stops pods whatever our own tables accept; only its owner can
+open it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Host ports and the node-side rules of the pod network: one nf_tables table of ours.
 
-Role: used by `podnet`. The table masquerades what pods send out of the cluster, maps host ports to pods, keeps 127.0.0.1 of the
-node from pods, and stops ICMP redirects nowhere else wanted. Host ports are elements of shared maps.
-Invariants: nothing but the table named at construction is touched. A host port is a pair (node-wide) or a triple (one host address).
+Role: used by `podnet`. The table masquerades what pods send out of the cluster, maps host ports to pods, keeps
+127.0.0.1 of the node from pods, and stops ICMP redirects nowhere else wanted. Host ports are elements of shared maps.
+Invariants: nothing but the table named at construction is touched. A host port is a pair (node-wide) or a triple (one
+host address).
 Source: cni-plugins portmap (behaviour), kube-proxy nftables masquerading.
 """
 
@@ -102,7 +103,12 @@ class HostPorts:
     @staticmethod
     def key_of(port: Port) -> tuple[str, str, int, int]:
         """Who holds a host port: protocol, host address, number, family."""
-        return (str(port[0]), "" if ip_address(str(port[1] or "0.0.0.0")).is_unspecified else str(port[1]), int(port[2]), 6 if ":" in str(port[3]) else 4)
+        return (
+            str(port[0]),
+            "" if ip_address(str(port[1] or "0.0.0.0")).is_unspecified else str(port[1]),
+            int(port[2]),
+            6 if ":" in str(port[3]) else 4,
+        )
 
     def conflict(self, port: Port) -> Port | None:
         """The port that already holds this place, if any."""
@@ -133,8 +139,10 @@ class HostPorts:
             return
         conntrack.forget_stale(
             self.socket(),
-            lambda flow: (flow.target_port, flow.reply_address) in former
-            or (flow.target_port in fresh and flow.reply_address == flow.target_address),
+            lambda flow: (
+                (flow.target_port, flow.reply_address) in former
+                or (flow.target_port in fresh and flow.reply_address == flow.target_address)
+            ),
         )
 
     def _element(self, batch: ElementBatch, port: Port, *, remove: bool) -> None:

@@ -1,9 +1,10 @@
 """Addresses of the pods of one node: handed out from its pod CIDRs, remembered in files that survive a killed process.
 
-Role: used by `podnet` alone, from its worker thread. One small file per sandbox, written beside and renamed, so that a crash leaves either the
-whole lease or none. The directory lies on a tmpfs (/run): leases end with the boot, as the namespaces they belong to do.
-Invariants: an address belongs to one sandbox at most; a freed address is the last to be used again, because peers may still hold connections
-to its former owner.
+Role: used by `podnet` alone, from its worker thread. One small file per sandbox, written beside and renamed, so that a
+crash leaves either the whole lease or none. The directory lies on a tmpfs (/run): leases end with the boot, as the
+namespaces they belong to do.
+Invariants: an address belongs to one sandbox at most; a freed address is the last to be used again, because peers may
+still hold connections to its former owner.
 """
 
 from __future__ import annotations

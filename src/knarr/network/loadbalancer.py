@@ -1,9 +1,11 @@
 """LoadBalancer Services without a cloud: an address from a pool, at once.
 
-Role: one `LoadBalancerController` per cluster (control process). It writes `status.loadBalancer`; the proxies of all nodes answer for the address, and the pod network routes the
-pool to this machine's bridge, so that the machine itself reaches it immediately.
-Invariants: Services with a loadBalancerClass other than ours are left alone, in status and deletion. The allocation's only record is the Service's status, so
-a restart loses nothing; two Services never hold one address. No finalizer: an address needs no cleaning up.
+Role: one `LoadBalancerController` per cluster (control process). It writes `status.loadBalancer`; the proxies of all
+nodes answer for the address, and the pod network routes the pool to this machine's bridge, so that the machine itself
+reaches it immediately.
+Invariants: Services with a loadBalancerClass other than ours are left alone, in status and deletion. The allocation's
+only record is the Service's status, so a restart loses nothing; two Services never hold one address. No finalizer: an
+address needs no cleaning up.
 Source: behaviour of cloud-provider's service controller (status, events).
 """
 

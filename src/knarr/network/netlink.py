@@ -1,10 +1,11 @@
 """Netlink without a library: sockets, messages and attributes, for the few families that the network component speaks.
 
-Role: the wire floor below `rtnl` (links, addresses, routes), `nftables` (set elements) and `conntrack`. A general library
-costs 23 MB of resident memory and about a millisecond per message; a pod's whole network is some ten messages that this
-module packs into two datagrams.
-Invariants: a `NetlinkSocket` stays in the network namespace it was opened in, whatever the calling thread does later. Calls block for
-as long as the kernel works on them (micro- to milliseconds), so the event loop reaches them through one worker thread.
+Role: the wire floor below `rtnl` (links, addresses, routes), `nftables` (set elements) and `conntrack`. A general
+library costs 23 MB of resident memory and about a millisecond per message; a pod's whole network is some ten messages
+that this module packs into two datagrams.
+Invariants: a `NetlinkSocket` stays in the network namespace it was opened in, whatever the calling thread does later.
+Calls block for as long as the kernel works on them (micro- to milliseconds), so the event loop reaches them through one
+worker thread.
 Must not know: Kubernetes, files, what a message means.
 """
 

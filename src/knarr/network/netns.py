@@ -1,9 +1,9 @@
 """Network namespaces: open sockets inside one, run a function inside one, make named ones.
 
-Role: lets the pod network and tests reach another namespace without a subprocess. A socket belongs for ever to the namespace it was
-opened in, so a thread only visits for the moment of opening.
-Invariant: whoever enters a namespace comes back on every path; a thread that cannot come back must not be used again, so a failed return
-ends the process.
+Role: lets the pod network and tests reach another namespace without a subprocess. A socket belongs for ever to the
+namespace it was opened in, so a thread only visits for the moment of opening.
+Invariant: whoever enters a namespace comes back on every path; a thread that cannot come back must not be used again,
+so a failed return ends the process.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """nf_tables: table skeletons through the nft program, set elements and dumps through netlink.
 
-Role: the floor below proxy, policy and pod network. Rules are few and readable, so `nft` writes them once (`run_script`);
-what changes with the cluster are elements of sets and maps, and those go to the kernel directly (`ElementBatch`): nft would first read
-back whole maps of tens of thousands of elements to change one of them.
-Invariants: a batch is one transaction: all of it is done, or nothing. Key and data bytes are what the kernel compares: every part of a
-concatenation is padded to four bytes, numbers from packets are in network order.
+Role: the floor below proxy, policy and pod network. Rules are few and readable, so `nft` writes them once
+(`run_script`); what changes with the cluster are elements of sets and maps, and those go to the kernel directly
+(`ElementBatch`): nft would first read back whole maps of tens of thousands of elements to change one of them.
+Invariants: a batch is one transaction: all of it is done, or nothing. Key and data bytes are what the kernel compares:
+every part of a concatenation is padded to four bytes, numbers from packets are in network order.
 Source: linux/include/uapi/linux/netfilter/nf_tables.h, nfnetlink batches.
 """
 

@@ -15,6 +15,6 @@ def slice_service(obj: Object) -> list[str]:
 
 
 def object_key(obj: Object) -> str:
-    """"namespace/name"; the namespace is empty for cluster-scoped objects."""
+    """ "namespace/name"; the namespace is empty for cluster-scoped objects."""
     meta = obj["metadata"]
     return f"{meta.get('namespace', '')}/{meta['name']}"

@@ -1,9 +1,11 @@
 """Ways to the pods of other nodes: plain routes where the other node is a neighbour, VXLAN where routers lie between.
 
-Role: cluster runs one `NodeRoutes` per node beside the pod network. Every other Node's pod CIDRs lead to its InternalIP; nothing is published, because the tunnel's hardware
-address of a node follows from its pod CIDR. Event driven: a Node that comes, changes or goes moves routes at once.
-Invariants: only routes through our tunnel device and routes to pod CIDRs that we made are touched; both sides decide alike, as the tunnel device receives on every
-node that has one for anybody. Stopping leaves the routes (traffic goes on during a restart); `cleanup` removes them.
+Role: cluster runs one `NodeRoutes` per node beside the pod network. Every other Node's pod CIDRs lead to its
+InternalIP; nothing is published, because the tunnel's hardware address of a node follows from its pod CIDR. Event
+driven: a Node that comes, changes or goes moves routes at once.
+Invariants: only routes through our tunnel device and routes to pod CIDRs that we made are touched; both sides decide
+alike, as the tunnel device receives on every node that has one for anybody. Stopping leaves the routes (traffic goes on
+during a restart); `cleanup` removes them.
 Source: behaviour of flannel's vxlan backend with DirectRouting.
 """
 

@@ -1,7 +1,8 @@
 """The pod network of a node whose CNI configuration is somebody else's: what cluster wires in place of `BridgeNetwork`.
 
-Role: same face towards the node's process (start with the pod CIDRs, recover, gateways, cleanup), the work done by `CNINetwork`. Routes between nodes and masquerading are the plugins' own
-business then; Services, policies and DNS stay ours, and DNS listens on the node's address.
+Role: same face towards the node's process (start with the pod CIDRs, recover, gateways, cleanup), the work done by
+`CNINetwork`. Routes between nodes and masquerading are the plugins' own business then; Services, policies and DNS stay
+ours, and DNS listens on the node's address.
 """
 
 from __future__ import annotations

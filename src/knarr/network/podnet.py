@@ -1,12 +1,14 @@
 """The built-in pod network of one node: `BridgeNetwork`, the PodNetwork that the embedded runtime is given.
 
-Shape: the bridge holds the node's own address of each pod CIDR (the pods' gateway, where the cluster DNS also listens). Every pod gets a veth pair whose
-node side is a routed port: a /32 (or /128) route to the pod, a pinned neighbour on either side. So every packet of a pod, also to its neighbour on the
-same node, passes the node's IP layer, where Services and policies act, whether or not the kernel filters bridged frames; nobody broadcasts,
-and no pod can answer in another's name. Measured, this is also the quicker way than through bridge ports.
-Callers: runtime (setup, teardown, ready), cluster (start, recover, set_pod_cidrs, cleanup). All netlink work runs on one worker thread, because it blocks for
-up to some milliseconds. Invariants: calls are idempotent per sandbox; a lease is written before a link is made, so that a crash never loses either;
-cleanup leaves no link, rule, route, sysctl or file.
+Shape: the bridge holds the node's own address of each pod CIDR (the pods' gateway, where the cluster DNS also listens).
+Every pod gets a veth pair whose node side is a routed port: a /32 (or /128) route to the pod, a pinned neighbour on
+either side. So every packet of a pod, also to its neighbour on the same node, passes the node's IP layer, where
+Services and policies act, whether or not the kernel filters bridged frames; nobody broadcasts, and no pod can answer in
+another's name.
+Callers: runtime (setup, teardown, ready), cluster (start, recover, set_pod_cidrs, cleanup). All netlink work runs on
+one worker thread, because it blocks for up to some milliseconds. Invariants: calls are idempotent per sandbox; a lease
+is written before a link is made, so that a crash never loses either; cleanup leaves no link, rule, route, sysctl or
+file.
 Must not know: Kubernetes objects (except that annotations may ask for bandwidth).
 """
 
@@ -230,7 +232,11 @@ class BridgeNetwork:
 
     def _look_for_firewalls(self) -> None:
         for chain in forward_drops([self._table], self.netns):
-            log.warning("a firewall of this machine drops forwarded packets by default; pods may be cut off", chain=chain, interfaces=f"{self._prefix}*")
+            log.warning(
+                "a firewall of this machine drops forwarded packets by default; pods may be cut off",
+                chain=chain,
+                interfaces=f"{self._prefix}*",
+            )
 
     @staticmethod
     def uplink_mtu(netlink: NetlinkSocket) -> int:
@@ -259,7 +265,9 @@ class BridgeNetwork:
         # node's own connections to them carry its pod network address, which every other node can answer.
         services = [ip_network(cidr) for cidr in self.service_cidrs]
         sources = {address.version: address.ip for address in wanted}
-        netlink.send(*(rtnl.add_route(cidr, index=link.index, source=sources[cidr.version]) for cidr in services if cidr.version in sources))
+        netlink.send(
+            *(rtnl.add_route(cidr, index=link.index, source=sources[cidr.version]) for cidr in services if cidr.version in sources)
+        )
 
     def _ensure_sysctls(self) -> None:
         self._sysctls.ensure("net/ipv4/ip_forward", "1")

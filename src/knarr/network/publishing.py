@@ -1,7 +1,9 @@
 """Publishing a Service on a port of the nodes, live: the library behind `knarr port`.
 
-Role: called by the command line. The record is an annotation of the Service, which every node's proxy reads; so it lasts as long as the Service does.
-Invariants: a port that some process of this machine, a node port or another Service holds is refused with the holder's name before anything changes.
+Role: called by the command line. The record is an annotation of the Service, which every node's proxy reads; so it
+lasts as long as the Service does.
+Invariants: a port that some process of this machine, a node port or another Service holds is refused with the holder's
+name before anything changes.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ def listening_process(port: int) -> str | None:
 def published(services: list[Object]) -> list[Published]:
     """All published ports, by number."""
     found = [
-        Published(number, obj["metadata"]["namespace"], obj["metadata"]["name"], wanted) for obj in services for number, wanted in host_ports(obj)
+        Published(number, obj["metadata"]["namespace"], obj["metadata"]["name"], wanted)
+        for obj in services
+        for number, wanted in host_ports(obj)
     ]
     return sorted(found, key=lambda item: item.host_port)
 

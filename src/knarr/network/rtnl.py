@@ -84,7 +84,14 @@ def add_dummy(name: str) -> Message:
 
 
 def add_veth(
-    name: str, *, peer: str, peer_netns: int, mtu: int, peer_mac: str = "", master: int = 0, mac: str = "",
+    name: str,
+    *,
+    peer: str,
+    peer_netns: int,
+    mtu: int,
+    peer_mac: str = "",
+    master: int = 0,
+    mac: str = "",
 ) -> Message:
     """Make a pair: `name` here, up and enslaved to `master`; `peer` in the namespace behind a descriptor, down.
 
@@ -192,7 +199,13 @@ def _route(kind: int, flags: int, destination: Network, what: str, *extra: bytes
 
 
 def add_route(
-    destination: Network, *, index: int, gateway: Address | None = None, onlink: bool = False, source: Address | None = None, mtu: int = 0,
+    destination: Network,
+    *,
+    index: int,
+    gateway: Address | None = None,
+    onlink: bool = False,
+    source: Address | None = None,
+    mtu: int = 0,
 ) -> Message:
     """Add or replace a route in the main table, marked as static."""
     extra = [u32(4, index)]
@@ -363,4 +376,3 @@ def neighbours(netlink: NetlinkSocket, index: int) -> list[tuple[Address, str]]:
 def apply(netlink: NetlinkSocket, messages: Sequence[Message], *, ignore: tuple[int, ...] = ()) -> None:
     """Send a list of messages; see NetlinkSocket.send."""
     netlink.send(*messages, ignore=ignore)
-

@@ -1,8 +1,9 @@
 """Kernel parameters under /proc/sys that the network needs, with their former values, so that they can be put back.
 
-Role: used by the pod network from its worker thread, inside the node's network namespace, and by cluster when it takes a node down. Several clusters share one machine: the
-register in /run says who needs a parameter, and only the last one to leave puts it back. Each user has a record file of its own, so that another process than the one
-that changed something can restore, and a user whose record is gone counts no more.
+Role: used by the pod network from its worker thread, inside the node's network namespace, and by cluster when it takes
+a node down. Several clusters share one machine: the register in /run says who needs a parameter, and only the last one
+to leave puts it back. Each user has a record file of its own, so that another process than the one that changed
+something can restore, and a user whose record is gone counts no more.
 Invariants: a value that was right already, and that no cluster set, is nobody's to restore.
 """
 

@@ -1,8 +1,10 @@
 """Notices when somebody else deletes our nf_tables tables, as `nft flush ruleset` and restarts of firewall services do.
 
-Role: proxy, policy and pod network each watch their table and write it anew at once, instead of with the next change that happens to come. The kernel announces
-every ruleset generation; a socket filter lets only these announcements through, and after one (however many come together) the watched table is looked for.
-Invariants: costs nothing while nobody changes rules; a lost announcement is followed by another look, never by a wrong conclusion.
+Role: proxy, policy and pod network each watch their table and write it anew at once, instead of with the next change
+that happens to come. The kernel announces every ruleset generation; a socket filter lets only these announcements
+through, and after one (however many come together) the watched table is looked for.
+Invariants: costs nothing while nobody changes rules; a lost announcement is followed by another look, never by a wrong
+conclusion.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Why a packet does or does not arrive: the walk from a pod to a pod, Service or address, step by step.
 
-Role: the library behind `knarr why pod/a pod/b:80`. It asks the API only and judges with the same functions that proxy and policy use, so what it says is what the nodes do. Each
-step names what stops the packet: the policy, the selector, the missing endpoint.
+Role: the library behind `knarr why pod/a pod/b:80`. It asks the API only and judges with the same functions that proxy
+and policy use, so what it says is what the nodes do. Each step names what stops the packet: the policy, the selector,
+the missing endpoint.
 Invariants: pure over a `Snapshot`; nothing is changed, nothing is sent to pods.
 """
 
@@ -254,7 +255,9 @@ class _Walker:
         ports = [item for container in (pod.get("spec") or {}).get("containers") or () for item in container.get("ports") or ()]
         if ports and not any(item.get("containerPort") == port and (item.get("protocol") or "TCP") == self._protocol for item in ports):
             declared = ", ".join(f"{item.get('containerPort')}/{item.get('protocol') or 'TCP'}" for item in ports)
-            self._note(f"pod {object_key(pod)} declares {declared}, not {port}/{self._protocol}; a connection is refused if nothing listens there")
+            self._note(
+                f"pod {object_key(pod)} declares {declared}, not {port}/{self._protocol}; a connection is refused if nothing listens there"
+            )
 
     # Services
 
@@ -291,7 +294,9 @@ class _Walker:
             self._explain_no_endpoints(service, port, parts, bool(found), local and backends.any_endpoints)
             return
         self._yes(f"{len(usable)} of {len(found)} endpoints are used from here: {', '.join(f'{e.ip}:{e.port}' for e in usable[:5])}")
-        by_ip = {item.get("ip"): pod for pod in self._snapshot.pods for item in (pod.get("status") or {}).get("podIPs") or () if read_pod(pod)}
+        by_ip = {
+            item.get("ip"): pod for pod in self._snapshot.pods for item in (pod.get("status") or {}).get("podIPs") or () if read_pod(pod)
+        }
         outcomes = []
         base = list(self.steps)
         for endpoint in usable:
@@ -320,7 +325,9 @@ class _Walker:
             return
         selector = spec.get("selector") or {}
         if not selector:
-            self._no(f"service {key} has no selector and {'only unready' if any_found else 'no'} endpoints in its {len(parts)} EndpointSlices")
+            self._no(
+                f"service {key} has no selector and {'only unready' if any_found else 'no'} endpoints in its {len(parts)} EndpointSlices"
+            )
             return
         words = ",".join(f"{name}={text}" for name, text in sorted(selector.items()))
         namespace = service["metadata"]["namespace"]
@@ -328,7 +335,9 @@ class _Walker:
         matching = [pod for pod in pods if from_map(selector).matches(pod["metadata"].get("labels") or {})]
         if not matching:
             partly = [
-                object_key(pod) for pod in pods if any((pod["metadata"].get("labels") or {}).get(name) == text for name, text in selector.items())
+                object_key(pod)
+                for pod in pods
+                if any((pod["metadata"].get("labels") or {}).get(name) == text for name, text in selector.items())
             ]
             hint = f"; nearest: {', '.join(sorted(partly)[:3])}" if partly else ""
             self._no(f"the selector {words} of service {key} matches none of the {len(pods)} pods in namespace {namespace}{hint}")

@@ -1,9 +1,11 @@
 """Names outside the cluster: asked of the host's resolvers, kept for a while.
 
-Role: the server hands over raw queries that are not the cluster's. Answers pass through as bytes; only lifetimes are read. Equal questions in flight are asked once.
-Invariants: every upstream query has its own socket (a fresh source port) and a random id, and an answer counts only when id and question agree. Cache and questions in
-flight are bounded: when full, the oldest entries go, and a question too many is refused. Resolvers of this machine that would lead back to us are never used: with
-a stub resolver on the loopback, its own upstreams are read from systemd-resolved.
+Role: the server hands over raw queries that are not the cluster's. Answers pass through as bytes; only lifetimes are
+read. Equal questions in flight are asked once.
+Invariants: every upstream query has its own socket (a fresh source port) and a random id, and an answer counts only
+when id and question agree. Cache and questions in flight are bounded: when full, the oldest entries go, and a question
+too many is refused. Resolvers of this machine that would lead back to us are never used: with a stub resolver on the
+loopback, its own upstreams are read from systemd-resolved.
 Source: coredns plugins forward and cache; resolv.conf(5).
 """
 
@@ -99,7 +101,12 @@ class _Exchange(asyncio.DatagramProtocol):
         self._result = result
 
     def datagram_received(self, data: bytes, _address: object) -> None:
-        fits = data[:2] == self._identity and len(data) > 12 and data[2] & 0x80 and data[12 : 12 + len(self._question)].lower() == self._question
+        fits = (
+            data[:2] == self._identity
+            and len(data) > 12
+            and data[2] & 0x80
+            and data[12 : 12 + len(self._question)].lower() == self._question
+        )
         if fits and not self._result.done():
             self._result.set_result(data)
 
@@ -126,7 +133,9 @@ class Forwarder:
       stub_domains: Domain to its own servers, e.g. {"corp.example": ["10.0.0.53"]}.
     """
 
-    def __init__(self, resolvers: Callable[[], Sequence[str]], stub_domains: Mapping[str, Sequence[str]] | None = None, *, port: int = 53) -> None:
+    def __init__(
+        self, resolvers: Callable[[], Sequence[str]], stub_domains: Mapping[str, Sequence[str]] | None = None, *, port: int = 53
+    ) -> None:
         self._resolvers = resolvers
         self._stubs = {domain.strip(".").lower(): list(servers) for domain, servers in (stub_domains or {}).items()}
         self._port = port

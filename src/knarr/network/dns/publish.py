@@ -1,8 +1,9 @@
 """How pods find the DNS servers: the kube-dns Service and, per node, an EndpointSlice that names this node's server.
 
-Role: cluster runs one `DNSPublisher` beside each DNSServer. The Service has no selector; each node writes its own slice, with a hint for itself, so that pods ask the
-server of their own node and fall back to others while it is away. Replaceable: as soon as the Service gets a selector (somebody applied CoreDNS's
-manifest), our slices go and the usual controller takes over; without a selector they return.
+Role: cluster runs one `DNSPublisher` beside each DNSServer. The Service has no selector; each node writes its own
+slice, with a hint for itself, so that pods ask the server of their own node and fall back to others while it is away.
+Replaceable: as soon as the Service gets a selector (somebody applied CoreDNS's manifest), our slices go and the usual
+controller takes over; without a selector they return.
 Invariants: only objects of these names are touched; the Service is made when missing and never changed afterwards.
 """
 
@@ -38,7 +39,13 @@ def dns_service(cluster_ips: Sequence[str]) -> Object:
         {"name": "dns-tcp", "port": 53, "protocol": "TCP", "targetPort": 53},
         {"name": "metrics", "port": 9153, "protocol": "TCP", "targetPort": 9153},
     ]
-    spec: dict[str, Any] = {"type": "ClusterIP", "clusterIP": cluster_ips[0], "clusterIPs": list(cluster_ips), "ipFamilies": families, "ports": ports}
+    spec: dict[str, Any] = {
+        "type": "ClusterIP",
+        "clusterIP": cluster_ips[0],
+        "clusterIPs": list(cluster_ips),
+        "ipFamilies": families,
+        "ports": ports,
+    }
     spec["ipFamilyPolicy"] = "RequireDualStack" if len(set(families)) > 1 else "SingleStack"
     return {
         "apiVersion": "v1",
@@ -89,7 +96,14 @@ class DNSPublisher:
     """
 
     def __init__(
-        self, client: Client, informers: Informers, *, node_name: str, addresses: Sequence[str], cluster_ips: Sequence[str] = ("10.96.0.10",), port: int = 53
+        self,
+        client: Client,
+        informers: Informers,
+        *,
+        node_name: str,
+        addresses: Sequence[str],
+        cluster_ips: Sequence[str] = ("10.96.0.10",),
+        port: int = 53,
     ) -> None:
         self._client = client
         self._informers = informers

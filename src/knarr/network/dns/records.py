@@ -1,8 +1,10 @@
 """The cluster's names: from Services, EndpointSlices and Namespaces to DNS records, by the specification.
 
-Role: `ClusterZone.resolve` is called by the server for names of the cluster domain and for reverse names. Pure reading from informers; `on_change` tells
-the server when cached answers are out of date. Names are taken apart and looked up; no table of all names is kept, except addresses for PTR.
-Invariants: a name that exists without records of the asked type is NODATA, every other name NXDOMAIN; both carry the SOA.
+Role: `ClusterZone.resolve` is called by the server for names of the cluster domain and for reverse names. Pure reading
+from informers; `on_change` tells the server when cached answers are out of date. Names are taken apart and looked up;
+no table of all names is kept, except addresses for PTR.
+Invariants: a name that exists without records of the asked type is NODATA, every other name NXDOMAIN; both carry the
+SOA.
 Source: kubernetes/dns docs/specification.md 1.1; coredns plugin/kubernetes (parse.go, kubernetes.go).
 """
 

@@ -1,9 +1,11 @@
 """The cluster's DNS server: UDP and TCP, answers of the cluster domain from informers, the rest forwarded.
 
-Role: cluster runs one per node, on the node's pod gateway address; the kube-dns Service leads pods there (`publish`). Hot path: the
-raw question (all but its id) is looked up among answers given since the last change of the cluster; a hit costs no parsing at all.
-Invariants: cached answers are dropped with every change of a Service, EndpointSlice or Namespace, so none is staler than the informers. Memory is bounded: the answer cache
-is emptied when full, TCP connections and questions in flight are limited. Before the informers are synced every cluster name is SERVFAIL, never a wrong NXDOMAIN.
+Role: cluster runs one per node, on the node's pod gateway address; the kube-dns Service leads pods there (`publish`).
+Hot path: the raw question (all but its id) is looked up among answers given since the last change of the cluster; a hit
+costs no parsing at all.
+Invariants: cached answers are dropped with every change of a Service, EndpointSlice or Namespace, so none is staler
+than the informers. Memory is bounded: the answer cache is emptied when full, TCP connections and questions in flight
+are limited. Before the informers are synced every cluster name is SERVFAIL, never a wrong NXDOMAIN.
 """
 
 from __future__ import annotations
@@ -98,7 +100,9 @@ class DNSServer:
         self._listen = list(listen)
         self._port, self._fallback_port = port, fallback_port
         resolvers = HostResolvers([*listen, *avoid])
-        self.forwarder = Forwarder((lambda: list(upstreams)) if upstreams is not None else resolvers.current, stub_domains, port=upstream_port)
+        self.forwarder = Forwarder(
+            (lambda: list(upstreams)) if upstreams is not None else resolvers.current, stub_domains, port=upstream_port
+        )
         self._metrics_port, self._ready_port = metrics_port, ready_port
         self._answers: dict[bytes, list[bytes]] = {}
         self._turn = 0
@@ -306,7 +310,9 @@ class DNSServer:
         except Unanswered:
             return build_answer(query, SERVFAIL, authoritative=False)
         if len(answer) > limit:
-            return build_answer(query, answer[3] & 0xF, [Record(query.name, query.type, 0, b"\0" * 65000)], authoritative=False, limit_bytes=limit)
+            return build_answer(
+                query, answer[3] & 0xF, [Record(query.name, query.type, 0, b"\0" * 65000)], authoritative=False, limit_bytes=limit
+            )
         return answer
 
     async def _external(self, query: Query, limit: int) -> bytes:

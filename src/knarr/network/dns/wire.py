@@ -1,8 +1,9 @@
 """DNS messages: reading queries and writing answers, by hand because every packet passes here.
 
-Role: used by `server` (each query), `records` (record data) and `forward` (lifetimes). A general library takes about 200 microseconds for what is some ten here.
-Invariants: anything malformed raises WireError and nothing else; names are lower case in memory and keep the asker's spelling on the
-wire; a message never exceeds what the asker can take (truncation is the writer's work).
+Role: used by `server` (each query), `records` (record data) and `forward` (lifetimes). A general library takes about
+200 microseconds for what is some ten here.
+Invariants: anything malformed raises WireError and nothing else; names are lower case in memory and keep the asker's
+spelling on the wire; a message never exceeds what the asker can take (truncation is the writer's work).
 Source: RFC 1035, RFC 2308 (negative answers), RFC 2782 (SRV), RFC 6891 (EDNS).
 """
 

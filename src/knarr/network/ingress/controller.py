@@ -1,8 +1,10 @@
 """The Ingress controller: our class of Ingresses onto HAProxy.
 
-Role: cluster runs one in the control process. It makes the IngressClass, and starts the proxy only when the first Ingress of the class exists, so that a cluster without
-Ingresses pays nothing. Every change of an Ingress, Service, EndpointSlice (headless only) or Secret rebuilds the table and applies the difference; writes of status follow.
-Invariants: Ingresses of other classes are never touched. A broken Ingress, Secret or Service costs its own routes only and is told in an event.
+Role: cluster runs one in the control process. It makes the IngressClass, and starts the proxy only when the first
+Ingress of the class exists, so that a cluster without Ingresses pays nothing. Every change of an Ingress, Service,
+EndpointSlice (headless only) or Secret rebuilds the table and applies the difference; writes of status follow.
+Invariants: Ingresses of other classes are never touched. A broken Ingress, Secret or Service costs its own routes only
+and is told in an event.
 """
 
 from __future__ import annotations
@@ -114,7 +116,9 @@ class IngressController:
         self._wake.set()
 
     def _changed(self, old: Object, new: Object) -> None:
-        same = all(old.get(part) == new.get(part) for part in ("spec", "data")) and old["metadata"].get("annotations") == new["metadata"].get("annotations")
+        same = all(old.get(part) == new.get(part) for part in ("spec", "data")) and old["metadata"].get("annotations") == new[
+            "metadata"
+        ].get("annotations")
         if not same:
             self._wake.set()
 
@@ -152,7 +156,9 @@ class IngressController:
             await self._gateways.write_statuses(Outcome())
             return
         routes = build(ingresses, self._addresses)
-        usable_secrets = {object_key(obj): True for obj in self._secrets.list() if _secret_pem(obj) is not None} if self._gateways.active else {}
+        usable_secrets = (
+            {object_key(obj): True for obj in self._secrets.list() if _secret_pem(obj) is not None} if self._gateways.active else {}
+        )
         outcome = self._gateways.add_routes(routes, self._addresses, usable_secrets)
         if program() is None:
             routes.problems.extend((object_key(ingress), "haproxy is not installed on this machine") for ingress in ingresses)

@@ -1,8 +1,10 @@
 """Gateway API on the same proxy: GatewayClass, Gateway and HTTPRoute to routes and statuses. Pure functions.
 
-Role: the controller calls `add_routes` when the resources are served (their CRDs are installed by whoever wants them) and writes the statuses that come back.
-Supported: HTTP and HTTPS (Terminate) listeners with certificates, listener and route host names, attachment by namespace, path matches Exact and PathPrefix, weighted
-Services, redirect to HTTPS, replacement of the full path. What is not is told by the condition that the specification has for it, and routes nothing.
+Role: the controller calls `add_routes` when the resources are served (their CRDs are installed by whoever wants them)
+and writes the statuses that come back.
+Supported: HTTP and HTTPS (Terminate) listeners with certificates, listener and route host names, attachment by
+namespace, path matches Exact and PathPrefix, weighted Services, redirect to HTTPS, replacement of the full path. What
+is not is told by the condition that the specification has for it, and routes nothing.
 Source: gateway-api v1 (apis/v1 types, conformance conditions).
 """
 
@@ -82,7 +84,10 @@ def add_routes(
     listeners = [listener for gateway in gateways for listener in _listeners(gateway, has_secret)]
     outcome = Outcome()
     for route in sorted(http_routes, key=lambda obj: (obj["metadata"].get("creationTimestamp") or "", object_key(obj))):
-        parents = [_attach(routes, route, parent, listeners, addresses, namespace_labels) for parent in (route.get("spec") or {}).get("parentRefs") or ()]
+        parents = [
+            _attach(routes, route, parent, listeners, addresses, namespace_labels)
+            for parent in (route.get("spec") or {}).get("parentRefs") or ()
+        ]
         ours = [parent for parent in parents if parent is not None]
         if ours:
             outcome.routes[object_key(route)] = {"parents": ours}
@@ -132,9 +137,17 @@ def _gateway_status(listeners: list[Listener], shown: Sequence[Mapping[str, str]
                 "attachedRoutes": listener.attached,
                 "supportedKinds": kinds,
                 "conditions": [
-                    condition("Accepted", not unsupported, problem[0] if unsupported else "Accepted", problem[1] if unsupported else "", generation),
+                    condition(
+                        "Accepted",
+                        not unsupported,
+                        problem[0] if unsupported else "Accepted",
+                        problem[1] if unsupported else "",
+                        generation,
+                    ),
                     condition("Programmed", good, "Programmed" if good else "Invalid", problem[1], generation),
-                    condition("ResolvedRefs", resolved, "ResolvedRefs" if resolved else problem[0], "" if resolved else problem[1], generation),
+                    condition(
+                        "ResolvedRefs", resolved, "ResolvedRefs" if resolved else problem[0], "" if resolved else problem[1], generation
+                    ),
                 ],
             }
         )

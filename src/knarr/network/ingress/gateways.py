@@ -1,7 +1,9 @@
 """Gateway API beside Ingress: watches its resources once they are served, writes their statuses.
 
-Role: owned by `controller`. The resources are custom; whoever wants them installs their definitions, and from then on we follow. Making routes of them is `gateway`'s work.
-Invariants: without the definitions nothing is watched but them. Only objects of classes whose controllerName is ours get a status, and of an HTTPRoute only our own parents' entries.
+Role: owned by `controller`. The resources are custom; whoever wants them installs their definitions, and from then on
+we follow. Making routes of them is `gateway`'s work.
+Invariants: without the definitions nothing is watched but them. Only objects of classes whose controllerName is ours
+get a status, and of an HTTPRoute only our own parents' entries.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ _KINDS = (GATEWAY_CLASSES, GATEWAYS, HTTP_ROUTES)
 
 def _slim(obj: Object) -> Object:
     # Of a definition only its name and whether it is served matter; schemas are large.
-    return {"metadata": {"name": obj["metadata"]["name"], "resourceVersion": obj["metadata"].get("resourceVersion")}, "status": {"conditions": (obj.get("status") or {}).get("conditions") or []}}
+    return {
+        "metadata": {"name": obj["metadata"]["name"], "resourceVersion": obj["metadata"].get("resourceVersion")},
+        "status": {"conditions": (obj.get("status") or {}).get("conditions") or []},
+    }
 
 
 class GatewaySupport:
@@ -102,7 +107,13 @@ class GatewaySupport:
             return Outcome()
         labels = {obj["metadata"]["name"]: obj["metadata"].get("labels") or {} for obj in self._namespaces.list()}
         return gateway.add_routes(
-            routes, self.gateways(), self._watched[HTTP_ROUTES].list(), addresses, has_secret=has_secret, namespace_labels=labels, shown=self._shown
+            routes,
+            self.gateways(),
+            self._watched[HTTP_ROUTES].list(),
+            addresses,
+            has_secret=has_secret,
+            namespace_labels=labels,
+            shown=self._shown,
         )
 
     async def write_statuses(self, outcome: Outcome) -> None:
@@ -153,7 +164,9 @@ def _keep_times(before: Any, after: Any) -> None:
         for index, part in enumerate(after):
             identity = _identity(part)
             match = next((item for item in before or () if _identity(item) == identity), None) if isinstance(before, list) else None
-            _keep_times(match if identity is not None else (before[index] if isinstance(before, list) and index < len(before) else None), part)
+            _keep_times(
+                match if identity is not None else (before[index] if isinstance(before, list) and index < len(before) else None), part
+            )
 
 
 def _identity(part: Any) -> Any:

@@ -1,11 +1,12 @@
 """The real proxy under the Ingress controller: HAProxy, run as a child and changed through its runtime socket.
 
-Why HAProxy: routes are look-ups in maps and a target's address is set per request, so every change of an Ingress, Service or certificate is a change of map entries or of a
-certificate in the running process. Nothing is ever reloaded, so no connection is ever lost to a change; nginx has to reload for each.
-Role: used by `controller`. `apply` brings maps and certificates to a wanted state; each map is replaced atomically, targets before the routes that name them and
-removed after.
-Invariants: files in the folder are what a restarted child begins with, written before the running one is changed. The child is restarted with back-off
-when it dies, and dies with us.
+Why HAProxy: routes are look-ups in maps and a target's address is set per request, so every change of an Ingress,
+Service or certificate is a change of map entries or of a certificate in the running process. Nothing is ever reloaded,
+so no connection is ever lost to a change; nginx has to reload for each.
+Role: used by `controller`. `apply` brings maps and certificates to a wanted state; each map is replaced atomically,
+targets before the routes that name them and removed after.
+Invariants: files in the folder are what a restarted child begins with, written before the running one is changed. The
+child is restarted with back-off when it dies, and dies with us.
 """
 
 from __future__ import annotations
@@ -304,7 +305,10 @@ class HAProxy:
 
     async def _apply_certificates(self, old: Certificates, new: Certificates) -> None:
         changed = [name for name in new.pems if new.pems[name] != old.pems.get(name) or new.hosts[name] != old.hosts.get(name)]
-        for name in [*(name for name in old.pems if name not in new.pems), *(name for name in changed if name in old.pems and new.hosts[name] != old.hosts[name])]:
+        for name in [
+            *(name for name in old.pems if name not in new.pems),
+            *(name for name in changed if name in old.pems and new.hosts[name] != old.hosts[name]),
+        ]:
             await self._command(f"del ssl crt-list {self._folder}/certs.list {self._folder}/{name}")
         for name in changed:
             path = self._folder / name

@@ -1,9 +1,10 @@
 """Ingresses as a routing table: pure functions from API objects to what the proxy looks up.
 
-Role: `build` is called by the controller after every change, and by tests. The result is plain mappings, the same input giving the same output, so that the difference to
-what the proxy holds is the whole change.
-Invariants: a host's rules are chosen first (exact name, then one-label wildcard, then rules without host), then the path: Exact before Prefix, the
-longest Prefix first, by whole path elements. Where two Ingresses claim one host and path the older wins. What cannot be served is named in `problems`; the rest works.
+Role: `build` is called by the controller after every change, and by tests. The result is plain mappings, the same input
+giving the same output, so that the difference to what the proxy holds is the whole change.
+Invariants: a host's rules are chosen first (exact name, then one-label wildcard, then rules without host), then the
+path: Exact before Prefix, the longest Prefix first, by whole path elements. Where two Ingresses claim one host and path
+the older wins. What cannot be served is named in `problems`; the rest works.
 Source: networking/v1 Ingress API documentation; behaviour and annotations of ingress-nginx.
 """
 

@@ -1,8 +1,9 @@
 """Network policy of one node: watches Pods, Namespaces and NetworkPolicies, keeps the policy table true.
 
-Role: cluster runs one per node beside the proxy. Events change `PolicyState`; a task commits what has gathered as one transaction in a worker thread.
-Invariants: as long as `run` has not loaded once, nothing is filtered. A policy with a part that cannot be enforced allows less, never more, and says so in an event. Ending `run`
-leaves the table in force; `cleanup` removes it.
+Role: cluster runs one per node beside the proxy. Events change `PolicyState`; a task commits what has gathered as one
+transaction in a worker thread.
+Invariants: as long as `run` has not loaded once, nothing is filtered. A policy with a part that cannot be enforced
+allows less, never more, and says so in an event. Ending `run` leaves the table in force; `cleanup` removes it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def trim_pod(obj: Object) -> Object:
     """Keep of a Pod what policies and `why` read; a node holds every pod of the cluster here."""
     meta, spec, status = obj["metadata"], obj.get("spec") or {}, obj.get("status") or {}
     containers = [
-        {"name": container.get("name", ""), "ports": container["ports"]} for container in spec.get("containers") or () if container.get("ports")
+        {"name": container.get("name", ""), "ports": container["ports"]}
+        for container in spec.get("containers") or ()
+        if container.get("ports")
     ]
     sidecars = [
         {"name": container.get("name", ""), "ports": container["ports"], "restartPolicy": "Always"}
@@ -55,7 +58,9 @@ class PolicyEngine:
       netns: Path of the node's network namespace; None is the process's.
     """
 
-    def __init__(self, client: Client, informers: Informers, *, node_name: str, table: str = "knarr-policy", netns: str | None = None) -> None:
+    def __init__(
+        self, client: Client, informers: Informers, *, node_name: str, table: str = "knarr-policy", netns: str | None = None
+    ) -> None:
         self._informers = informers
         self._pods = informers.get(PODS, transform=trim_pod)
         self._namespaces = informers.get(NAMESPACES)

@@ -34,7 +34,7 @@ class PolicyPod:
 
     @property
     def key(self) -> str:
-        """"namespace/name"."""
+        """ "namespace/name"."""
         return f"{self.namespace}/{self.name}"
 
     def named_port(self, name: str, protocol: str) -> int | None:
@@ -118,7 +118,7 @@ class Policy:
 
     @property
     def key(self) -> str:
-        """"namespace/name"."""
+        """ "namespace/name"."""
         return f"{self.namespace}/{self.name}"
 
     def rules(self, direction: Direction) -> tuple[Rule, ...] | None:

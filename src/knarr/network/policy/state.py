@@ -1,11 +1,13 @@
 """What the kernel has to hold for the policies of one node: sets of peers, chains per class of pods, and who belongs where.
 
-Role: `PolicyState` takes pods, namespaces and policies one by one and keeps, without ever going through everything, a `Wanted`
-table; `table` brings the kernel there.
-Shape: pods that are isolated by the same policies form a class and share a chain; a verdict map leads from a pod's address to its chain. A chain has one rule per peer set and port, returning
-on a match and dropping at its end. Peer sets are shared by all rules that select the same. Names of chains and sets are hashes of their content's definition,
-so a chain never changes: pods move to another one.
-Invariants: only this node's pods have chains. The cost of a pod's event is the number of distinct peer selectors plus its namespace's policies.
+Role: `PolicyState` takes pods, namespaces and policies one by one and keeps, without ever going through everything, a
+`Wanted` table; `table` brings the kernel there.
+Shape: pods that are isolated by the same policies form a class and share a chain; a verdict map leads from a pod's
+address to its chain. A chain has one rule per peer set and port, returning on a match and dropping at its end. Peer
+sets are shared by all rules that select the same. Names of chains and sets are hashes of their content's definition, so
+a chain never changes: pods move to another one.
+Invariants: only this node's pods have chains. The cost of a pod's event is the number of distinct peer selectors plus
+its namespace's policies.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """The policy table in the kernel: base chains, and bringing it from one wanted state to the next in one transaction.
 
-Role: used by `engine` from its worker thread (blocking). The base chain hooks forwarded packets only: what the node itself sends to or receives from its pods
-(probes, DNS) is always allowed. Of a tracked connection only the original direction is judged, and every packet of it, so that a changed
-policy counts for living connections at once; answers pass.
-Invariants: memory equals kernel after every call; other tables are untouched. A fresh load replaces whatever table of that name there was, in the same transaction.
+Role: used by `engine` from its worker thread (blocking). The base chain hooks forwarded packets only: what the node
+itself sends to or receives from its pods (probes, DNS) is always allowed. Of a tracked connection only the original
+direction is judged, and every packet of it, so that a changed policy counts for living connections at once; answers
+pass.
+Invariants: memory equals kernel after every call; other tables are untouched. A fresh load replaces whatever table of
+that name there was, in the same transaction.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ Role: `ruleset` writes both. One shared set of maps serves all Services:
     local    the same, only this node's endpoints
     port, port_endpoint, port_local                          node ports: the same without the address
 
-A chain exists per number of endpoints and manner (`Pick`), not per Service: it draws an index below N and goes where the map says. Session
-affinity is one dynamic map from client and frontend to endpoint: read before drawing, written (and its time renewed) in a hook behind the translation, where
-the packet itself names the chosen endpoint.
-The rules of these chains are encoded here, so that chains and elements change in one transaction, and because nft's language has no
+A chain exists per number of endpoints and manner (`Pick`), not per Service: it draws an index below N and goes where
+the map says. Session affinity is one dynamic map from client and frontend to endpoint: read before drawing, written
+(and its time renewed) in a hook behind the translation, where the packet itself names the chosen endpoint. The rules of
+these chains are encoded here, so that chains and elements change in one transaction, and because nft's language has no
 concatenation with a tracked connection's original port. `nft list` shows all of them.
 Invariants: names depend on content alone, so a chain that exists is the right one.
 Source: behaviour of pkg/proxy/nftables/proxier.go.

@@ -1,7 +1,9 @@
 """Health answers of the proxy: one port per Service with a healthCheckNodePort, and the proxy's own /healthz and /livez.
 
-Role: external load balancers ask a Service's port whether this node has endpoints (externalTrafficPolicy Local). Owned by `service_proxy`.
-Invariants: a port that cannot be bound costs that Service its answer and is reported, nothing else. Requests are bounded in size and time.
+Role: external load balancers ask a Service's port whether this node has endpoints (externalTrafficPolicy Local). Owned
+by `service_proxy`.
+Invariants: a port that cannot be bound costs that Service its answer and is reported, nothing else. Requests are
+bounded in size and time.
 Source: pkg/proxy/healthcheck/service_health.go, proxy_health.go.
 """
 

@@ -1,9 +1,9 @@
 """From one Service and its EndpointSlices to set elements: the pure heart of the proxy.
 
-Role: `render_service` is called by `service_proxy` for each changed Service, and by tests and `why` without any kernel. What it returns
-is complete: the difference of two results is the whole change.
-Invariants: same input, same output; nothing here knows what the kernel holds. Keys of different Services may collide (two Services
-claiming one external address and port); who wins is decided by the caller.
+Role: `render_service` is called by `service_proxy` for each changed Service, and by tests and `why` without any kernel.
+What it returns is complete: the difference of two results is the whole change.
+Invariants: same input, same output; nothing here knows what the kernel holds. Keys of different Services may collide
+(two Services claiming one external address and port); who wins is decided by the caller.
 Source: pkg/proxy/nftables/proxier.go (syncProxyRules), pkg/proxy/serviceport.go.
 """
 
@@ -115,7 +115,9 @@ def render_service(service: Object, slices: Iterable[Object], node: NodeView) ->
     return out
 
 
-def _prepare(spec: dict[str, Any], published: bool, port: dict[str, Any], slices: Sequence[Object], version: int, node: NodeView, out: Rendered) -> _Port | None:
+def _prepare(
+    spec: dict[str, Any], published: bool, port: dict[str, Any], slices: Sequence[Object], version: int, node: NodeView, out: Rendered
+) -> _Port | None:
     protocol = port.get("protocol") or "TCP"
     if protocol not in PROTOCOLS:
         out.problems.append(f"port {port.get('port')}: protocol {protocol} is not supported")

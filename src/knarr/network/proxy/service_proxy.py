@@ -1,10 +1,12 @@
 """The service proxy of one node: watches Services and EndpointSlices, keeps the nftables table true.
 
-Role: cluster wires one per node. `run` lists, loads everything in one transaction, then applies each burst of changes as one more. Nothing polls: an event marks a
-Service, a task renders and commits what is marked; while a commit runs in the worker thread further events gather for the next.
-Invariants: only Services whose rendering changed reach the kernel. A Service that the kernel refuses is left out with an event and tried again
-later; the others are unaffected. When the table is found changed by somebody else, it is loaded anew. Ending `run` leaves the rules in place
-(traffic goes on while a node process restarts); `cleanup` removes them.
+Role: cluster wires one per node. `run` lists, loads everything in one transaction, then applies each burst of changes
+as one more. Nothing polls: an event marks a Service, a task renders and commits what is marked; while a commit runs in
+the worker thread further events gather for the next.
+Invariants: only Services whose rendering changed reach the kernel. A Service that the kernel refuses is left out with
+an event and tried again later; the others are unaffected. When the table is found changed by somebody else, it is
+loaded anew. Ending `run` leaves the rules in place (traffic goes on while a node process restarts); `cleanup` removes
+them.
 Source: pkg/proxy/nftables/proxier.go.
 """
 
@@ -147,7 +149,11 @@ class ServiceProxy:
         self._mark(slice_service(obj))
 
     def _slice_changed(self, old: Object, new: Object) -> None:
-        if old.get("endpoints") != new.get("endpoints") or old.get("ports") != new.get("ports") or old["metadata"].get("labels") != new["metadata"].get("labels"):
+        if (
+            old.get("endpoints") != new.get("endpoints")
+            or old.get("ports") != new.get("ports")
+            or old["metadata"].get("labels") != new["metadata"].get("labels")
+        ):
             self._mark({*slice_service(old), *slice_service(new)})
 
     def _read_node(self) -> None:

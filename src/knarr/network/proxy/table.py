@@ -1,8 +1,9 @@
 """The kernel's copy of the proxy table: what is in it, and changing it in transactions.
 
-Role: used by `service_proxy` from its worker thread (blocking). Remembers every element it wrote, who contributed it, and applies differences.
-Invariants: memory equals kernel after every call; a refused transaction changes neither. A key claimed by two Services is held by the first; the
-second gets it when the first lets go.
+Role: used by `service_proxy` from its worker thread (blocking). Remembers every element it wrote, who contributed it,
+and applies differences.
+Invariants: memory equals kernel after every call; a refused transaction changes neither. A key claimed by two Services
+is held by the first; the second gets it when the first lets go.
 """
 
 from __future__ import annotations

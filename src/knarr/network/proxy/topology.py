@@ -49,7 +49,9 @@ class Backends:
 _NOTHING: frozenset[str] = frozenset()
 
 
-def collect(slices: Iterable[Object], port_name: str, protocol: str, family: str, node: NodeView, publish_not_ready: bool) -> list[Endpoint]:
+def collect(
+    slices: Iterable[Object], port_name: str, protocol: str, family: str, node: NodeView, publish_not_ready: bool
+) -> list[Endpoint]:
     """Endpoints of all slices of one Service for one of its ports and one family, sorted, each address and port once.
 
     Args:
@@ -93,7 +95,7 @@ def _endpoint(item: dict[str, Any], port: int, node: NodeView, publish_not_ready
 
 
 def _topology(endpoints: Sequence[Endpoint], node: NodeView) -> str:
-    """"node", "zone" or "" after the hints; hints count only when every ready endpoint has one and one names us."""
+    """ "node", "zone" or "" after the hints; hints count only when every ready endpoint has one and one names us."""
     ready = [endpoint for endpoint in endpoints if endpoint.ready]
     if not ready:
         return ""
