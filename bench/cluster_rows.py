@@ -33,6 +33,7 @@ def measure(names: list[str], options: argparse.Namespace) -> Iterator[Row]:
 
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "KUBECONFIG": f"{folder}/kubeconfig"}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # as ./run does
         shell = Path("/bin/busybox")
         layer = oci.layer_from_files({"bin/busybox": (shell.read_bytes(), 0o755)})
         image = oci.write_archive(debian.cache_folder() / "bench.tar", [(["knarr.test/bench:1"], [layer], oci.ImageConfig(entrypoint=["/bin/busybox", "sleep", "100000"]))])
