@@ -109,3 +109,31 @@ async def test_pods_of_two_nodes_talk_with_their_own_addresses_and_ways_go_with_
             await asyncio.to_thread(lambda: two.pod_place.ask(one.pod_place.ip, 80, seconds=0.5))
     for way in routes:
         await way.cleanup()
+
+
+async def test_a_node_that_gets_another_address_keeps_its_ways(pair):
+    one, two = pair
+    routes = [node.routes("vxlan") for node in pair]
+    async with Tasks() as tasks:
+        for number, node in enumerate(pair):
+            await node.network.start()
+            await node.pod()
+            tasks.spawn(routes[number].run(), f"routes {number}")
+        await asyncio.sleep(0.05)
+        one.pod_place.serve("one", 80)
+        for address in ("192.168.79.1", "192.168.79.101"):
+            with netns.open_netlink(one.place.path) as netlink:
+                index = rtnl.link(netlink, "lan0").index
+                netlink.send(rtnl.delete_address(index, rtnl.IPv4Interface("192.168.79.1/24")), ignore=(99,))
+                netlink.send(rtnl.add_address(index, rtnl.IPv4Interface(f"{address}/24")))
+            one.place.ips = [address]
+            for node in pair:
+                node.informers.put(NODES, one.object(), two.object())
+            for _ in range(50):
+                await asyncio.sleep(0.02)
+                if all(way._applied and not way._wake.is_set() for way in routes):
+                    break
+            await asyncio.sleep(0.1)
+            assert (await asyncio.to_thread(two.pod_place.ask, one.pod_place.ip, 80))[0] == "one"
+    for way in routes:
+        await way.cleanup()

@@ -102,6 +102,9 @@ class NodeRoutes:
         self._device, self._vni, self._port = device, vni, port
         self._peers: dict[str, Peer] = {}
         self._applied: dict[str, Peer] = {}
+        self._own: Peer | None = None
+        self._moved = False
+        """Our own address changed: tunnel and routes have to be made anew."""
         self._wake = asyncio.Event()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="routes")
 
@@ -135,9 +138,13 @@ class NodeRoutes:
 
     def _seen(self, node: Object) -> None:
         name = node["metadata"]["name"]
-        if name == self._node_name:
-            return
         peer = read_peer(node)
+        if name == self._node_name:
+            self._moved = self._moved or (self._own is not None and peer is not None and peer.addresses != self._own.addresses)
+            self._own = peer or self._own
+            if self._moved:
+                self._wake.set()
+            return
         if peer is None or self._peers.get(name) == peer:
             return
         self._peers[name] = peer
@@ -150,6 +157,10 @@ class NodeRoutes:
     # In the worker thread
 
     def _apply(self) -> None:
+        if self._moved:
+            self._moved = False
+            self._remove_device()
+            self._applied = {}
         with open_netlink(self._network.netns) as netlink:
             wanted = dict(self._peers)
             for name, peer in list(self._applied.items()):

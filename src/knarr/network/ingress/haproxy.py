@@ -70,13 +70,9 @@ def program() -> str | None:
     return shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/sbin:/usr/local/sbin")
 
 
-def render(folder: Path, listen: Listen) -> str:
-    """The configuration; it never changes while the listening places stay."""
-    binds = "\n".join(f"  bind {address}:{listen.http_port}" for address in listen.addresses)
-    secure = "\n".join(
-        f"  bind {address}:{listen.https_port} ssl crt-list {folder}/certs.list alpn h2,http/1.1" for address in listen.addresses
-    )
-    route = f"""  http-request set-var(txn.host) req.hdr(host),field(1,:),lower
+def _route(folder: Path) -> str:
+    """Find the rule of a request: host first, then path."""
+    return f"""  http-request set-var(txn.host) req.hdr(host),field(1,:),lower
   http-request set-var(txn.wild) var(txn.host),regsub(^[^.]*,*)
   http-request set-var(txn.site) var(txn.host),map_str({folder}/hosts.map)
   http-request set-var(txn.site) var(txn.wild),map_str({folder}/hosts.map) unless {{ var(txn.site) -m found }}
@@ -92,7 +88,11 @@ def render(folder: Path, listen: Listen) -> str:
   http-request set-var(txn.target) var(txn.rule),field(1,|)
   http-request set-var(txn.flags) var(txn.rule),field(2,|)
   http-request set-var(txn.argument) var(txn.rule),field(3,|)"""
-    forward = f"""  http-request redirect location %[var(txn.argument)] code 301 if {{ var(txn.flags) -m sub {MOVED} }}
+
+
+def _forward(folder: Path) -> str:
+    """Send a request to where its rule says."""
+    return f"""  http-request redirect location %[var(txn.argument)] code 301 if {{ var(txn.flags) -m sub {MOVED} }}
   http-request set-var(txn.count) var(txn.target),map_str({folder}/targets.map,0),add(0)
   http-request return status 503 content-type text/plain string "no endpoints" if {{ var(txn.count) -m int 0 }}
   http-request set-var(txn.index) rand,mod(txn.count)
@@ -106,6 +106,15 @@ def render(folder: Path, listen: Listen) -> str:
   use_backend secure if {{ var(txn.flags) -m sub {HTTPS_BACKEND} }}
   use_backend http2 if {{ var(txn.flags) -m sub {HTTP2_BACKEND} }}
   default_backend plain"""
+
+
+def render(folder: Path, listen: Listen) -> str:
+    """The configuration; it never changes while the listening places stay."""
+    binds = "\n".join(f"  bind {address}:{listen.http_port}" for address in listen.addresses)
+    secure = "\n".join(
+        f"  bind {address}:{listen.https_port} ssl crt-list {folder}/certs.list alpn h2,http/1.1" for address in listen.addresses
+    )
+    route, forward = _route(folder), _forward(folder)
     backend = """  option forwardfor
   http-request set-dst var(txn.address)
   http-request set-dst-port var(txn.port)
