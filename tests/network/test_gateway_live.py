@@ -1,0 +1,88 @@
+"""Gateway API end to end: definitions installed while the controller runs, a request through HAProxy, statuses."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from knarr.api.resources import CUSTOM_RESOURCE_DEFINITIONS
+from knarr.api.scheme import Resource
+from knarr.network.ingress.gateway import CONTROLLER, GATEWAY_CLASSES, GATEWAYS, GROUP, HTTP_ROUTES
+from knarr.network.ingress.haproxy import program
+
+from .test_ingress import Running, running
+
+__all__ = ["running"]
+pytestmark = [pytest.mark.timeout(60), pytest.mark.skipif(program() is None, reason="haproxy is not installed")]
+
+
+def definition(resource: Resource) -> dict[str, Any]:
+    """The resource with any content, as the real definitions serve it."""
+    names = {"plural": resource.plural, "singular": resource.singular, "kind": resource.kind, "listKind": resource.list_kind}
+    schema = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
+    version = {"name": "v1", "served": True, "storage": True, "subresources": {"status": {}}, "schema": schema}
+    approval = {"api-approved.kubernetes.io": "https://github.com/kubernetes-sigs/gateway-api/pull/2997"}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{resource.plural}.{GROUP}", "annotations": approval},
+        "spec": {"group": GROUP, "scope": "Namespaced" if resource.namespaced else "Cluster", "names": names, "versions": [version]},
+    }
+
+
+def made(resource: Resource, name: str, **spec: Any) -> dict[str, Any]:
+    metadata = {"name": name, **({"namespace": "default"} if resource.namespaced else {})}
+    return {"apiVersion": resource.api_version, "kind": resource.kind, "metadata": metadata, "spec": spec}
+
+
+async def eventually(check: Any) -> None:
+    async with asyncio.timeout(10):
+        while not await check():
+            await asyncio.sleep(0.05)
+
+
+async def test_a_route_is_served_as_soon_as_somebody_installs_the_definitions(running: Running) -> None:
+    client = running.client
+    for resource in (GATEWAY_CLASSES, GATEWAYS, HTTP_ROUTES):
+        await client.create(CUSTOM_RESOURCE_DEFINITIONS, definition(resource))
+    await running.expose("a")
+
+    async def create(resource: Resource, obj: dict[str, Any]) -> None:
+        async def attempt() -> bool:
+            try:
+                await client.create(resource, obj, obj["metadata"].get("namespace"))
+            except Exception as error:
+                # Until a definition is established its resource is not found.
+                assert getattr(error, "code", 0) == 404
+                return False
+            return True
+
+        await eventually(attempt)
+
+    await create(GATEWAY_CLASSES, made(GATEWAY_CLASSES, "ours", controllerName=CONTROLLER))
+    await create(GATEWAYS, made(GATEWAYS, "gw", gatewayClassName="ours", listeners=[{"name": "http", "port": 80, "protocol": "HTTP"}]))
+    rule = {"matches": [{"path": {"type": "PathPrefix", "value": "/"}}], "backendRefs": [{"name": "a", "port": 80}]}
+    await create(HTTP_ROUTES, made(HTTP_ROUTES, "r", parentRefs=[{"name": "gw"}], hostnames=["g.test"], rules=[rule]))
+
+    async def served() -> bool:
+        try:
+            return (await running.get("g.test", "/x"))[:2] == (200, "a /x http 127.0.0.1")
+        except (OSError, IndexError):
+            return False
+
+    await eventually(served)
+
+    async def told() -> bool:
+        found = await client.get(HTTP_ROUTES, "r", "default")
+        parents = (found.get("status") or {}).get("parents") or []
+        return bool(parents) and all(item["status"] == "True" for item in parents[0]["conditions"])
+
+    await eventually(told)
+    gateway = await client.get(GATEWAYS, "gw", "default")
+    assert gateway["status"]["addresses"] == [{"type": "IPAddress", "value": "192.0.2.7"}]
+    version = gateway["metadata"]["resourceVersion"]
+    await asyncio.sleep(0.3)
+    # Once told, statuses are left alone.
+    assert (await client.get(GATEWAYS, "gw", "default"))["metadata"]["resourceVersion"] == version
