@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import uvloop
-from knarr.scheduler.config import SchedulerConfig
-from knarr.scheduler.scheduler import Scheduler
 
 from bench.servers import TOKEN
 from knarr.client.config import ClientConfig
 from knarr.client.rest import Client
+from knarr.scheduler.config import SchedulerConfig
+from knarr.scheduler.scheduler import Scheduler
 
 
 async def main(url: str, folder: Path) -> None:
