@@ -113,16 +113,20 @@ def _webhook(hook: Object, path: str, errors: Errors, leniency: Leniency, *, mut
         validate_label_selector(hook.get(key), f"{path}.{key}", errors, allow_invalid_values=leniency.label_values)
     if mutating:
         _one_of(f"{path}.reinvocationPolicy", hook.get("reinvocationPolicy"), ("IfNeeded", "Never"), errors)
-    client = hook.get("clientConfig") or {}
-    url, service = client.get("url"), client.get("service")
-    if (url is None) == (service is None):
-        errors.append(required(f"{path}.clientConfig", "exactly one of url or service is required"))
-    elif service is None:
-        _url(url or "", f"{path}.clientConfig.url", errors)
-    else:
-        _service(service, f"{path}.clientConfig.service", errors)
+    validate_webhook_client(hook.get("clientConfig") or {}, f"{path}.clientConfig", errors)
     if not leniency.conditions:
         _conditions(hook.get("matchConditions") or (), f"{path}.matchConditions", errors)
+
+
+def validate_webhook_client(client: Object, path: str, errors: Errors) -> None:
+    """Check how to reach a webhook."""
+    url, service = client.get("url"), client.get("service")
+    if (url is None) == (service is None):
+        errors.append(required(path, "exactly one of url or service is required"))
+    elif service is None:
+        _url(url or "", f"{path}.url", errors)
+    else:
+        _service(service, f"{path}.service", errors)
 
 
 def _qualified_domain(name: str, path: str, errors: Errors) -> None:

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from knarr.api.validation import admissionregistration as admission
-from knarr.api.validation import apps, autoscaling, batch, certificates, core, networking, policy, rbac, service, small, storage
+from knarr.api.validation import (
+    apps,
+    autoscaling,
+    batch,
+    certificates,
+    core,
+    definitions,
+    networking,
+    policy,
+    rbac,
+    service,
+    small,
+    storage,
+)
 from knarr.api.validation.claims import create_claim, update_claim
 from knarr.api.validation.pod import create_pod, create_pod_template, update_pod
 from knarr.api.validation.registry import KINDS, Kind
-from knarr.api.validation.strings import dns_1035_label, dns_label
+from knarr.api.validation.strings import dns_1035_label, dns_label, path_segment
 
 KINDS.update(
     {
@@ -49,7 +62,7 @@ KINDS.update(
         ("discovery.k8s.io", "endpointslices"): Kind(
             networking.create_endpoint_slice, networking.update_endpoint_slice, rechecks_metadata=True
         ),
-        ("policy", "poddisruptionbudgets"): Kind(policy.create_budget, policy.update_budget),
+        ("policy", "poddisruptionbudgets"): Kind(policy.create_budget, policy.update_budget, name=path_segment, core_finalizers=False),
         ("node.k8s.io", "runtimeclasses"): Kind(small.create_runtime_class, small.update_runtime_class, core_finalizers=False),
         ("scheduling.k8s.io", "priorityclasses"): Kind(small.create_priority_class, small.update_priority_class),
         ("coordination.k8s.io", "leases"): Kind(small.create_lease, core_finalizers=False),
@@ -67,7 +80,10 @@ KINDS.update(
         ),
         (admission.GROUP, "validatingadmissionpolicies"): Kind(admission.create_policy, admission.update_policy, core_finalizers=False),
         (admission.GROUP, "validatingadmissionpolicybindings"): Kind(admission.create_binding, core_finalizers=False),
-        ("", "events"): Kind(small.create_core_event, small.update_core_event),
+        ("apiextensions.k8s.io", "customresourcedefinitions"): Kind(
+            definitions.create_definition, definitions.update_definition, core_finalizers=False
+        ),
+        ("", "events"): Kind(small.create_core_event, small.update_core_event, name=path_segment, core_finalizers=False),
         ("events.k8s.io", "events"): Kind(small.create_event, small.update_event),
         ("storage.k8s.io", "storageclasses"): Kind(storage.create_storage_class, storage.update_storage_class),
         ("storage.k8s.io", "volumeattributesclasses"): Kind(storage.create_attributes_class, storage.update_attributes_class),

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import orjson
+
+from knarr.api.errors import FieldError
 from knarr.api.types import Object
 from knarr.apiserver.registry.base import ORPHAN, UNSUPPORTED, Strategy, rest_of
 
@@ -368,6 +371,29 @@ class CustomResourceDefinition(Generation):
     """The storage version of every write is remembered."""
 
     unconditional_update = False
+
+    def validate_create(self, call: Call, obj: Object) -> list[FieldError]:
+        return self._rule_errors(obj, {})
+
+    def validate_update(self, call: Call, obj: Object, old: Object) -> list[FieldError]:
+        return self._rule_errors(obj, {version.get("name"): version for version in (old.get("spec") or {}).get("versions") or ()})
+
+    @staticmethod
+    def _rule_errors(obj: Object, stored: dict[str, Object]) -> list[FieldError]:
+        """What is wrong with CEL rules; in a schema that is itself wrong nothing can be said about them."""
+        from knarr.api.validation import definitions, schemas
+        from knarr.apiserver.crd import rules
+
+        found: list[FieldError] = []
+        for path, version, schema in definitions.schemas(obj.get("spec") or {}):
+            broken: list[FieldError] = []
+            same = stored.get(version.get("name") or "", {}).get("schema") == version.get("schema")
+            if same or b'"x-kubernetes-validations"' not in orjson.dumps(schema):
+                continue
+            schemas.validate_schema(schema, path, broken, has_status=False)
+            if not broken:
+                found += rules.compile_errors(schema, path)
+        return found
 
     def prepare_create(self, call: Call, obj: Object) -> None:
         super().prepare_create(call, obj)
