@@ -12,7 +12,7 @@ from knarr.api.addresses import sloppy_network
 from knarr.api.errors import duplicate, field_forbidden, invalid_value, not_supported, required, too_long, too_many
 from knarr.api.validation.batch import domain_prefixed_path
 from knarr.api.validation.containers import PROTOCOLS
-from knarr.api.validation.metadata import Errors, Object, add, immutable, validate_label_selector, validate_labels
+from knarr.api.validation.metadata import Errors, Object, add, immutable, validate_label_selector
 from knarr.api.validation.podspec import validate_legacy_ip
 from knarr.api.validation.service import validate_cidr, validate_endpoint_ip
 from knarr.api.validation.strings import (
@@ -403,7 +403,6 @@ def _endpoints(endpoints: list[Object], kind: str, errors: Errors) -> None:
             add(errors, f"{path}.nodeName", node, dns_subdomain(node))
         if len(topology) > 16:
             errors.append(too_many(f"{path}.deprecatedTopology", len(topology), 16))
-        validate_labels(topology, f"{path}.deprecatedTopology", errors)
         if host is not None:
             add(errors, f"{path}.hostname", host, dns_label(host))
         if endpoint.get("hints") is not None:

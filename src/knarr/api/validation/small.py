@@ -93,8 +93,6 @@ def create_lease(obj: Object, errors: Errors) -> None:
                 errors.append(not_supported("spec.strategy", spec["strategy"], ["OldestEmulationVersion"]))
         else:
             add(errors, "spec.strategy", spec["strategy"], label_key_errors(spec["strategy"]))
-    if spec.get("preferredHolder") and not spec.get("strategy"):
-        errors.append(field_forbidden("spec.preferredHolder", "may only be specified if `strategy` is defined"))
 
 
 # APIService.
