@@ -242,6 +242,38 @@ async def test_a_taken_port_makes_the_server_listen_on_another():
         await server.close()
 
 
+async def test_a_question_right_after_the_start_waits_for_the_cluster_to_be_known(monkeypatch):
+    class Slow(FedInformers):
+        async def start(self) -> None:
+            return
+
+    informers = Slow()
+    server = DNSServer(informers, listen=["127.0.0.1"], port=0, upstreams=[], metrics_port=0)
+    await server.start()
+    asker = Asker(informers, server, Upstream())
+    asked = asyncio.ensure_future(asker.values(f"web.default.svc.{ZONE}"))
+    await asyncio.sleep(0.1)
+    assert not asked.done()
+    informers.put(SERVICES, service("web", "10.96.7.7", []))
+    await FedInformers.start(informers)
+    assert await asked == ["10.96.7.7"]
+    await server.close()
+
+
+async def test_without_the_api_a_cluster_name_fails_rather_than_not_exist(monkeypatch):
+    monkeypatch.setattr("knarr.network.dns.server._READY_SECONDS", 0.1)
+
+    class Never(FedInformers):
+        async def start(self) -> None:
+            return
+
+    server = DNSServer(Never(), listen=["127.0.0.1"], port=0, upstreams=[], metrics_port=0)
+    await server.start()
+    answer = await Asker(server._informers, server, Upstream()).ask(f"web.default.svc.{ZONE}")
+    assert answer.header.rcode == 2
+    await server.close()
+
+
 def test_a_stub_resolver_on_the_loopback_is_replaced_by_its_own_upstreams(tmp_path):
     plain, systemd = tmp_path / "resolv.conf", tmp_path / "systemd.conf"
     plain.write_text("nameserver 127.0.0.53\noptions edns0\n")

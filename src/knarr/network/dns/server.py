@@ -5,7 +5,8 @@ Hot path: the raw question (all but its id) is looked up among answers given sin
 costs no parsing at all.
 Invariants: cached answers are dropped with every change of a Service, EndpointSlice or Namespace, so none is staler
 than the informers. Memory is bounded: the answer cache is emptied when full, TCP connections and questions in flight
-are limited. Before the informers are synced every cluster name is SERVFAIL, never a wrong NXDOMAIN.
+are limited. Before the informers are synced a question for a cluster name waits a moment, then is SERVFAIL, never a
+wrong NXDOMAIN.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ _MAXIMUM_CONNECTIONS = 1_000
 _TCP_IDLE_SECONDS = 10
 _BURST = 64
 _CHAIN = 8
+_READY_SECONDS = 3.0
+"""Less than resolvers wait before they ask again, so that a restart costs an asker a moment and not an error."""
 _BARE_OPT_BYTES = 11
 
 
@@ -263,8 +266,7 @@ class DNSServer:
         found: Resolved | None
         if self.zone.owns(name):
             if not self.ready:
-                self.counts["code 2"] += 1
-                return build_answer(query, SERVFAIL, authoritative=False)
+                return None
             found = self.zone.resolve(name, query.type)
         elif name.endswith(".arpa"):
             found = self.zone.reverse(name, query.type)
@@ -302,7 +304,11 @@ class DNSServer:
 
     async def _forwarded(self, query: Query, data: bytes, limit: int) -> bytes:
         if self.zone.owns(query.name):
-            return await self._external(query, limit)
+            if not self.ready and not await self._wait_ready():
+                self.counts["code 2"] += 1
+                return build_answer(query, SERVFAIL, authoritative=False)
+            known = self._immediate(query, data, limit)
+            return known if known is not None else await self._external(query, limit)
         try:
             answer = await self.forwarder.ask(query, data)
         except Overloaded:
@@ -314,6 +320,16 @@ class DNSServer:
                 query, answer[3] & 0xF, [Record(query.name, query.type, 0, b"\0" * 65000)], authoritative=False, limit_bytes=limit
             )
         return answer
+
+    async def _wait_ready(self) -> bool:
+        """Hold a question that comes right after the start until the cluster is known; False when that takes too long."""
+        try:
+            async with asyncio.timeout(_READY_SECONDS):
+                for informer in (self._services, self._slices, self._namespaces):
+                    await informer.wait_synced()
+        except TimeoutError:
+            return False
+        return True
 
     async def _external(self, query: Query, limit: int) -> bytes:
         """An ExternalName's address: our CNAMEs, then what resolvers say about the last of them."""
