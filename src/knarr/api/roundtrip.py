@@ -107,6 +107,23 @@ def _secret(obj: Object) -> None:
             data[key] = b64encode(text.encode("utf-8", "surrogatepass")).decode()
 
 
+def _definition(obj: Object) -> None:
+    """A default that is null is none."""
+    for version in (obj.get("spec") or {}).get("versions") or ():
+        _without_null_defaults((version.get("schema") or {}).get("openAPIV3Schema"))
+
+
+def _without_null_defaults(schema: object) -> None:
+    if not isinstance(schema, dict):
+        return
+    if schema.get("default", 0) is None:
+        del schema["default"]
+    for key in ("items", "additionalProperties"):
+        _without_null_defaults(schema.get(key))
+    for part in (schema.get("properties") or {}).values():
+        _without_null_defaults(part)
+
+
 STEPS: dict[tuple[str, str], tuple[Callable[[Object], None], ...]] = {
     ("v1", "Pod"): (_pod,),
     ("v1", "Node"): (_node,),
@@ -119,4 +136,5 @@ STEPS: dict[tuple[str, str], tuple[Callable[[Object], None], ...]] = {
     ("apps/v1", "StatefulSet"): (_stateful_set,),
     ("batch/v1", "Job"): (_template,),
     ("batch/v1", "CronJob"): (_cron_job,),
+    ("apiextensions.k8s.io/v1", "CustomResourceDefinition"): (_definition,),
 }

@@ -225,9 +225,14 @@ def _selectable(fields: list[Object], version: Object, path: str, errors: Errors
         if not text:
             errors.append(required(own))
             continue
-        found = schema_at(schema, text, root=True) if "[" not in text else None
-        if found is None:
-            errors.append(invalid_value(own, text, "is an invalid path: does not refer to a valid field"))
+        found = schema_at(schema, text, root=False)
+        if "[" in text or found is None:
+            why = "array notation is not allowed" if "[" in text else "does not refer to a valid field"
+            if not text.startswith("."):
+                why = f"expected [ or . but got: {text.partition('.')[0]}"
+            elif text.endswith("."):
+                why = "unexpected end of JSON path"
+            errors.append(invalid_value(own, text, f"is an invalid path: {why}"))
             continue
         if text.startswith(".metadata"):
             errors.append(invalid_value(own, text, "must not point to fields in metadata"))
