@@ -10,6 +10,7 @@ from knarr.api.validation import (
     certificates,
     core,
     definitions,
+    flowcontrol,
     networking,
     policy,
     rbac,
@@ -82,6 +83,12 @@ KINDS.update(
         (admission.GROUP, "validatingadmissionpolicybindings"): Kind(admission.create_binding, core_finalizers=False),
         ("apiextensions.k8s.io", "customresourcedefinitions"): Kind(
             definitions.create_definition, definitions.update_definition, core_finalizers=False
+        ),
+        ("flowcontrol.apiserver.k8s.io", "flowschemas"): Kind(
+            flowcontrol.create_flow_schema, flowcontrol.update_flow_schema, rechecks_metadata=True
+        ),
+        ("flowcontrol.apiserver.k8s.io", "prioritylevelconfigurations"): Kind(
+            flowcontrol.create_priority_level, flowcontrol.update_priority_level, rechecks_metadata=True
         ),
         ("", "events"): Kind(small.create_core_event, small.update_core_event, name=path_segment, core_finalizers=False),
         ("events.k8s.io", "events"): Kind(small.create_event, small.update_event),
