@@ -69,9 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     verb("version", run_version, "print the version")
     verb("backup", run_backup, "write all API objects to a file").add_argument("file")
     verb("restore", run_restore, "put a backup in the place of the store of a cluster that is down").add_argument("file")
-    question = verb("why", run_why, "say why a packet arrives, or what stops it: knarr why pod/a pod/b:80")
+    question = verb("why", run_why, "say why a pod waits (knarr why pod/NAME), or what stops a packet (knarr why pod/a pod/b:80)")
     question.add_argument("source", help="pod/NAME, pod/NAMESPACE/NAME or node/NAME")
-    question.add_argument("target", help="pod/NAME:PORT, svc/NAME:PORT, NAME.NAMESPACE:PORT or ADDRESS:PORT")
+    question.add_argument("target", nargs="?", default="", help="pod/NAME:PORT, svc/NAME:PORT, NAME.NAMESPACE:PORT or ADDRESS:PORT")
     question.add_argument("-n", "--namespace", default="default")
     question.add_argument("--protocol", default="TCP", choices=["TCP", "UDP", "SCTP", "tcp", "udp", "sctp"])
     _add_port(verbs)
@@ -238,9 +238,11 @@ def run_version(options: argparse.Namespace) -> int:
 
 
 def run_why(options: argparse.Namespace) -> int:
-    from knarr.cluster import lifecycle, netverbs
+    from knarr.cluster import lifecycle, netverbs, whyverbs
 
     config = lifecycle.existing(options.name, options.data_dir)
+    if not options.target:
+        return whyverbs.explain_pod(config, options.source, options.namespace)
     return netverbs.explain(config, options.source, options.target, namespace=options.namespace, protocol=options.protocol)
 
 

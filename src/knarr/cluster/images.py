@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from knarr.cluster import nodeapi
+from knarr.cluster import localapi
 from knarr.cluster.config import ClusterConfig
 from knarr.cluster.lifecycle import CommandError
 
@@ -18,7 +18,7 @@ BAR_WIDTH = 30
 
 
 def _nodes(config: ClusterConfig) -> list[str]:
-    names = [node.name for node in config.nodes if nodeapi.socket_path(config, node.name).exists()]
+    names = [node.name for node in config.nodes if localapi.socket_path(config, node.name).exists()]
     if not names:
         raise CommandError(f"no node of cluster {config.name!r} runs; `knarr up` starts it")
     return names
@@ -89,6 +89,6 @@ def show(config: ClusterConfig) -> int:
 
 def _ask(config: ClusterConfig, node: str, verb: str, **arguments: object) -> Iterator[dict[str, Any]]:
     try:
-        yield from nodeapi.ask(config, node, verb, **arguments)
+        yield from localapi.ask(config, node, verb, **arguments)
     except RuntimeError as error:
         raise CommandError(f"{node}: {error}") from error

@@ -34,7 +34,7 @@ Object = dict[str, Any]
 NOT_FINISHED = "status.phase!=Succeeded,status.phase!=Failed"
 
 
-def _slim_pod(pod: Object) -> Object:
+def slim_pod(pod: Object) -> Object:
     """Drop what scheduling never reads; pods are most of the scheduler's memory."""
     metadata = pod["metadata"]
     metadata.pop("managedFields", None)
@@ -85,7 +85,7 @@ class EventHandlers:
 
     def register(self, informers: Informers) -> None:
         """Put the handlers on all informers that scheduling needs."""
-        pods = informers.get(resources.PODS, field_selector=NOT_FINISHED, transform=_slim_pod)
+        pods = informers.get(resources.PODS, field_selector=NOT_FINISHED, transform=slim_pod)
         pods.add_handler(self.pod_added, self.pod_updated, self.pod_deleted)
         informers.get(resources.NODES).add_handler(self.node_added, self.node_updated, self.node_deleted)
         for resource in (resources.SERVICES, resources.REPLICATION_CONTROLLERS, resources.REPLICA_SETS, resources.STATEFUL_SETS):

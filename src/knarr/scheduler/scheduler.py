@@ -13,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from typing import Any
 
 import numpy as np
 
 from knarr.aiokits.log import get_logger
 from knarr.api.errors import StatusError
+from knarr.api.resources import PODS
 from knarr.client.events import EventRecorder
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
@@ -29,7 +31,7 @@ from knarr.scheduler.events import ASSIGNED_POD_DELETE
 from knarr.scheduler.extender import Extenders
 from knarr.scheduler.framework import Cycle, Diagnosis, PluginError, Profile, Refusal, Rejection
 from knarr.scheduler.handle import Handle
-from knarr.scheduler.handlers import EventHandlers
+from knarr.scheduler.handlers import NOT_FINISHED, EventHandlers, slim_pod
 from knarr.scheduler.metrics import Metrics
 from knarr.scheduler.plugins.preemption import Candidate, Decision, DefaultPreemption, choose
 from knarr.scheduler.podinfo import PodInfo
@@ -37,7 +39,7 @@ from knarr.scheduler.queue import QueuedPod, SchedulingQueue
 from knarr.scheduler.registry import build_profile
 from knarr.scheduler.status import StatusWriter
 from knarr.scheduler.volume_writer import APIVolumeWriter
-from knarr.scheduler.why import Diagnoses
+from knarr.scheduler.why import Diagnoses, report
 
 log = get_logger(__name__)
 
@@ -103,6 +105,17 @@ class Scheduler:
                 await self.extenders.close()
             if self._own_informers:
                 await self.informers.close()
+
+    def why(self, namespace: str, name: str) -> dict[str, Any] | None:
+        """All that this scheduler knows of a pod, see why.report; None for a pod that it has not seen or that has finished."""
+        if not self.ready.is_set():
+            return None
+        pod = self.informers.get(PODS, field_selector=NOT_FINISHED, transform=slim_pod).get(namespace, name)
+        if pod is None:
+            return None
+        queued = self.queue.pods.get(pod["metadata"]["uid"])
+        info = queued.info if queued is not None else PodInfo(pod, self.handle.shapes)
+        return report(self.handle, self.profiles, self.diagnoses, info, queued)
 
     async def _loop(self) -> None:
         while True:

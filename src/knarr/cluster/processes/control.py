@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING, Any
 
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
 from knarr.cluster import addons, addresses
 from knarr.cluster.config import ClusterConfig
+from knarr.cluster.localapi import Answer, LocalAPI, Say, socket_path
 from knarr.cluster.processes import common
 from knarr.cluster.supervisor import Announce
+
+if TYPE_CHECKING:
+    from knarr.scheduler.scheduler import Scheduler
 
 
 def main(config: ClusterConfig, announce: Announce) -> None:
@@ -41,16 +46,34 @@ def main(config: ClusterConfig, announce: Announce) -> None:
         listen = Listen(http_port=8000 + config.slot, https_port=8400 + config.slot) if config.slot else Listen()
         shown = [address] if (address := addresses.primary_address()) else []
         ingress = IngressController(controllers, informers, folder=config.state / "ingress", listen=listen, status_addresses=shown)
+        deciding = Scheduler(scheduler, SchedulerConfig())
+        api = LocalAPI(socket_path(config, "control"), scheduler_verbs(deciding))
+        await api.start()
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(ControllerManager(controllers, settings).run(), name="controllers")
                 group.create_task(addons.ensure(controllers), name="addons")
                 group.create_task(LoadBalancerController(controllers, informers, pool=(config.balancer_cidr,)).run(), name="load-balancer")
                 group.create_task(ingress.run(), name="ingress")
-                group.create_task(Scheduler(scheduler, SchedulerConfig()).run(), name="scheduler")
+                group.create_task(deciding.run(), name="scheduler")
         finally:
+            await api.close()
             await informers.close()
             await controllers.close()
             await scheduler.close()
 
     common.run(control)
+
+
+def scheduler_verbs(scheduler: Scheduler) -> Answer:
+    """What the running scheduler tells the command line."""
+
+    async def answer(verb: str, arguments: dict[str, Any], say: Say) -> None:
+        if verb != "why/pod":
+            raise ValueError(f"unknown request {verb!r}")
+        report = scheduler.why(arguments["namespace"], arguments["name"])
+        if report is None:
+            raise ValueError(f"there is no pod {arguments['namespace']}/{arguments['name']} that still runs or waits")
+        say(report=report)
+
+    return answer

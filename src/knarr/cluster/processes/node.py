@@ -96,7 +96,8 @@ class Node:
 
     async def run(self) -> None:
         """Until cancelled; a part that fails ends the process, and the supervisor starts it again."""
-        from knarr.cluster.nodeapi import NodeAPI, socket_path
+        from knarr.cluster.localapi import LocalAPI, socket_path
+        from knarr.cluster.nodeapi import image_verbs
         from knarr.kubelet.kubelet import Kubelet
         from knarr.network.policy import PolicyEngine
         from knarr.network.proxy.service_proxy import ServiceProxy
@@ -118,7 +119,7 @@ class Node:
             self.network_started.set()
         runtime = self.make_runtime(network)
         await runtime.start()
-        api = NodeAPI(runtime, socket_path(self.config, self.node.name))
+        api = LocalAPI(socket_path(self.config, self.node.name), image_verbs(runtime))
         await api.start()
         kubelet_client = self.client(own, "kubelet")
         network_client = self.client(common.pair(self.config, "network"), "knarr-network")
