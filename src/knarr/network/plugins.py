@@ -43,8 +43,13 @@ class PluginNetwork:
         self._sysctls = SysctlRecord(Path(state_dir) / "sysctls.json")
 
     async def start(self) -> None:
-        """Let the node forward packets; everything else is done per pod by the plugins."""
-        run_inside(self._netns, lambda: self._sysctls.ensure("net/ipv4/ip_forward", "1"))
+        """Let the node forward packets, and see those that a plugin's bridge switches; the rest is done per pod by the plugins."""
+        run_inside(self._netns, self._ensure_sysctls)
+
+    def _ensure_sysctls(self) -> None:
+        # Without the latter, answers and policies between pods on one bridge pass Services and policies by.
+        for name in ("net/ipv4/ip_forward", "net/bridge/bridge-nf-call-iptables", "net/bridge/bridge-nf-call-ip6tables"):
+            self._sysctls.ensure(name, "1")
 
     async def set_pod_cidrs(self, pod_cidrs: Sequence[str]) -> None:
         """Note the node's pod CIDRs: plugins have addresses of their own configuration."""
