@@ -20,23 +20,10 @@ from knarr.api.cel.errors import CompileError, CostExceeded, EvalError
 from knarr.api.cel.values import Optional, parse_duration, parse_timestamp
 from knarr.api.errors import OMIT_VALUE, FieldError
 from knarr.api.types import Object
+from knarr.apiserver.crd import costs
+from knarr.apiserver.crd.escaping import escape
 
-RESERVED = frozenset(
-    "true false null in as break const continue else for function if import let loop package namespace return var void while".split()
-)
-_ESCAPES = {"__": "__underscores__", ".": "__dot__", "-": "__dash__", "/": "__slash__"}
-_ESCAPE = re.compile(r"__|[./-]")
-_IDENTIFIER = re.compile(r"[a-zA-Z_][a-zA-Z0-9_./-]*")
 NO_MORE = "no further validation rules will be run"
-
-
-def escape(name: str) -> str | None:
-    """Return how a property is written in CEL, None if it cannot be."""
-    if name in RESERVED:
-        return f"__{name}__"
-    if not _IDENTIFIER.fullmatch(name):
-        return None
-    return _ESCAPE.sub(lambda match: _ESCAPES[match[0]], name)
 
 
 _METADATA = T.ObjectType("ObjectMeta", {"name": T.STRING, "generateName": T.STRING})
@@ -110,9 +97,10 @@ _CONVERT: dict[str, Callable[[str], Any]] = {
 class _Rule:
     """One rule, compiled."""
 
-    __slots__ = ("broken", "field_path", "message", "message_program", "optional", "program", "reason", "text", "uses_old")
+    __slots__ = ("broken", "broken_message", "field_path", "given", "message", "message_program", "optional", "program", "reason", "text", "uses_old")
 
     def __init__(self, rule: Object, self_type: T.Type) -> None:
+        self.given = rule
         self.text = rule.get("rule") or ""
         self.uses_old = re.search(r"\boldSelf\b", self.text) is not None
         self.optional = bool(rule.get("optionalOldSelf"))
@@ -123,14 +111,18 @@ class _Rule:
         if self.uses_old or self.optional:
             variables["oldSelf"] = ("optional", self_type) if self.optional else self_type
         self.broken: CompileError | None = None
+        self.broken_message: CompileError | None = None
         self.program: cel.Program | None = None
         self.message_program: cel.Program | None = None
         try:
             self.program = cel.base().compile(self.text, variables, result=cel.BOOL)
+        except CompileError as error:
+            self.broken = error
+        try:
             if rule.get("messageExpression"):
                 self.message_program = cel.base().compile(rule["messageExpression"], variables, result=cel.STRING)
         except CompileError as error:
-            self.broken = error
+            self.broken_message = error
 
 
 class _Node:
@@ -293,17 +285,49 @@ def compile_errors(schema: Object, path: str) -> list[FieldError]:
       path: Field path of the schema.
     """
     found: list[FieldError] = []
-    _compile_errors(_Node(schema, root=True), path, found)
+    root, bill = _Node(schema, root=True), costs.Bill()
+    _compile_errors(root, path, found)
+    place = costs.root(schema)
+    if place is not None:
+        found += _charge(root, path, place, bill)
+    return found + bill.errors(path)
+
+
+def _charge(node: _Node, path: str, place: costs.Place, bill: costs.Bill) -> list[FieldError]:
+    """Which rules cost too much; adds all to the bill."""
+    found: list[FieldError] = []
+    for index, rule in enumerate(node.rules):
+        found += bill.charge(place, f"{path}.x-kubernetes-validations[{index}]", rule.program, rule.message_program)
+    below = [(child, f"properties[{key}]", place.child(child.schema, escape(key))) for key, child in node.properties.items()]
+    if node.items is not None:
+        below.append((node.items, "items", place.each(node.items.schema)))
+    if node.more is not None:
+        below.append((node.more, "additionalProperties", place.each(node.more.schema)))
+    for child, name, at in below:
+        if at is not None:
+            found += _charge(child, f"{path}.{name}", at, bill)
     return found
 
 
-def _compile_errors(node: _Node, path: str, found: list[FieldError]) -> None:
+def _compile_errors(node: _Node, path: str, found: list[FieldError], uncorrelated: str = "") -> None:
     for index, rule in enumerate(node.rules):
+        own = f"{path}.x-kubernetes-validations[{index}]"
         if rule.broken is not None:
-            found.append(errors.invalid_value(f"{path}.x-kubernetes-validations[{index}].rule", rule.text, f"compilation failed: {rule.broken}"))
+            found.append(errors.invalid_value(f"{own}.rule", rule.given, f"compilation failed: {rule.broken}"))
+        if rule.broken_message is not None:
+            message = f"messageExpression compilation failed: {rule.broken_message}"
+            found.append(errors.invalid_value(f"{own}.messageExpression", rule.given, message))
+        if not rule.uses_old and rule.given.get("optionalOldSelf") is not None:
+            message = "may not be set if oldSelf is not used in rule"
+            found.append(errors.invalid_value(f"{own}.optionalOldSelf", rule.given["optionalOldSelf"], message))
+        elif rule.uses_old and uncorrelated:
+            message = f"oldSelf cannot be used on the uncorrelatable portion of the schema within {uncorrelated}"
+            found.append(errors.invalid_value(f"{own}.rule", rule.text, message))
+    # The old one of a part can be told in maps that merge and in lists with keys.
+    in_map = path if node.schema.get("x-kubernetes-map-type") == "atomic" else uncorrelated
     for key, child in node.properties.items():
-        _compile_errors(child, f"{path}.properties[{key}]", found)
+        _compile_errors(child, f"{path}.properties[{key}]", found, in_map)
     if node.items is not None:
-        _compile_errors(node.items, f"{path}.items", found)
+        _compile_errors(node.items, f"{path}.items", found, uncorrelated if node.schema.get("x-kubernetes-list-type") == "map" else path)
     if node.more is not None:
-        _compile_errors(node.more, f"{path}.additionalProperties", found)
+        _compile_errors(node.more, f"{path}.additionalProperties", found, uncorrelated)
