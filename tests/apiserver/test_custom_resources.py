@@ -152,6 +152,41 @@ async def test_webhook_converts_on_write_read_list_and_watch(apiserver: RunningA
         assert (event["type"], event["object"]["spec"]) == ("MODIFIED", {"host": "b", "port": "3"})
 
 
+async def test_field_selectors_look_at_the_version_asked_for(apiserver: RunningAPIServer) -> None:
+    client = apiserver.client
+    bundle = base64.b64encode(Path(testing._folder().name, "ca.crt").read_bytes()).decode()
+    crontabs = f"{BASE}/v2/namespaces/default/crontabs"
+    async with conversion_webhook() as (url, _):
+        webhook = {"conversionReviewVersions": ["v1"], "clientConfig": {"url": url, "caBundle": bundle}}
+        body = definition(conversion={"strategy": "Webhook", "webhook": webhook})
+        for version, names in zip(body["spec"]["versions"], (["hostPort"], ["host", "port"]), strict=True):
+            version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"] = {name: {"type": "string"} for name in names}
+            version["selectableFields"] = [{"jsonPath": f".spec.{name}"} for name in names]
+        await client.create(CUSTOM_RESOURCE_DEFINITIONS, body)
+        await established(apiserver)
+        for number, host in enumerate(("a", "b", "a")):
+            tab = cron_tab(f"c{number}") | {"spec": {"hostPort": f"{host}:{number}"}}
+            await client.request("POST", f"{BASE}/v1/namespaces/default/crontabs", body=tab)
+        listed = await get(apiserver, f"{crontabs}?fieldSelector=spec.host%3Da")
+        assert [item["metadata"]["name"] for item in listed["items"]] == ["c0", "c2"]
+        listed = await get(apiserver, f"{BASE}/v1/crontabs?fieldSelector=spec.hostPort%3Db:1")
+        assert [item["metadata"]["name"] for item in listed["items"]] == ["c1"]
+        with pytest.raises(errors.StatusError, match="field label not supported"):
+            await get(apiserver, f"{crontabs}?fieldSelector=spec.hostPort%3Db:1")
+        path = f"{crontabs}?watch=true&fieldSelector=spec.host%3Da&resourceVersion={listed['metadata']['resourceVersion']}"
+        async with client.http.stream("GET", path, await client.headers()) as stream, asyncio.timeout(5):
+            for spec in ({"host": "c"}, {"host": "a"}):
+                await client.request(
+                    "PATCH", f"{crontabs}/c0", body=orjson.dumps({"spec": spec}), headers={"Content-Type": "application/merge-patch+json"})
+            await client.request("DELETE", f"{crontabs}?fieldSelector=spec.host%3Da,spec.port!%3D0")
+            lines = stream.iter_lines()
+            events = [orjson.loads(await anext(lines)) for _ in range(3)]
+        assert [(e["type"], e["object"]["metadata"]["name"], e["object"]["spec"]) for e in events] == [
+            ("DELETED", "c0", {"host": "a", "port": "0"}), ("ADDED", "c0", {"host": "a", "port": "0"}),
+            ("DELETED", "c2", {"host": "a", "port": "2"}),
+        ]  # fmt: skip
+
+
 async def test_two_hundred_definitions_are_served_quickly(apiserver: RunningAPIServer) -> None:
     async def one(number: int) -> None:
         body = definition()

@@ -72,9 +72,7 @@ class CachedObject:
 
     def at_revision(self, revision: int) -> CachedObject:
         """Return the same object as if written at another revision: what a DELETED event carries."""
-        rest = self.item.index(b'"', len(_ITEM_HEAD))
-        item = b"%b%d%b" % (_ITEM_HEAD, revision, self.item[rest:])
-        made = CachedObject(self.key, item, revision, self.namespace, self.name, self.uid, self.labels, self.fields)
+        made = CachedObject(self.key, item_at(self.item, revision), revision, self.namespace, self.name, self.uid, self.labels, self.fields)
         made.version = self.version
         return made
 
@@ -92,6 +90,11 @@ class Event:
         self.time = time
         self.rendered: dict[Any, bytes] = {}
         """(form, type) -> the frame, shared by all watchers."""
+
+
+def item_at(item: bytes, revision: int) -> bytes:
+    """Return an item as if written at another revision."""
+    return b"%b%d%b" % (_ITEM_HEAD, revision, item[item.index(b'"', len(_ITEM_HEAD)):])
 
 
 def splice(value: bytes, revision: int) -> bytes:
@@ -146,6 +149,10 @@ class ResourceCache:
         if self.versioned:
             made.version = sys.intern(obj["apiVersion"])
         return made
+
+    def view_of(self, obj: Object) -> tuple[dict[str, str], tuple[str, ...] | None]:
+        """Return what selectors may ask for of an object that is shown in another version than it is stored in."""
+        return obj["metadata"].get("labels") or _NO_LABELS, self._fields(obj) if self._fields is not None else None
 
     def reindex(self, field_names: tuple[str, ...], fields: FieldsFunction | None) -> None:
         """Change the selectable fields; every object's are worked out anew."""

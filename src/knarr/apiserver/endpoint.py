@@ -18,6 +18,7 @@ from knarr.apiserver.cache import CachedObject
 from knarr.apiserver.forms import ConvertedForm, Converter, Form, PartialForm, RowFunction, TableForm, item_of
 from knarr.apiserver.negotiation import JSON, PROTOBUF, YAML
 from knarr.apiserver.store import ResourceStore
+from knarr.apiserver.watching import VIEW
 
 if TYPE_CHECKING:
     from knarr.apiserver.crd.webhook import WebhookConverter
@@ -52,9 +53,9 @@ class Endpoint:
         self._forms: dict[tuple[object, ...], Form] = {("json",): self.json}
         self._by_accept: dict[tuple[str, str, bool], tuple[Form, bool, bool]] = {}
         self.schema = schema
+        """Compiled functions of a custom resource's schema (prune, default, validate); None for built-in kinds."""
         self.converter: WebhookConverter | None = None
         """Converts between versions when that needs waiting (custom resources with a conversion webhook)."""
-        """Compiled functions of a custom resource's schema (prune, default, validate); None for built-in kinds."""
         self.warnings: tuple[str, ...] = ()
         """Sent with every answer (deprecated versions)."""
 
@@ -77,8 +78,8 @@ class Endpoint:
         waiting = self.unprepared(objects)
         if not waiting or self.converter is None:
             return
-        private = self.live_store.cache.private
-        converted = await self.converter.convert([private(cached) for cached in waiting], self.resource.api_version)
+        cache = self.live_store.cache
+        converted = await self.converter.convert([cache.private(cached) for cached in waiting], self.resource.api_version)
         for cached, obj in zip(waiting, converted, strict=True):
             if self.from_stored is not None:
                 obj = self.from_stored(obj)
@@ -86,6 +87,7 @@ class Endpoint:
                 cached.forms = {}
             obj["metadata"]["resourceVersion"] = str(cached.revision)
             cached.forms[self.json.id] = item_of(obj)
+            cached.forms[VIEW, self.resource.api_version] = cache.view_of(obj)
 
     async def load(self, cached: CachedObject) -> Object:
         """Return a private copy of a stored object in this version."""

@@ -6,6 +6,7 @@ Source: apiserver storage (GetList), storage/continue.go, apis/meta/internalvers
 from __future__ import annotations
 
 import base64
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import orjson
@@ -26,6 +27,8 @@ GONE_CONTINUE = (
 GONE_CONTINUE_PLAIN = (
     "The provided continue parameter is too old to display a consistent list result. You must start a new list without the continue parameter."
 )
+
+Prepare = Callable[[Sequence[CachedObject]], Awaitable[None]]
 
 
 @dataclass(slots=True)
@@ -207,8 +210,11 @@ def _objects(cache: ResourceCache, start: int, end: int) -> list[CachedObject]:
     return [objects[key] for key in (cache.keys if start == 0 and end == len(cache.keys) else cache.keys[start:end])]
 
 
-async def list_at(storage: Storage, cache: ResourceCache, options: ListOptions) -> ListResult:
+async def list_at(storage: Storage, cache: ResourceCache, options: ListOptions, prepare: Prepare | None = None) -> ListResult:
     """List at an older revision, from the store's history.
+
+    Args:
+      prepare: Awaited with the objects before selectors look at them.
 
     Raises:
       StatusError: 410 when the revision is compacted, 504 when it does not exist yet.
@@ -224,8 +230,10 @@ async def list_at(storage: Storage, cache: ResourceCache, options: ListOptions) 
     try:
         while True:
             page = await storage.store.scan(prefix, at=revision, limit=limit, after=position)
-            for item in page.items:
-                cached = cache.make(item.key[len(cache.prefix):], item.value, item.revision)
+            made = [cache.make(item.key[len(cache.prefix):], item.value, item.revision) for item in page.items]
+            if prepare is not None and not selection.always:
+                await prepare(made)
+            for item, cached in zip(page.items, made, strict=True):
                 if selection.always or selection.matches(cached):
                     chosen.append(cached)
                     if limit and len(chosen) == limit:

@@ -7,17 +7,19 @@ one stream write per commit. Bounded: a member whose unsent bytes pass its allow
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from knarr.aiokits.log import get_logger
 from knarr.api.selectors import FieldSelector, LabelSelector
-from knarr.apiserver.cache import ADDED, DELETED, MODIFIED, CachedObject, Event, ResourceCache
+from knarr.apiserver.cache import ADDED, DELETED, MODIFIED, CachedObject, Event, ResourceCache, item_at
 from knarr.apiserver.forms import Form
 from knarr.http.server import ResponseStream
 
 log = get_logger(__name__)
 BUFFER_BYTES = 8 << 20
+VIEW = "view"
+"""(VIEW, apiVersion) in CachedObject.forms: labels and fields of an object converted into that version."""
 
 
 class Prepare(NamedTuple):
@@ -25,14 +27,18 @@ class Prepare(NamedTuple):
 
     prepare: Callable[[Sequence[CachedObject]], Awaitable[None]]
     spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]]
+    form_id: Any
+    """Where an object keeps its converted item."""
 
 
 class Selection:
     """Which objects of a cache a list or watch wants: namespace, name, label and field selectors. Hashable by text."""
 
-    __slots__ = ("_terms", "always", "field_text", "label_text", "labels", "name", "namespace")
+    __slots__ = ("_terms", "_view", "always", "field_text", "label_text", "labels", "name", "namespace")
 
-    def __init__(self, cache: ResourceCache, namespace: str, labels: LabelSelector, fields: FieldSelector) -> None:
+    def __init__(self, cache: ResourceCache, namespace: str, labels: LabelSelector, fields: FieldSelector, view: str = "") -> None:
+        self._view = view
+        """The version whose labels and fields count, when they are not those of the stored object."""
         self.namespace = namespace
         self.labels = labels
         self.label_text = str(labels) if not labels.empty else ""
@@ -52,11 +58,14 @@ class Selection:
 
     def matches(self, cached: CachedObject) -> bool:
         """Whether the selectors take the object; the namespace is not looked at."""
-        if not self.labels.empty and not self.labels.matches(cached.labels):
+        labels, fields = cached.labels, cached.fields
+        if self._view and cached.version != self._view:
+            labels, fields = (cached.forms or {}).get((VIEW, self._view), (labels, fields))
+        if not self.labels.empty and not self.labels.matches(labels):
             return False
         for index, value, negated in self._terms:
             if index >= 0:
-                actual = cached.fields[index] if cached.fields is not None else ""
+                actual = fields[index] if fields is not None else ""
             else:
                 actual = cached.name if index == -1 else cached.namespace
             if (actual == value) == negated:
@@ -108,7 +117,7 @@ class WatchGroup:
             while self._pending:
                 events, self._pending = self._pending, []
                 try:
-                    await self._prepare.prepare([event.current for event in events])
+                    await self._prepare.prepare(all_states(events))
                 except Exception as error:
                     # Clients start over and meet the webhook's error there.
                     log.warning("converting for watchers failed", error=repr(error))
@@ -162,9 +171,16 @@ class WatchGroup:
         key = (self.form.id, "LEFT" if left else type)
         frame = event.rendered.get(key)
         if frame is None:
-            shown = event.previous.at_revision(event.revision) if left and event.previous is not None else event.current
+            shown = self._left(event, event.previous) if left and event.previous is not None else event.current
             frame = event.rendered[key] = self.form.frame(type, shown)
         return frame
+
+    def _left(self, event: Event, previous: CachedObject) -> CachedObject:
+        shown = previous.at_revision(event.revision)
+        converted = previous.forms.get(self._prepare.form_id) if self._prepare is not None and previous.forms else None
+        if self._prepare is not None and converted is not None:
+            shown.forms = {self._prepare.form_id: item_at(converted, event.revision)}
+        return shown
 
     def join(self, watcher: Watcher) -> None:
         if not self.members:
@@ -175,6 +191,11 @@ class WatchGroup:
         self.members.discard(watcher)
         if not self.members:
             self.cache.remove_group(self, self.scope)
+
+
+def all_states(events: Iterable[Event]) -> list[CachedObject]:
+    """Return every state of an object that events may have to show."""
+    return [state for event in events for state in (event.current, event.previous) if state is not None]
 
 
 def group_for(cache: ResourceCache, namespaced: bool, selection: Selection, form: Form, prepare: Prepare | None = None) -> WatchGroup:

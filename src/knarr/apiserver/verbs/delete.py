@@ -12,12 +12,11 @@ from knarr.api import decode as decoding
 from knarr.api import errors
 from knarr.api.errors import FieldError
 from knarr.api.types import Object
-from knarr.apiserver import listing
 from knarr.apiserver.cache import CachedObject
 from knarr.apiserver.call import Call, check_dry_run
 from knarr.apiserver.registry.base import ORPHAN, UNSUPPORTED
 from knarr.apiserver.verbs.create import admission_request, read_body
-from knarr.apiserver.verbs.read import list_options
+from knarr.apiserver.verbs.read import chosen, list_options
 
 ORPHAN_FINALIZER = "orphan"
 FOREGROUND_FINALIZER = "foregroundDeletion"
@@ -297,8 +296,7 @@ async def delete_collection(call: Call) -> None:
     listed = list_options(call, watch=False)
     options = await read_options(call)
     warn_about_orphans(call, options)
-    store = call.endpoint.live_store
-    result = listing.list_nowait(store.storage, store.cache, listed) or await listing.list_at(store.storage, store.cache, listed)
+    result = await chosen(call, listed)
     todo = list(reversed(result.objects))
 
     async def worker() -> None:

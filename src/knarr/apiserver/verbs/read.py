@@ -15,7 +15,7 @@ from knarr.apiserver import listing
 from knarr.apiserver.cache import ADDED, CachedObject, ResourceCache
 from knarr.apiserver.call import Call
 from knarr.apiserver.listing import ListOptions
-from knarr.apiserver.watching import Prepare, Selection, Watcher, group_for
+from knarr.apiserver.watching import Prepare, Selection, Watcher, all_states, group_for
 
 NO_FIELDS = FieldSelector()
 
@@ -63,7 +63,7 @@ def selection_of(call: Call) -> Selection:
             fields = _known_fields(call, cache, fields)
     if call.info.name:
         fields = _with_name(call.info.name, fields)
-    return Selection(cache, call.namespace, labels, fields)
+    return Selection(cache, call.namespace, labels, fields, call.endpoint.resource.api_version if call.endpoint.converter is not None else "")
 
 
 def _known_fields(call: Call, cache: ResourceCache, fields: FieldSelector) -> FieldSelector:
@@ -72,8 +72,10 @@ def _known_fields(call: Call, cache: ResourceCache, fields: FieldSelector) -> Fi
     terms: list[FieldTerm] = []
     for term in fields.terms:
         name = strategy.field_aliases.get(term.field, term.field) if versioned is None else versioned.get(term.field, "")
-        if name not in cache.field_index and name not in ("metadata.name", "metadata.namespace"):
-            if call.endpoint.resource.custom:
+        custom = call.endpoint.resource.custom
+        known = strategy.field_names if custom else cache.field_index
+        if name not in known and name not in ("metadata.name", "metadata.namespace"):
+            if custom:
                 raise errors.bad_request(f"field label not supported: {term.field}")
             raise errors.bad_request(_unsupported_field(call, term.field))
         terms.append(FieldTerm(name, term.value, term.negated) if name != term.field else term)
@@ -122,14 +124,15 @@ def list_(call: Call) -> None:
     """Answer with a list."""
     options = list_options(call, watch=False)
     store = call.endpoint.live_store
+    if call.endpoint.converter is not None:
+        call.server.spawn_call(call, _list_converted(call, options))
+        return
     result = listing.list_nowait(store.storage, store.cache, options)
     if result is None:
         revision = options.revision
         if revision is not None and revision > store.storage.revision:
             raise listing.too_large_version(revision, store.storage.revision)
         call.server.spawn_call(call, _list_past(call, options))
-    elif call.endpoint.converter is not None and call.endpoint.unprepared(result.objects):
-        call.server.spawn_call(call, _list_converted(call, result))
     else:
         _answer_list(call, result)
 
@@ -142,10 +145,26 @@ def _answer_list(call: Call, result: listing.ListResult) -> None:
 
 async def _list_past(call: Call, options: ListOptions) -> None:
     store = call.endpoint.live_store
-    await _list_converted(call, await listing.list_at(store.storage, store.cache, options))
+    _answer_list(call, await listing.list_at(store.storage, store.cache, options))
 
 
-async def _list_converted(call: Call, result: listing.ListResult) -> None:
+async def chosen(call: Call, options: ListOptions) -> listing.ListResult:
+    """List what may have to be converted first: selectors look at the version asked for. Raises StatusError."""
+    store, endpoint = call.endpoint.live_store, call.endpoint
+    if endpoint.converter is not None and not options.selection.always:
+        while waiting := endpoint.unprepared(store.cache.in_order(call.namespace)):
+            await endpoint.prepare(waiting)
+    result = listing.list_nowait(store.storage, store.cache, options)
+    if result is None:
+        revision = options.revision
+        if revision is not None and revision > store.storage.revision:
+            raise listing.too_large_version(revision, store.storage.revision)
+        result = await listing.list_at(store.storage, store.cache, options, endpoint.prepare)
+    return result
+
+
+async def _list_converted(call: Call, options: ListOptions) -> None:
+    result = await chosen(call, options)
     await call.endpoint.prepare(result.objects)
     _answer_list(call, result)
 
@@ -154,7 +173,7 @@ async def _watch_converted(call: Call) -> None:
     """Start a watch once all that it begins with has been converted; what came meanwhile is looked at again."""
     while True:
         cache = call.endpoint.live_store.cache
-        shown = [*cache.in_order(), *[event.current for event in cache.ring]]
+        shown = [*cache.in_order(), *all_states(cache.ring)]
         if not call.endpoint.unprepared(shown):
             break
         await call.endpoint.prepare(shown)
@@ -180,7 +199,9 @@ def _start_watch(call: Call) -> None:
     timeout = call.integer("timeoutSeconds") or 0
     least = call.server.config.min_request_timeout_seconds
     seconds = float(timeout) if timeout > 0 else least * (1 + random.random())
-    prepare = Prepare(call.endpoint.prepare, call.server.tasks.spawn) if call.endpoint.converter is not None else None
+    prepare = None
+    if call.endpoint.converter is not None:
+        prepare = Prepare(call.endpoint.prepare, call.server.tasks.spawn, call.endpoint.json.id)
     group = group_for(cache, call.endpoint.resource.namespaced, selection, form, prepare)
     revision = options.revision
     frames: list[bytes] = []
