@@ -202,12 +202,6 @@ def _set_strategy(strategy: Object, path: str, errors: Errors) -> None:
     elif kind == "RollingUpdate":
         if rolling is not None:
             nonnegative(errors, f"{path}.rollingUpdate.partition", rolling.get("partition"))
-            unavailable, own = rolling.get("maxUnavailable"), f"{path}.rollingUpdate.maxUnavailable"
-            if unavailable is not None:
-                int_or_percent(unavailable, own, errors)
-                if not amount_of(unavailable):
-                    errors.append(invalid_value(own, unavailable, "cannot be 0"))
-                at_most_all(unavailable, own, errors)
     else:
         errors.append(invalid_value(path, strategy, "must be 'RollingUpdate' or 'OnDelete'"))
 
@@ -315,7 +309,7 @@ def create_daemon_set(obj: Object, errors: Errors) -> None:
     template, selector = spec.get("template") or {}, spec.get("selector")
     validate_label_selector(selector, "spec.selector", errors)
     labels = (template.get("metadata") or {}).get("labels")
-    if selector is not None and matches(selector, labels) is False:
+    if selector is None or matches(selector, labels) is False:
         errors.append(invalid_value("spec.template.metadata.labels", labels, NOT_MATCHING))
     if selector is not None and not selector.get("matchLabels") and not selector.get("matchExpressions"):
         errors.append(invalid_value("spec.selector", selector, "empty selector is invalid for daemonset"))

@@ -229,9 +229,9 @@ def create_capacity(obj: Object, errors: Errors) -> None:
     name = obj.get("storageClassName") or ""
     add(errors, "storageClassName", name, dns_subdomain(name))
     validate_label_selector(obj.get("nodeTopology"), "nodeTopology", errors)
-    for key in ("capacity", "maximumVolumeSize"):
-        if obj.get(key) is not None and quantity.parse(obj[key]) < 0:
-            errors.append(invalid_value(key, str(obj[key]), "must be greater than or equal to 0"))
+    capacity = obj.get("capacity")
+    if capacity is not None and quantity.parse(capacity) < 0:
+        errors.append(invalid_value("capacity", str(capacity), "must be greater than or equal to 0"))
 
 
 def update_capacity(new: Object, old: Object, errors: Errors, subresource: str) -> None:
