@@ -29,3 +29,27 @@ async def test_a_pod_that_fails_is_failed_with_its_code(bench: Bench) -> None:
     pod = await bench.until_phase("p", "Failed")
     assert container_state(pod)["terminated"]["exitCode"] == 3
     assert container_state(pod)["terminated"]["reason"] == "Error"
+
+
+async def test_a_running_container_and_a_sidecar_are_resized_in_place(bench: Bench) -> None:
+    small = {"limits": {"cpu": "100m", "memory": "30Mi"}, "requests": {"cpu": "20m", "memory": "20Mi"}}
+    large = {"limits": {"cpu": "200m", "memory": "40Mi"}, "requests": {"cpu": "30m", "memory": "25Mi"}}
+    side = {"name": "side", "restartPolicy": "Always", "command": ["sleep", "1000"], "resources": small}
+    await bench.run("p", "sleep 1000", restartPolicy="Always", initContainers=[side], container={"resources": small})
+    before = await bench.until_ready("p")
+    patch = {"spec": {"containers": [{"name": "c", "resources": large}], "initContainers": [{"name": "side", "resources": large}]}}
+    await bench.client.patch(PODS, "p", bench.namespace, patch, subresource="resize", type="strategic")
+
+    def resized(pod: dict | None) -> bool:  # type: ignore[type-arg]
+        status = (pod or {}).get("status") or {}
+        shown = [s.get("resources") for s in (*status["containerStatuses"], *status["initContainerStatuses"])]
+        return shown == [large, large] and not condition(pod or {}, "PodResizeInProgress")
+
+    after = await bench.until("p", lambda pod: pod if resized(pod) else None)
+    assert after["status"]["containerStatuses"][0]["containerID"] == before["status"]["containerStatuses"][0]["containerID"]
+    for container in await bench.runtime.list_containers():
+        limits = container.resources
+        assert limits is not None
+        assert (limits.memory_limit_bytes, limits.cpu_quota_us, limits.cpu_shares) == (40 << 20, 20_000, 30)
+    result = await bench.runtime.exec_sync(after["status"]["containerStatuses"][0]["containerID"].partition("://")[2], ["true"])
+    assert result.exit_code == 0

@@ -115,9 +115,13 @@ class Resizes:
 
     def _wanted(self, pod: Object, spec: Object) -> LinuxResources:
         node = self._node
-        return resources.container_limits(
+        wanted = resources.container_limits(
             pod, spec, node.capacity.memory_bytes, enforce_cpu=node.config.enforce_cpu_limits, group_oom=node.cgroups.is_v2
         )
+        if wanted.memory_limit_bytes and node.cgroups.swap_accounting():
+            # Memory and swap together may never be less than memory alone.
+            wanted.memory_swap_limit_bytes = wanted.memory_limit_bytes
+        return wanted
 
     def _differs(self, pod: Object, spec: Object, status: ContainerStatus) -> bool:
         return resources.differs(self._wanted(pod, spec), status.resources)
@@ -173,7 +177,7 @@ class Resizes:
         generation = pod["metadata"].get("generation") or 0
         waiting = False
         actuated: dict[str, Object] = {}
-        for spec in podutil.containers(pod):
+        for spec in (*podutil.containers(pod), *(c for c in podutil.init_containers(pod) if podutil.is_sidecar(c))):
             status = observed.latest(spec["name"])
             if status is None or status.state is not ContainerState.RUNNING or status.resources is None:
                 continue
