@@ -22,6 +22,7 @@ from knarr.runtime.cri import (
     NetworkResult,
     PodSandboxConfig,
     PodSandboxMetadata,
+    RuntimeFault,
     SandboxNetwork,
 )
 from knarr.runtime.embedded import EmbeddedRuntime, RuntimeConfig
@@ -36,15 +37,20 @@ class LoopbackNetwork:
     def __init__(self) -> None:
         self.attached: set[str] = set()
         self.failure: Exception | None = None
+        self.dead = False
+        """Set when the process that used it is taken as killed: what still runs of it does nothing any more."""
 
     async def setup(self, sandbox: SandboxNetwork) -> NetworkResult:
+        if self.dead:
+            raise RuntimeFault("killed")
         if self.failure is not None:
             raise self.failure
         self.attached.add(sandbox.sandbox_id)
         return NetworkResult(["127.0.0.1"])
 
     async def teardown(self, sandbox: SandboxNetwork) -> None:
-        self.attached.discard(sandbox.sandbox_id)
+        if not self.dead:
+            self.attached.discard(sandbox.sandbox_id)
 
     async def ready(self) -> str | None:
         return None
@@ -65,7 +71,19 @@ class Bench:
 
     async def restart(self) -> None:
         """End this runtime as a killed kubelet would, and start another over the same folders."""
+        await self.kill()
+        await self.revive()
+
+    async def kill(self) -> None:
+        """End this runtime at once: whatever it was about to do does not happen."""
+        self.network.dead = True
+        self.runtime._workers.close()
         await self.runtime.close()
+
+    async def revive(self) -> None:
+        """Start another runtime over the same folders."""
+        attached, self.network = self.network.attached, LoopbackNetwork()
+        self.network.attached = attached
         self.runtime = self.make()
         await self.runtime.start()
 

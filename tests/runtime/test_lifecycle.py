@@ -180,3 +180,23 @@ async def test_containers_that_end_at_once_are_never_missed(bench: Bench) -> Non
     before = {item.id: item for item in await bench.runtime.list_containers()}
     await bench.restart()
     assert {item.id: item for item in await bench.runtime.list_containers()} == before
+
+
+async def test_a_runtime_handler_chooses_the_program(bench: Bench) -> None:
+    wrapper = bench.folder / "myrunc"
+    wrapper.write_text(f'#!/bin/sh\necho "$@" >> {bench.folder}/calls\nexec runc "$@"\n')
+    wrapper.chmod(0o755)
+    await bench.runtime.close()
+    bench.runtime = bench.make(handlers={"mine": str(wrapper), "absent": "/no/such/program"})
+    await bench.runtime.start()
+    sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox(), "mine")
+    container_id = await bench.run("sleep", "1000", sandbox_id=sandbox_id)
+    assert (await bench.runtime.exec_sync(container_id, ["echo", "x"])).stdout == b"x\n"
+    await bench.restart()
+    calls = (bench.folder / "calls").read_text()
+    assert "create" in calls
+    assert "exec" in calls
+    assert (await bench.runtime.pod_sandbox_status(sandbox_id)).runtime_handler == "mine"
+    for handler, message in (("other", 'no runtime for "other" is configured'), ("absent", "not installed|no runtime")):
+        with pytest.raises(RuntimeFault, match=message):
+            await bench.runtime.run_pod_sandbox(bench.sandbox(), handler)

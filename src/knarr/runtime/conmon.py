@@ -32,6 +32,8 @@ class ConmonOptions:
     container_id: str
     name: str
     bundle: str
+    runtime: str = ""
+    """Program that makes the container; empty is the default one."""
     log_path: str = ""
     tty: bool = False
     stdin: bool = False
@@ -69,7 +71,7 @@ class Conmon:
     def _argv(self, options: ConmonOptions) -> list[str]:
         bundle = options.bundle
         argv = [self._binary, "--api-version", "1", "-c", options.container_id, "-u", options.container_id, "-n", options.name]
-        argv += ["-r", self._runtime, "-b", bundle, "-p", f"{bundle}/pid", "-P", f"{bundle}/conmon.pid", "--exit-dir", self.exit_dir]
+        argv += ["-r", options.runtime or self._runtime, "-b", bundle, "-p", f"{bundle}/pid", "-P", f"{bundle}/conmon.pid", "--exit-dir", self.exit_dir]
         argv += ["--full-attach", "--no-sync-log", "--log-level", "error"]
         argv += ["-l", f"k8s-file:{options.log_path}" if options.log_path else "off"]
         for argument in self._runc.global_args(f"{bundle}/runc.log"):

@@ -75,6 +75,8 @@ class Container:
     message: str = ""
     cleaned: bool = False
     """The OCI runtime's state, groups and mount are gone."""
+    handler: str = ""
+    """The sandbox's runtime handler."""
     hooks: bool = False
     """The specification has hooks, of which the OCI runtime runs some when it deletes."""
     spec_process: dict[str, Any] = field(default_factory=dict)
@@ -109,10 +111,11 @@ class Containers:
 
     def __init__(
         self, root: str, state: str, *, sandboxes: Sandboxes, images: ImageStore, roots: Roots, conmon_: Conmon, runc: Runc,
-        cgroups: Cgroups, events: Events, workers: Workers, tasks: Tasks, oom_score_floor: int,
+        handlers: Mapping[str, Runc], cgroups: Cgroups, events: Events, workers: Workers, tasks: Tasks, oom_score_floor: int,
     ) -> None:  # fmt: skip
         self._root, self._state = os.path.join(root, "containers"), os.path.join(state, "containers")
         self._sandboxes, self._images, self._roots = sandboxes, images, roots
+        self._handlers = dict(handlers)
         self._conmon, self._runc, self._cgroups, self._events = conmon_, runc, cgroups, events
         self._workers, self._tasks, self._oom_score_floor = workers, tasks, oom_score_floor
         self._containers: dict[str, Container] = {}
@@ -140,6 +143,10 @@ class Containers:
 
     def of_sandbox(self, sandbox_id: str) -> list[Container]:
         return [self._containers[item] for item in self.by_sandbox.get(sandbox_id, ()) if item in self._containers]
+
+    def runc_of(self, container: Container) -> Runc:
+        """The program that makes a container: its sandbox's handler (RuntimeClass) decides."""
+        return self._handlers.get(container.handler, self._runc)
 
     def bundle(self, container_id: str) -> str:
         return os.path.join(self._state, container_id)
@@ -175,6 +182,7 @@ class Containers:
         )
         if config.log_path and sandbox.config.log_directory:
             container.log_path = os.path.join(sandbox.config.log_directory, config.log_path)
+        container.handler = sandbox.runtime_handler
         container.cgroup = f"{self._sandboxes.cgroup_parent(sandbox)}/{container.id}"
         async with Undo(self._tasks, f"container {container.id[:13]}") as undo:
             self._register(container)
@@ -268,7 +276,7 @@ class Containers:
     async def _start(self, container: Container) -> None:
         config, bundle = container.config, self.bundle(container.id)
         options = ConmonOptions(
-            container.id, config.metadata.name, bundle, container.log_path, tty=config.tty, stdin=config.stdin, stdin_once=config.stdin_once
+            container.id, config.metadata.name, bundle, self.runc_of(container).binary, container.log_path, tty=config.tty, stdin=config.stdin, stdin_once=config.stdin_once
         )
         if container.log_path:
             await self._workers.run(lambda: os.makedirs(os.path.dirname(container.log_path), exist_ok=True))
@@ -280,7 +288,7 @@ class Containers:
         # Watched before it is let go: a process that ends at once must not be missed.
         self._watch(container)
         try:
-            await self._runc.start(container.id, f"{bundle}/runc.log")
+            await self.runc_of(container).start(container.id, f"{bundle}/runc.log")
         except RuncFault as error:
             raise CreateFault(f"OCI runtime start failed: {error}") from error
         container.started_at_ns = time.time_ns()
@@ -363,9 +371,9 @@ class Containers:
 
     async def _drop(self, container: Container) -> None:
         """Drop what the run left in the kernel: the OCI runtime's state, processes in shared namespaces, groups, the mounts."""
-        if self._runc.name != "runc" or container.hooks:
+        if self.runc_of(container).name != "runc" or container.hooks:
             try:
-                await self._runc.delete(container.id)
+                await self.runc_of(container).delete(container.id)
             except RuntimeFault as error:
                 log.warning("the OCI runtime could not delete", container=container.id, error=error)
         await self._workers.run(lambda: self._drop_blocking(container))
@@ -472,7 +480,7 @@ class Containers:
                 raise RuntimeFault(f'container "{container.id}" is in EXITED state')
             if container.state is ContainerState.RUNNING:
                 document = resources(wanted, self._cgroups.version)
-                await self._runc.update(container.id, document, self.bundle(container.id))
+                await self.runc_of(container).update(container.id, document, self.bundle(container.id))
             else:
                 path = os.path.join(self.bundle(container.id), "config.json")
                 await self._workers.run(lambda: _change_resources(path, resources(wanted, self._cgroups.version)))
@@ -544,7 +552,7 @@ class Containers:
 
     async def _recover_starting(self, container: Container) -> None:
         """Killed while it was being started: adopt it if the process was let go, else take the start back."""
-        state = await self._runc.state(container.id)
+        state = await self.runc_of(container).state(container.id)
         ran = state.get("status") != "created" if state is not None else self._conmon.exit_file(container.id) is not None
         if container.held is not None and ran:
             container.started_at_ns = time.time_ns()

@@ -117,9 +117,10 @@ class EmbeddedRuntime:
         roots = Roots(self._snapshots, self.images, self._sandboxes, self._workers)
         self._containers = Containers(
             config.root, config.state, sandboxes=self._sandboxes, images=self.images, roots=roots, conmon_=self._conmon, runc=self._runc,
+            handlers={name: Runc(shutil.which(program) or program, self._runc.root) for name, program in config.handlers.items()},
             cgroups=self._cgroups, events=self._events, workers=self._workers, tasks=self._tasks, oom_score_floor=_oom_floor(),
         )  # fmt: skip
-        self._execs = execs.Execs(self._containers, self._runc)
+        self._execs = execs.Execs(self._containers)
         self._stats = Stats(self._containers, self._sandboxes, self._cgroups, self._workers)
         self._version = ""
 
@@ -166,6 +167,8 @@ class EmbeddedRuntime:
     async def run_pod_sandbox(self, config: PodSandboxConfig, runtime_handler: str = "") -> str:
         if runtime_handler not in ("", "runc") and runtime_handler not in self.config.handlers:
             raise RuntimeFault(f'no runtime for "{runtime_handler}" is configured')
+        if runtime_handler in self.config.handlers and shutil.which(self.config.handlers[runtime_handler]) is None:
+            raise RuntimeFault(f'runtime handler "{runtime_handler}" needs {self.config.handlers[runtime_handler]}, which is not installed')
         return (await self._sandboxes.run(config, runtime_handler)).id
 
     @_faults

@@ -27,7 +27,7 @@ from knarr.runtime import process
 from knarr.runtime.container import Container, Containers
 from knarr.runtime.cri import DeadlineExceeded, ExecResult, RuntimeFault
 from knarr.runtime.pipes import Merged, write_all
-from knarr.runtime.runc import Runc, last_words
+from knarr.runtime.runc import last_words
 
 _OUTPUT_LIMIT = 16 << 20
 
@@ -102,8 +102,8 @@ class Exec:
 class Execs:
     """Starts execs; see the module."""
 
-    def __init__(self, containers: Containers, runc: Runc) -> None:
-        self._containers, self._runc = containers, runc
+    def __init__(self, containers: Containers) -> None:
+        self._containers = containers
 
     def start(self, container: Container, command: Sequence[str], *, tty: bool, stdin: bool) -> Exec:
         """Start a process; failures to start come out of `wait`."""
@@ -112,7 +112,7 @@ class Execs:
         files = os.path.join(self._containers.bundle(container.id), f"exec-{os.urandom(6).hex()}")
         with open(f"{files}.json", "wb") as file:
             file.write(orjson.dumps(self._process(container, command, tty)))
-        argv = self._runc.exec_argv(container.id, f"{files}.json", f"{files}.pid", f"{files}.log")
+        argv = self._containers.runc_of(container).exec_argv(container.id, f"{files}.json", f"{files}.pid", f"{files}.log")
         return self._with_terminal(argv, files) if tty else self._with_pipes(argv, files, stdin)
 
     def _process(self, container: Container, command: Sequence[str], tty: bool) -> dict[str, Any]:

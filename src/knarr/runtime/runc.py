@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from knarr.runtime import disk, process
+from knarr.runtime import disk, process, syscalls
 from knarr.runtime.cri import RuntimeFault
 
 _GATE_SECONDS = 10.0
@@ -89,7 +89,13 @@ class Runc:
 
     def forget(self, container_id: str) -> None:
         """Remove the state folder of a container whose processes are gone: a runtime killed half-way leaves one that it cannot read."""
-        disk.remove_tree(os.path.join(self.root, container_id))
+        folder = os.path.join(self.root, container_id)
+        with contextlib.suppress(FileNotFoundError):
+            for entry in os.scandir(folder):
+                # runc binds a read-only view of its own program here for a moment; killed then, it leaves the mount.
+                if entry.name.startswith("runc."):
+                    syscalls.unmount(entry.path)
+        disk.remove_tree(folder)
 
     def known(self) -> list[str]:
         """Ids of all containers that have a state folder."""

@@ -232,7 +232,10 @@ class Sandboxes:
             known.add(sandbox_id)
         for sandbox_id in await self._workers.run(lambda: os.listdir(self._state)):
             if sandbox_id not in known:
-                await self._workers.run(lambda lost=sandbox_id: self._drop(lost))  # type: ignore[misc]
+                try:
+                    await self._workers.run(lambda lost=sandbox_id: self._drop(lost))  # type: ignore[misc]
+                except OSError as error:
+                    log.error("what is left of a sandbox could not be dropped", sandbox=sandbox_id, error=error)
 
     async def _recover_one(self, sandbox_id: str) -> None:
         directory = self.directory(sandbox_id)

@@ -32,7 +32,10 @@ class Undo:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None or not self._steps:
             return
-        task = self._tasks.spawn(self._run(), f"undo {self._what}")
+        try:
+            task = self._tasks.spawn(self._run(), f"undo {self._what}")
+        except RuntimeError:
+            return  # the runtime is closed; its next start takes back what is half made
         cancelled: asyncio.CancelledError | None = None
         while not task.done():
             try:
