@@ -149,7 +149,8 @@ class PolicyState:
         self._count(policy, 1)
         if before is not None:
             self._count(before, -1)
-        self._touch_namespace(policy.namespace)
+            self._touch_selected(before)
+        self._touch_selected(policy)
 
     def drop_policy(self, key: str) -> None:
         """A policy is gone."""
@@ -158,10 +159,13 @@ class PolicyState:
             return
         del self._by_namespace[policy.namespace][key]
         self._count(policy, -1)
-        self._touch_namespace(policy.namespace)
+        self._touch_selected(policy)
 
-    def _touch_namespace(self, namespace: str) -> None:
-        self._stale.update(pod.key for pod in self.pods.values() if pod.namespace == namespace and pod.node == self._node)
+    def _touch_selected(self, policy: Policy) -> None:
+        """Have the classes computed anew of this node's pods that a policy selects."""
+        for pod in self.pods.values():
+            if pod.node == self._node and pod.namespace == policy.namespace and policy.pods.matches(pod.labels):
+                self._stale.add(pod.key)
 
     def _count(self, policy: Policy, difference: int) -> None:
         """Keep member sets for exactly the peer selectors that some policy uses."""
