@@ -20,6 +20,7 @@ _SCENARIOS = {scenario["scenario"]: scenario for scenario in scenarios()}
 # These wait for the next minute, or for a node to be given up.
 _SLOW = {name for name in _SCENARIOS if name.startswith("cronjob-")} | {"node-lifecycle-unreachable", "podgc-orphaned-node"}
 _QUICK = sorted(_SCENARIOS.keys() - _SLOW)
+_TRIES = 3
 
 Outcomes = dict[str, list[str]]
 
@@ -45,11 +46,12 @@ async def _play(chosen: list[Object]) -> Outcomes:
 
 
 async def _play_patiently(names: list[str]) -> Outcomes:
-    """Play all at once, and those that the load of the others disturbed a second time."""
-    outcomes = await _play([_SCENARIOS[name] for name in names])
-    disturbed = [name for name in names if outcomes[name]]
-    if disturbed:
-        outcomes.update(await _play([_SCENARIOS[name] for name in disturbed]))
+    """Play all at once, and those that the load of the machine disturbed again."""
+    outcomes: Outcomes = {}
+    for _ in range(_TRIES):
+        disturbed = [name for name in names if outcomes.get(name) != []]
+        if disturbed:
+            outcomes.update(await _play([_SCENARIOS[name] for name in disturbed]))
     return outcomes
 
 

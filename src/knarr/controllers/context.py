@@ -7,15 +7,16 @@ controllers read, because the pods of a cluster are most of this process's memor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from knarr.api.resources import CONFIG_MAPS, EVENTS, NODES, PODS, SECRETS
+from knarr.api.resources import CONFIG_MAPS, CONTROLLER_REVISIONS, EVENTS, NODES, PODS, REPLICA_SETS, SECRETS
 from knarr.api.scheme import Resource
 from knarr.api.types import Object
 from knarr.client.controller import Controller
 from knarr.client.events import EventRecorder
-from knarr.client.informer import Informer, Informers
+from knarr.client.informer import Informer, Informers, Selector
 from knarr.client.rest import Client
 from knarr.controllers.quota import crosses_namespaces
 
@@ -132,6 +133,8 @@ def trim_to_metadata(obj: Object) -> Object:
     return {"apiVersion": obj.get("apiVersion", ""), "kind": obj.get("kind", ""), "metadata": meta}
 
 
+# What controllers make and find again by its owner.
+_OWNED = (PODS, REPLICA_SETS, CONTROLLER_REVISIONS)
 _TRIMS = {PODS: trim_pod, NODES: trim_node, CONFIG_MAPS: trim_to_metadata, EVENTS: trim_to_metadata}
 
 
@@ -141,6 +144,31 @@ def controller_uid_index(obj: Object) -> list[str]:
         if reference.get("controller"):
             return [reference["uid"]]
     return ["orphan/" + obj["metadata"].get("namespace", "")]
+
+
+def label_index(obj: Object) -> list[str]:
+    """Index function: every label with its namespace."""
+    meta = obj["metadata"]
+    namespace = meta.get("namespace", "")
+    return [f"{namespace}/{name}={value}" for name, value in (meta.get("labels") or {}).items()]
+
+
+def matching(pods: Informer, namespace: str, labels: Mapping[str, str] | None, selector: Selector) -> list[Object]:
+    """Give the pods of a namespace that a selector matches.
+
+    Args:
+      labels: what the selector wants to be equal, at least; the rarest of them narrows the search.
+    """
+    if not labels:
+        return pods.list(namespace, selector)
+    found = min((pods.by_index("label", f"{namespace}/{name}={value}") for name, value in labels.items()), key=len)
+    return [pod for pod in found if selector.matches(pod["metadata"].get("labels") or {})]
+
+
+def possibly_owned(informer: Informer, owner: Object) -> list[Object]:
+    """Give the objects that an owner controls and those of its namespace that nobody does."""
+    meta = owner["metadata"]
+    return informer.by_index("controller", meta["uid"]) + informer.by_index("controller", "orphan/" + meta.get("namespace", ""))
 
 
 def node_name_index(pod: Object) -> list[str]:
@@ -162,8 +190,10 @@ class Context:
     def informer(self, resource: Resource) -> Informer:
         """Give the shared informer of a resource, trimmed as this process needs it."""
         informer = self._shared[resource] = self.informers.get(resource, transform=_TRIMS.get(resource))
-        if resource is PODS:
+        if resource in _OWNED:
             informer.add_index("controller", controller_uid_index)
+        if resource is PODS:
+            informer.add_index("label", label_index)
             informer.add_index("node", node_name_index)
         return informer
 

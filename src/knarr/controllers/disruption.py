@@ -15,7 +15,7 @@ from knarr.api.types import Object
 from knarr.client.controller import Controller, Result
 from knarr.client.discovery import server_resources
 from knarr.controllers import podutil
-from knarr.controllers.context import Context, object_key
+from knarr.controllers.context import Context, matching, object_key
 from knarr.controllers.selectorcache import SelectorCache
 
 _DELETION_SECONDS = 120.0
@@ -80,7 +80,8 @@ class DisruptionController:
         return None
 
     async def _sync(self, budget: Object) -> Result | None:
-        pods = self._pods.list(budget["metadata"]["namespace"], self._selector(budget))
+        wanted = (budget["spec"].get("selector") or {}).get("matchLabels")
+        pods = matching(self._pods, budget["metadata"]["namespace"], wanted, self._selector(budget))
         if not pods:
             self._recorder.event(budget, "Normal", "NoPods", "No matching pods found")
         try:

@@ -13,8 +13,9 @@ from knarr.api import errors, meta
 from knarr.api.errors import StatusError
 from knarr.api.resources import CONTROLLER_REVISIONS
 from knarr.api.types import Object
-from knarr.client.informer import Informer
+from knarr.client.informer import Informer, Selector
 from knarr.client.rest import Client
+from knarr.controllers.context import possibly_owned
 from knarr.controllers.hashing import revision_hash
 from knarr.controllers.podutil import created_at
 
@@ -74,15 +75,9 @@ class History:
         self._client = client
         self._cache = cache
 
-    def of(self, parent: Object, selector: object) -> list[Object]:
-        """Revisions that the parent controls, or that its selector matches and nobody controls."""
-        uid = parent["metadata"]["uid"]
-        found = []
-        for revision in self._cache.list(parent["metadata"]["namespace"], selector):  # type: ignore[arg-type]
-            owner = meta.controller_of(revision)
-            if owner is None or owner["uid"] == uid:
-                found.append(revision)
-        return found
+    def of(self, parent: Object, selector: Selector) -> list[Object]:
+        """Revisions that the selector matches and the parent, or nobody, controls."""
+        return [revision for revision in possibly_owned(self._cache, parent) if selector.matches(meta.labels(revision))]
 
     async def create(self, parent: Object, revision: Object, collision_count: int) -> tuple[Object, int]:
         """Create a revision; on a name that is taken by other data count a collision and try the next.

@@ -10,7 +10,7 @@ from knarr.api.selectors import LabelSelector, from_map
 from knarr.api.types import Object
 from knarr.client.informer import Informer
 from knarr.controllers import podutil
-from knarr.controllers.context import object_key
+from knarr.controllers.context import label_index, matching, object_key
 from knarr.controllers.selectorcache import SelectorCache
 
 
@@ -21,6 +21,7 @@ class PodServices:
         self._services = services
         self._pods = pods
         self._selectors = SelectorCache(from_map)
+        services.add_index("selected", _first_requirement)
 
     def selector(self, service: Object) -> LabelSelector:
         return self._selectors.get(service, service["spec"].get("selector"))
@@ -29,16 +30,16 @@ class PodServices:
         self._selectors.forget(service)
 
     def pods_of(self, service: Object) -> list[Object]:
-        return self._pods.list(service["metadata"]["namespace"], self.selector(service))
+        return matching(self._pods, service["metadata"]["namespace"], service["spec"].get("selector"), self.selector(service))
 
     def services_of(self, pod: Object) -> set[str]:
         """Keys of the Services that select the pod."""
         labels = pod["metadata"].get("labels") or {}
-        namespace = pod["metadata"]["namespace"]
         return {
             object_key(service)
-            for service in self._services.list(namespace)
-            if service["spec"].get("selector") and self.selector(service).matches(labels)
+            for requirement in label_index(pod)
+            for service in self._services.by_index("selected", requirement)
+            if self.selector(service).matches(labels)
         }
 
     def changed(self, old: Object, new: Object) -> set[str]:
@@ -52,6 +53,15 @@ class PodServices:
             before = self.services_of(old)
             services = services | before if altered or _placed(old) != _placed(new) else services ^ before
         return services
+
+
+def _first_requirement(service: Object) -> list[str]:
+    """A label that every pod of the Service has."""
+    selector = service["spec"].get("selector")
+    if not selector:
+        return []
+    name = min(selector)
+    return [f"{service['metadata']['namespace']}/{name}={selector[name]}"]
 
 
 def _placed(pod: Object) -> tuple[object, ...]:

@@ -17,7 +17,7 @@ from knarr.api.selectors import NOTHING, LabelSelector, from_label_selector, fro
 from knarr.api.types import Object
 from knarr.client.controller import Controller, Result
 from knarr.controllers import podutil
-from knarr.controllers.context import Context, object_key
+from knarr.controllers.context import Context, object_key, possibly_owned
 from knarr.controllers.expectations import Expectations
 from knarr.controllers.refs import Claims
 from knarr.controllers.selectorcache import SelectorCache
@@ -130,8 +130,7 @@ class ReplicaSetController:
             return None
         needs_sync = self._expectations.satisfied(key)
         selector = self._selector(rs)
-        namespace = rs["metadata"].get("namespace", "")
-        candidates = self._pods.by_index("controller", rs["metadata"]["uid"]) + self._pods.by_index("controller", "orphan/" + namespace)
+        candidates = possibly_owned(self._pods, rs)
         active = [pod for pod in candidates if podutil.is_active(pod)]
         pods = await Claims(self._ctx.client, PODS, rs, self._resource, selector).claim(active)
         failure: Exception | None = None
@@ -198,11 +197,8 @@ class ReplicaSetController:
         reference = meta.controller_of(rs)
         if reference is None:
             return []
-        related: dict[str, Object] = {}
-        for other in self._sets.by_index("controller", reference["uid"]):
-            for pod in self._pods.list(other["metadata"].get("namespace"), self._selector(other)):
-                related[pod["metadata"]["uid"]] = pod
-        return list(related.values())
+        others = self._sets.by_index("controller", reference["uid"])
+        return [pod for other in others for pod in self._pods.by_index("controller", other["metadata"]["uid"])]
 
     async def _write_status(self, rs: Object, status: Object) -> None:
         old = rs.get("status") or {}

@@ -16,7 +16,7 @@ from knarr.api.selectors import LabelSelector, from_label_selector
 from knarr.api.types import Object
 from knarr.client.controller import Controller, Result
 from knarr.controllers import history, podutil
-from knarr.controllers.context import Context, object_key
+from knarr.controllers.context import Context, object_key, possibly_owned
 from knarr.controllers.daemonset import rolling, util
 from knarr.controllers.expectations import Expectations
 from knarr.controllers.hashing import template_hash
@@ -175,9 +175,7 @@ class DaemonSetController:
         return result
 
     async def _pods_of(self, ds: Object) -> list[Object]:
-        namespace, uid = ds["metadata"]["namespace"], ds["metadata"]["uid"]
-        candidates = self._pods.by_index("controller", uid) + self._pods.by_index("controller", "orphan/" + namespace)
-        return await Claims(self._ctx.client, PODS, ds, DAEMON_SETS, self._selector(ds)).claim(candidates)
+        return await Claims(self._ctx.client, PODS, ds, DAEMON_SETS, self._selector(ds)).claim(possibly_owned(self._pods, ds))
 
     async def _manage(self, key: str, ds: Object, pods: list[Object], digest: str) -> float | None:
         """Start what is missing, stop what does not belong; gives seconds until a failed pod may be replaced."""
@@ -299,7 +297,7 @@ class DaemonSetController:
     async def _sort_revisions(self, ds: Object) -> tuple[Object, list[Object]]:
         """(revision of the present template, all others)."""
         claims = Claims(self._ctx.client, CONTROLLER_REVISIONS, ds, DAEMON_SETS, self._selector(ds))
-        revisions = await claims.claim(self._revisions.list(ds["metadata"]["namespace"]))
+        revisions = await claims.claim(possibly_owned(self._revisions, ds))
         wanted = history.template_data(ds["spec"]["template"])
         equal = [item for item in revisions if item.get("data") == wanted]
         old = [item for item in revisions if item.get("data") != wanted]

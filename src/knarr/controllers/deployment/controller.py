@@ -12,7 +12,7 @@ from knarr.api.selectors import LabelSelector, from_label_selector
 from knarr.api.types import Object
 from knarr.client.controller import Controller, Result
 from knarr.controllers import podutil
-from knarr.controllers.context import Context, object_key
+from knarr.controllers.context import Context, object_key, possibly_owned
 from knarr.controllers.deployment import util
 from knarr.controllers.deployment.replicasets import Rollout
 from knarr.controllers.refs import Claims
@@ -98,8 +98,7 @@ class DeploymentController:
         return self._selectors.get(deployment, deployment["spec"].get("selector"))
 
     def _owned(self, deployment: Object) -> list[Object]:
-        uid = deployment["metadata"]["uid"]
-        return [rs for rs in self._sets.list(deployment["metadata"]["namespace"]) if (meta.controller_of(rs) or {}).get("uid") == uid]
+        return self._sets.by_index("controller", deployment["metadata"]["uid"])
 
     # Reconcile
 
@@ -112,7 +111,7 @@ class DeploymentController:
             message = "This deployment is selecting all pods. A non-empty selector is required."
             self._recorder.event(deployment, "Warning", "SelectingAll", message)
             return None
-        candidates = self._sets.list(deployment["metadata"]["namespace"])
+        candidates = possibly_owned(self._sets, deployment)
         claims = Claims(self._ctx.client, REPLICA_SETS, deployment, DEPLOYMENTS, self._selector(deployment))
         owned = await claims.claim(candidates)
         rollout = Rollout(self._ctx.client, self._recorder, self._sets, deployment, owned)

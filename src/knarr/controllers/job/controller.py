@@ -12,7 +12,7 @@ from knarr.api.selectors import LabelSelector, from_label_selector
 from knarr.api.types import Object
 from knarr.client.controller import Controller, Result
 from knarr.controllers import podutil
-from knarr.controllers.context import Context, object_key
+from knarr.controllers.context import Context, object_key, possibly_owned
 from knarr.controllers.job.sync import JobSync, is_finished
 from knarr.controllers.job.tracking import FINALIZER, Tracking, has_finalizer
 from knarr.controllers.refs import Claims
@@ -191,8 +191,7 @@ class JobController:
         return Result(sync.requeue_after_seconds) if sync.requeue_after_seconds is not None else None
 
     async def _pods_of(self, job: Object) -> list[Object]:
-        namespace, uid = job["metadata"]["namespace"], job["metadata"]["uid"]
-        candidates = self._pods.by_index("controller", uid) + self._pods.by_index("controller", "orphan/" + namespace)
+        candidates = possibly_owned(self._pods, job)
         claims = Claims(self._ctx.client, PODS, job, JOBS, self._selector(job), finalizers=(FINALIZER,))
         return await claims.claim(candidates)
 

@@ -15,7 +15,7 @@ from knarr.api.selectors import LabelSelector, from_label_selector
 from knarr.api.types import Object
 from knarr.client.controller import Controller, Result
 from knarr.controllers import history, podutil
-from knarr.controllers.context import Context, object_key
+from knarr.controllers.context import Context, object_key, possibly_owned
 from knarr.controllers.history import History
 from knarr.controllers.refs import Claims
 from knarr.controllers.selectorcache import SelectorCache
@@ -100,8 +100,7 @@ class StatefulSetController:
         selector = self._selector(set_)
         revisions = self._history.of(set_, selector)
         await Claims(self._ctx.client, CONTROLLER_REVISIONS, set_, STATEFUL_SETS, selector).claim(revisions)
-        namespace, uid = set_["metadata"]["namespace"], set_["metadata"]["uid"]
-        candidates = self._pods.by_index("controller", uid) + self._pods.by_index("controller", "orphan/" + namespace)
+        candidates = possibly_owned(self._pods, set_)
         members = [pod for pod in candidates if util.is_member(set_, pod)]
         pods = await Claims(self._ctx.client, PODS, set_, STATEFUL_SETS, selector).claim(members)
         current, update, collisions, revisions = await self._sort_revisions(set_, history.ordered(revisions))
