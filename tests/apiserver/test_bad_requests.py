@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from knarr.api import typeinfo
+from knarr.api import errors, typeinfo
 from knarr.http.client import HTTPClient, Response
 from knarr.testing.apiserver import RunningAPIServer, running_apiserver
 
@@ -136,3 +136,12 @@ async def test_random_bytes_never_make_the_server_fail() -> None:
         kinds = ["application/json", "application/yaml", "application/vnd.kubernetes.protobuf"]
         answers = await asyncio.gather(*[post(server, body, kinds[i % 3]) for i, body in enumerate(bodies)])
         assert {answer.status for answer in answers} <= {400, 413, 415, 422}
+
+
+async def test_timeout_parameter_is_a_duration(apiserver: RunningAPIServer) -> None:
+    for path in ("/version", "/api/v1/namespaces/default"):
+        for text in ("0s", "3m", "1s"):
+            assert (await apiserver.client.request("GET", f"{path}?timeout={text}")).status == 200
+        with pytest.raises(errors.StatusError, match="invalid timeout specified in the request URL") as caught:
+            await apiserver.client.request("GET", f"{path}?timeout=soon")
+        assert caught.value.code == 400

@@ -23,6 +23,7 @@ from knarr.aiokits.log import get_logger
 from knarr.api import errors
 from knarr.api.errors import StatusError
 from knarr.api.scheme import SCHEME
+from knarr.api.times import parse_duration
 from knarr.apiserver.attributes import ANONYMOUS, Attributes, ConnectRequest, Decision, ResourceKey, UserInfo
 from knarr.apiserver.call import Call, respond_error, respond_no_such_path
 from knarr.apiserver.flow import LONG_SUBRESOURCES
@@ -55,7 +56,7 @@ class Pipeline:
         if server.auth is None or server.auditing:
             return False
         info = parse("GET", request.path, request.raw_path, request.query_string)
-        if not info.is_resource or info.subresource or info.verb not in READS:
+        if not info.is_resource or info.subresource or info.verb not in READS or "timeout=" in request.query_string:
             return False
         endpoint = server.registry.endpoints.get((info.group, info.version, info.resource))
         if endpoint is None or endpoint.store is None:
@@ -93,10 +94,11 @@ class Pipeline:
         info = parse(request.method, request.path, request.raw_path, request.query_string)
         server.metrics.begin()
         try:
-            if info.verb == "watch" or info.subresource in LONG_SUBRESOURCES or request.upgrade_wanted or not info.is_resource:
+            if info.verb == "watch" or info.subresource in LONG_SUBRESOURCES or request.upgrade_wanted:
                 await self._stages(request, info)
             else:
-                async with asyncio.timeout(server.config.request_timeout_seconds):
+                seconds = self._seconds_for(request)
+                async with asyncio.timeout(seconds if info.is_resource else None):
                     await self._stages(request, info)
         except TimeoutError:
             self._refuse(request, errors.timeout("request did not complete within the allotted timeout"))
@@ -114,6 +116,18 @@ class Pipeline:
         finally:
             server.metrics.end()
             server.metrics.observe(info, request)
+
+    def _seconds_for(self, request: Request) -> float:
+        """Return how long a request may take: a client may ask for less than the server's limit. Raises StatusError."""
+        limit = self.server.config.request_timeout_seconds
+        text = request.query.get("timeout", ("",))[0] if request.query_string else ""
+        if not text:
+            return limit
+        try:
+            wanted = parse_duration(text) / 1e9
+        except ValueError as error:
+            raise errors.bad_request(f"invalid timeout specified in the request URL - time: invalid duration {errors.go_quote(text)}") from error
+        return min(wanted, limit) if wanted > 0 else limit
 
     def _refuse(self, request: Request, error: StatusError) -> None:
         if not request.done:
