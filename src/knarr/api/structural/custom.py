@@ -194,6 +194,9 @@ class CustomSchema:
         if old is None:
             metadata.validate_object_meta(meta, self.resource.namespaced, strings.dns_subdomain, found, core_finalizers=False)
         else:
+            # Upstream does so on every update, and again in the strategy.
+            metadata.validate_generic_meta(meta, self.resource.namespaced, found)
+            metadata.validate_object_meta_update(meta, old.get("metadata") or {}, found)
             metadata.validate_object_meta_update(meta, old.get("metadata") or {}, found)
         return found
 

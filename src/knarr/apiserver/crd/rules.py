@@ -124,6 +124,13 @@ class _Rule:
         except CompileError as error:
             self.broken_message = error
 
+    @property
+    def shown(self) -> Object:
+        """The rule as upstream prints it, with the names of its internal type."""
+        texts = {name: self.given.get(key) or "" for name, key in (("Rule", "rule"), ("Message", "message"), ("MessageExpression", "messageExpression"))}
+        rest = {"FieldPath": self.field_path, "OptionalOldSelf": self.given.get("optionalOldSelf")}
+        return texts | {"Reason": self.given.get("reason")} | rest
+
 
 class _Node:
     """A schema node with rules at or below it."""
@@ -313,10 +320,10 @@ def _compile_errors(node: _Node, path: str, found: list[FieldError], uncorrelate
     for index, rule in enumerate(node.rules):
         own = f"{path}.x-kubernetes-validations[{index}]"
         if rule.broken is not None:
-            found.append(errors.invalid_value(f"{own}.rule", rule.given, f"compilation failed: {rule.broken}"))
+            found.append(errors.invalid_value(f"{own}.rule", rule.shown, f"compilation failed: {rule.broken}"))
         if rule.broken_message is not None:
             message = f"messageExpression compilation failed: {rule.broken_message}"
-            found.append(errors.invalid_value(f"{own}.messageExpression", rule.given, message))
+            found.append(errors.invalid_value(f"{own}.messageExpression", rule.shown, message))
         if not rule.uses_old and rule.given.get("optionalOldSelf") is not None:
             message = "may not be set if oldSelf is not used in rule"
             found.append(errors.invalid_value(f"{own}.optionalOldSelf", rule.given["optionalOldSelf"], message))
