@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
+
 from knarr.api.types import Object
 
 SERVICE_NAME = "kubernetes.io/service-name"
@@ -18,3 +20,12 @@ def object_key(obj: Object) -> str:
     """ "namespace/name"; the namespace is empty for cluster-scoped objects."""
     meta = obj["metadata"]
     return f"{meta.get('namespace', '')}/{meta['name']}"
+
+
+def is_address(text: object) -> bool:
+    """Whether something is the text of an IP address; statuses are written by others and may hold anything."""
+    try:
+        ip_address(str(text))
+    except ValueError:
+        return False
+    return True

@@ -27,6 +27,7 @@ from knarr.client.informer import Informers
 from knarr.network import rtnl
 from knarr.network.netlink import GONE, Message, NetlinkError, NetlinkSocket
 from knarr.network.netns import open_netlink, run_inside
+from knarr.network.objects import is_address
 from knarr.network.podnet import BridgeNetwork
 from knarr.network.sysctl import write
 
@@ -59,7 +60,8 @@ def read_peer(node: Object) -> Peer | None:
     """A Node as a peer; None while it lacks an address or pod CIDRs."""
     spec = node.get("spec") or {}
     cidrs = tuple(spec.get("podCIDRs") or ([spec["podCIDR"]] if spec.get("podCIDR") else []))
-    found = tuple(item["address"] for item in (node.get("status") or {}).get("addresses") or () if item.get("type") == "InternalIP")
+    listed = (node.get("status") or {}).get("addresses") or ()
+    found = tuple(item["address"] for item in listed if item.get("type") == "InternalIP" and is_address(item.get("address")))
     return Peer(node["metadata"]["name"], found, cidrs) if found and cidrs else None
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from knarr.api.selectors import LabelSelector, from_label_selector
 from knarr.api.types import Object
+from knarr.network.objects import is_address
 
 Direction = Literal["ingress", "egress"]
 PROTOCOL_NUMBERS = {"TCP": 6, "UDP": 17, "SCTP": 132}
@@ -47,7 +48,8 @@ def read_pod(obj: Object) -> PolicyPod | None:
     spec, status = obj.get("spec") or {}, obj.get("status") or {}
     if spec.get("hostNetwork") or status.get("phase") in ("Succeeded", "Failed"):
         return None
-    ips = tuple(item["ip"] for item in status.get("podIPs") or () if item.get("ip")) or ((status["podIP"],) if status.get("podIP") else ())
+    listed = [item.get("ip") for item in status.get("podIPs") or ()] or [status.get("podIP")]
+    ips = tuple(address for address in listed if address and is_address(address))
     if not ips:
         return None
     containers = [*(spec.get("containers") or ()), *(c for c in spec.get("initContainers") or () if c.get("restartPolicy") == "Always")]
