@@ -185,7 +185,7 @@ class Bench:
         for point in mounts.mount_points(str(self.folder)):
             mounts.unmount(point)
         hierarchies = Hierarchies.of_host()
-        for mount in {hierarchies.v2, *hierarchies.v1.values()} - {""}:
+        for mount in {hierarchies.v2, hierarchies.beside, *hierarchies.v1.values()} - {""}:
             root = Path(mount + self.group)
             if root.is_dir():
                 for folder in sorted((p for p in root.rglob("*") if p.is_dir()), key=lambda p: -len(p.parts)):
