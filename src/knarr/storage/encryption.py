@@ -226,6 +226,9 @@ class EncryptedStore:
         await self._inner.start()
         self._tasks.spawn(self._rewrite_stale(), "store-reencryption")
 
+    async def wait_lost(self) -> None:
+        await self._inner.wait_lost()
+
     async def close(self) -> None:
         await self._tasks.close()
         await self._inner.close()

@@ -93,6 +93,7 @@ class EtcdStore:
         self._tasks = Tasks()
         self._closed = True
         self._broken: StoreError | None = None
+        self._lost = asyncio.Event()
 
     # -- life ------------------------------------------------------------------------------------------------------
     @property
@@ -138,6 +139,9 @@ class EtcdStore:
         self._open()
         if old is not None:
             await old.close()
+
+    async def wait_lost(self) -> None:
+        await self._lost.wait()
 
     async def close(self) -> None:
         if self._closed:
@@ -302,6 +306,7 @@ class EtcdStore:
                 # Events are lost for good: caches above cannot be right any more, and only a restart fills them again.
                 self._broken = UnavailableError(f"the watch fell behind etcd's compaction: {error}")
                 log.error("etcd watch is lost", error=str(error))
+                self._lost.set()
                 return
             except UnavailableError as error:
                 log.warning("etcd watch interrupted", error=str(error))

@@ -6,6 +6,7 @@ compaction when it grows over a bound.
 
 from __future__ import annotations
 
+import asyncio
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -45,6 +46,9 @@ class MemoryStore:
 
     async def start(self) -> None:
         self._closed = False
+
+    async def wait_lost(self) -> None:
+        await asyncio.get_running_loop().create_future()
 
     async def close(self) -> None:
         self._closed = True

@@ -94,6 +94,10 @@ class RevisionStore(Protocol):
         """Open the store and load what it needs. Raises UnavailableError."""
         ...
 
+    async def wait_lost(self) -> None:
+        """Wait until events were lost, so that what was learnt from this store can no longer be right; mostly for ever."""
+        ...
+
     async def close(self) -> None:
         """Finish pending writes and release everything. Idempotent."""
         ...

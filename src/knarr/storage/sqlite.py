@@ -120,6 +120,9 @@ class SQLiteStore:
         writer = Writer(self._path)
         return writer, writer.load()
 
+    async def wait_lost(self) -> None:
+        await asyncio.get_running_loop().create_future()
+
     async def close(self) -> None:
         if self._closed:
             return

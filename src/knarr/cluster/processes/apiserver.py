@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 
 from knarr.cluster import addresses
@@ -47,7 +46,8 @@ def main(config: ClusterConfig, listener: socket.socket, announce: Announce) -> 
         await server.start()
         announce("api")
         try:
-            await asyncio.get_running_loop().create_future()
+            # Should the store lose events, only a new process can be right again; the supervisor starts it.
+            await server.storage.store.wait_lost()
         finally:
             await server.stop()
 
