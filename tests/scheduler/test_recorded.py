@@ -20,7 +20,9 @@ from knarr.testing.apiserver import running_apiserver
 
 from . import replay
 
-CONTROLLERS = "namespace-controller,serviceaccount-controller,replicaset-controller,persistentvolume-binder-controller,disruption-controller"
+CONTROLLERS = (
+    "namespace-controller,serviceaccount-controller,replicaset-controller,persistentvolume-binder-controller,disruption-controller"
+)
 
 DRAWN_BY_LOT = {
     "pod-affinity-zone",
@@ -49,6 +51,7 @@ async def _play(names: set[str]) -> list[tuple[str, States, States, Any]]:
             await scheduler.ready.wait()
             runs = [replay.Replay(world, scenario) for name, scenario in replay.load().items() if name in names]
             ended = await asyncio.gather(*(run.run() for run in runs), return_exceptions=True)
+            await _agrees(scheduler, server.client)
             return [(run.scenario["scenario"], run.seen(), run.recorded(), error) for run, error in zip(runs, ended, strict=True)]
         finally:
             for task in tasks:
@@ -59,9 +62,32 @@ async def _play(names: set[str]) -> list[tuple[str, States, States, Any]]:
                 await client.close()
 
 
+async def _agrees(scheduler: Scheduler, client: Client) -> None:
+    """Wait until the node table holds exactly the pods that the API server shows on nodes, and nothing is left assumed."""
+    for _ in range(50):
+        pods = (await client.list(replay.by_plural("pods")))["items"]
+        wanted = {
+            (pod["spec"]["nodeName"], pod["metadata"]["uid"])
+            for pod in pods
+            if pod["spec"].get("nodeName") and (pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed")
+        }
+        table = scheduler.handle.table
+        names = {node["metadata"]["name"] for node in (await client.list(replay.by_plural("nodes")))["items"]}
+        held = {(name, uid) for name in names if (info := table.get(name)) is not None for uid in info.pods}
+        if held == wanted and not scheduler.handlers.assumed:
+            text = scheduler.exposition().decode()
+            assert f'scheduler_cache_size{{type="nodes"}} {float(len(names))}' in text
+            assert 'scheduler_cache_size{type="assumed_pods"} 0.0' in text
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"the node table differs: {held ^ wanted}")
+
+
 def _placed_anywhere(states: States) -> list[list[tuple[Any, ...]]]:
     """The states without the names of pods and nodes."""
-    return sorted([(deleted, deleting, node is not None, conditions) for deleted, deleting, node, _, conditions in seen] for seen in states.values())
+    return sorted(
+        [(deleted, deleting, node is not None, conditions) for deleted, deleting, node, _, conditions in seen] for seen in states.values()
+    )
 
 
 @pytest.mark.timeout(120)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 
@@ -65,6 +67,15 @@ class Metrics:
         self._wait_seconds.labels(str(attempts) if attempts < 15 else "15+").observe(seconds)
         self._attempts_per_pod.observe(attempts)
 
-    def exposition(self) -> bytes:
-        """Give the text for /metrics."""
+    def exposition(self, pending: Mapping[str, int], sizes: Mapping[str, int]) -> bytes:
+        """Give the text for /metrics.
+
+        Args:
+          pending: pods per part of the queue.
+          sizes: nodes, pods and assumed pods that the scheduler holds.
+        """
+        for queue, number in pending.items():
+            self.pending_pods.labels(queue).set(number)
+        for kind, number in sizes.items():
+            self.cache_size.labels(kind).set(number)
         return bytes(generate_latest(self.registry))

@@ -24,6 +24,7 @@ from knarr.client.events import EventRecorder
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
 from knarr.http.errors import HTTPError
+from knarr.scheduler import queue
 from knarr.scheduler.algorithm import Algorithm, Found
 from knarr.scheduler.config import SchedulerConfig
 from knarr.scheduler.dispatcher import Dispatcher
@@ -105,6 +106,19 @@ class Scheduler:
                 await self.extenders.close()
             if self._own_informers:
                 await self.informers.close()
+
+    def exposition(self) -> bytes:
+        """Give the metrics as text, under upstream's names; to be called while it runs."""
+        counts = self.queue.counts()
+        gated = sum(queued.gated_by is not None for queued in self.queue.waiting())
+        pending = {
+            "active": counts[queue.ACTIVE],
+            "backoff": counts[queue.BACKOFF] + counts[queue.ERROR_BACKOFF],
+            "unschedulable": counts[queue.UNSCHEDULABLE] - gated,
+            "gated": gated,
+        }
+        sizes = {"nodes": len(self.handle.table), "pods": len(self.handlers.placed), "assumed_pods": len(self.handlers.assumed)}
+        return self.metrics.exposition(pending, sizes)
 
     def why(self, namespace: str, name: str) -> dict[str, Any] | None:
         """All that this scheduler knows of a pod, see why.report; None for a pod that it has not seen or that has finished."""
