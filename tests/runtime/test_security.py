@@ -220,6 +220,14 @@ async def test_a_memory_limit_kills_with_the_reason(bench: Bench) -> None:
     assert (code, status.reason) == (137, "OOMKilled")
 
 
+async def test_a_killed_child_gives_the_reason_whatever_the_exit_code(bench: Bench) -> None:
+    for code in (4, 0):
+        script = f"sh -c 'x=a; while :; do x=$x$x; done'; exit {code}"
+        found, _ = await bench.output("sh", "-c", script, name=f"c{code}", resources=LinuxResources(memory_limit_bytes=24 << 20))
+        status = next(item for item in await bench.runtime.list_containers() if item.metadata.name == f"c{code}")
+        assert (found, status.reason) == (code, "OOMKilled")
+
+
 async def test_a_fork_bomb_is_contained_by_the_pids_limit(bench: Bench) -> None:
     container_id = await bench.run("sh", "-c", "b() { b | b & }; b; sleep 1000", resources=LinuxResources(pids_limit=40, memory_limit_bytes=256 << 20))
     import asyncio

@@ -364,7 +364,8 @@ class Containers:
         return code, time.time_ns()
 
     def _explain(self, container: Container) -> None:
-        if self._cgroups.oom_kills(container.cgroup) > 0 and container.exit_code != 0:
+        # As in containerd, one killed process of the container is enough, whatever the first one made of it.
+        if self._cgroups.oom_kills(container.cgroup) > 0:
             container.reason = "OOMKilled"
         else:
             container.reason = "Completed" if container.exit_code == 0 else "Error"
