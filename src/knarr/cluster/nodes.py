@@ -87,6 +87,9 @@ def ensure_host(config: ClusterConfig, node: NodeConfig) -> None:
         _ip("link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", node.netns)
         _ip("link", "set", outer, "alias", f"knarr:{config.name}")
         _ip("link", "set", outer, "master", bridge_name(config), "up")
+        # With br_netfilter a packet that this machine sends back where it came from (a node's pod asks a node port here and is given a pod of its own node)
+        # is switched, not routed, and a bridge does not switch to the port of origin unless told so.
+        _ip("link", "set", outer, "type", "bridge_slave", "hairpin", "on")
         prefix = ipaddress.ip_network(config.node_cidr).prefixlen
         _ip(*inside, "link", "set", "lo", "up")
         _ip(*inside, "address", "add", f"{node.ip}/{prefix}", "dev", "eth0")
