@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address
 from typing import Any, Literal, NamedTuple
 
+from knarr.api.addresses import Network, sloppy_network
 from knarr.api.selectors import LabelSelector, from_label_selector
 from knarr.api.types import Object
 from knarr.network.objects import is_address
@@ -152,12 +153,19 @@ def _subtract(ranges: Iterable[tuple[int, int]], hole: tuple[int, int]) -> list[
     return out
 
 
+def _network(text: str) -> Network:
+    network = sloppy_network(text)
+    if network is None:
+        raise ValueError(f"{text!r} does not appear to be an IPv4 or IPv6 network")
+    return network
+
+
 def compile_block(block: Mapping[str, Any]) -> Block:
     """Raises ValueError for text that is no network."""
-    network = ip_network(block["cidr"], strict=False)
+    network = _network(block["cidr"])
     ranges = [(int(network.network_address), int(network.broadcast_address))]
     for text in block.get("except") or ():
-        hole = ip_network(text, strict=False)
+        hole = _network(text)
         if hole.version == network.version:
             ranges = _subtract(ranges, (int(hole.network_address), int(hole.broadcast_address)))
     identity = json.dumps([str(network), sorted(block.get("except") or ())])

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address
 from typing import Any
 
+from knarr.api.addresses import sloppy_network
 from knarr.api.types import Object
 from knarr.network.nftables import PROTOCOLS, goto, number_key, packed_address, port_key, protocol_key, value
 from knarr.network.proxy.chains import Pick, learn_name, needed
@@ -230,9 +231,8 @@ def _limit_sources(out: Rendered, port: _Port, address: str, ranges: Sequence[st
     key = _key(port, address, port.number)
     out.elements[f"limited{port.version}", key] = b""
     for text in ranges:
-        try:
-            network = ip_network(text, strict=False)
-        except ValueError:
+        network = sloppy_network(text.strip())
+        if network is None:
             out.problems.append(f"loadBalancerSourceRanges: {text!r} is not a network")
             continue
         if network.version == port.version:
