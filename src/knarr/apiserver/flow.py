@@ -21,6 +21,7 @@ from knarr.aiokits import clock
 from knarr.api import errors
 from knarr.api.types import Object
 from knarr.apiserver.attributes import Attributes, UserInfo
+from knarr.apiserver.metrics import family
 from knarr.apiserver.requestinfo import RequestInfo
 from knarr.http.server import Request
 
@@ -255,29 +256,29 @@ class FlowControl:
 
     def metrics(self) -> list[str]:
         """Return lines of the exposition format."""
-        lines = [
-            "# HELP apiserver_flowcontrol_current_executing_requests Number of requests in execution", "# TYPE apiserver_flowcontrol_current_executing_requests gauge",
+        levels = list(self._levels.values())
+        by_level = [(f'priority_level="{level.name}"', level) for level in levels]
+        by_flow = [(f'flow_schema="",priority_level="{level.name}"', level) for level in levels]
+        prefix = "apiserver_flowcontrol_"
+        return [
+            *family(prefix + "current_executing_requests", "gauge",
+                    "[BETA] Number of requests in initial (for a WATCH) or any (for a non-WATCH) execution stage in the API Priority and Fairness "
+                    "subsystem", [(labels, level.inside) for labels, level in by_flow]),
+            *family(prefix + "current_executing_seats", "gauge",
+                    "[BETA] Concurrency (number of seats) occupied by the currently executing requests in the API Priority and Fairness subsystem",
+                    [(labels, level.inside) for labels, level in by_flow]),
+            *family(prefix + "current_inqueue_requests", "gauge",
+                    "[BETA] Number of requests currently pending in queues of the API Priority and Fairness subsystem",
+                    [(labels, level.waiting) for labels, level in by_flow]),
+            *family(prefix + "nominal_limit_seats", "gauge", "[BETA] Nominal number of execution seats configured for each priority level",
+                    [(labels, level.seats) for labels, level in by_level]),
+            *family(prefix + "current_limit_seats", "gauge", "[ALPHA] current derived number of execution seats available to each priority level",
+                    [(labels, level.seats) for labels, level in by_level]),
+            *family(prefix + "dispatched_requests_total", "counter",
+                    "[BETA] Number of requests executed by API Priority and Fairness subsystem", [(labels, level.dispatched) for labels, level in by_flow]),
+            *family(prefix + "rejected_requests_total", "counter", "[BETA] Number of requests rejected by API Priority and Fairness subsystem",
+                    [(f'{labels},reason="queue-full"', level.rejected) for labels, level in by_flow if level.rejected]),
         ]  # fmt: skip
-        for level in self._levels.values():
-            lines.append(f'apiserver_flowcontrol_current_executing_requests{{flow_schema="",priority_level="{level.name}"}} {level.inside}')
-        lines.append("# TYPE apiserver_flowcontrol_nominal_limit_seats gauge")
-        lines += [f'apiserver_flowcontrol_nominal_limit_seats{{priority_level="{level.name}"}} {level.seats}' for level in self._levels.values()]
-        lines.append("# TYPE apiserver_flowcontrol_current_inqueue_requests gauge")
-        lines += [
-            f'apiserver_flowcontrol_current_inqueue_requests{{flow_schema="",priority_level="{level.name}"}} {level.waiting}'
-            for level in self._levels.values()
-        ]  # fmt: skip
-        lines.append("# TYPE apiserver_flowcontrol_dispatched_requests_total counter")
-        lines += [
-            f'apiserver_flowcontrol_dispatched_requests_total{{flow_schema="",priority_level="{level.name}"}} {level.dispatched}'
-            for level in self._levels.values()
-        ]  # fmt: skip
-        lines.append("# TYPE apiserver_flowcontrol_rejected_requests_total counter")
-        lines += [
-            f'apiserver_flowcontrol_rejected_requests_total{{flow_schema="",priority_level="{level.name}",reason="queue-full"}} {level.rejected}'
-            for level in self._levels.values() if level.rejected
-        ]  # fmt: skip
-        return lines
 
 
 def _with_dangling(schema: Object, level: str, exists: bool) -> Object:

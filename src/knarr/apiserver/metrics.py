@@ -1,31 +1,66 @@
 """/metrics: request counters and durations by upstream's names, cheap on the hot path.
 
-A request costs one dictionary look-up and two additions; the prometheus text is made when it is asked for.
+A request costs one dictionary look-up and a few additions; the prometheus text is made when it is asked for.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from knarr.apiserver.requestinfo import RequestInfo
 from knarr.http.server import Request
 
 BUCKETS = (0.005, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 45, 60)
+SLI_BUCKETS = BUCKETS[2:]
+SIZE_BUCKETS = (1000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
+MOST_SERIES = 20_000
 VERBS = {
     "get": "GET", "list": "LIST", "watch": "WATCH", "create": "POST", "update": "PUT", "patch": "PATCH", "delete": "DELETE",
     "deletecollection": "DELETECOLLECTION", "post": "POST", "put": "PUT", "head": "HEAD",
 }  # fmt: skip
+READS = frozenset({"get", "list", "watch", "head"})
+APPLY = "application/apply-patch"
 
 
-class _Series:
+class _Key(NamedTuple):
+    group: str
+    version: str
+    resource: str
+    subresource: str
+    verb: str
+    scope: str
+    status: int
+
+    def labels(self) -> str:
+        return (
+            f'component="apiserver",group="{self.group}",resource="{self.resource}",scope="{self.scope}",subresource="{self.subresource}",'
+            f'verb="{VERBS.get(self.verb) or self.verb.upper()}",version="{self.version}"'
+        )
+
+
+class _Histogram:
     __slots__ = ("buckets", "count", "total")
 
-    def __init__(self) -> None:
+    def __init__(self, bounds: int) -> None:
         self.count = 0
         self.total = 0.0
-        self.buckets = [0] * (len(BUCKETS) + 1)
+        self.buckets = [0] * (bounds + 1)
+
+    def add(self, other: _Histogram) -> None:
+        self.count += other.count
+        self.total += other.total
+        self.buckets = [a + b for a, b in zip(self.buckets, other.buckets, strict=True)]
+
+
+class _Series(_Histogram):
+    __slots__ = ("sizes",)
+
+    def __init__(self) -> None:
+        super().__init__(len(BUCKETS))
+        self.sizes: _Histogram | None = None
 
 
 class Metrics:
@@ -33,31 +68,43 @@ class Metrics:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._series: dict[tuple[str, str, str, str, str, bool, int], _Series] = {}
-        self.inflight = 0
+        self._series: dict[tuple[str, str, str, str, str, str, int], _Series] = {}
+        self._inflight = {"mutating": 0, "readOnly": 0}
         self.started = time.time()
         self.sources: list[Callable[[], list[str]]] = []
         """Further text, made on demand: each gives whole lines of the exposition format."""
         self._long: dict[tuple[str, str, str, str], int] = {}
 
-    def begin(self) -> None:
-        self.inflight += 1
+    def begin(self, info: RequestInfo) -> None:
+        self._inflight["readOnly" if info.verb in READS else "mutating"] += 1
 
-    def end(self) -> None:
-        self.inflight -= 1
+    def end(self, info: RequestInfo) -> None:
+        self._inflight["readOnly" if info.verb in READS else "mutating"] -= 1
 
     def observe(self, info: RequestInfo, request: Request) -> None:
         """Count an answered request."""
-        key = (info.group, info.version, info.resource, info.subresource, info.verb, bool(info.name), request.status)
+        verb = info.verb
+        if verb == "patch" and request.headers.get("content-type", "").startswith(APPLY):
+            verb = "apply"
+        scope = "resource" if info.name or verb == "create" else "namespace" if info.namespace else "cluster" if info.resource else ""
+        key = (info.group, info.version, info.resource, info.subresource, verb, scope, request.status)
         series = self._series.get(key)
         if series is None:
-            if len(self._series) > 20_000:
+            if len(self._series) > MOST_SERIES:
                 return
             series = self._series[key] = _Series()
+            if verb in ("get", "list"):
+                series.sizes = _Histogram(len(SIZE_BUCKETS))
         seconds = self._clock() - request.received_at
         series.count += 1
         series.total += seconds
         series.buckets[bisect_left(BUCKETS, seconds)] += 1
+        sizes = series.sizes
+        if sizes is not None:
+            sent = request.sent_bytes
+            sizes.count += 1
+            sizes.total += sent
+            sizes.buckets[bisect_left(SIZE_BUCKETS, sent)] += 1
 
     def watching(self, info: RequestInfo, step: int) -> None:
         """Count watches that are open."""
@@ -68,15 +115,15 @@ class Metrics:
         """Return the exposition text."""
         lines: list[str] = []
         self._requests(lines)
-        lines.append("# HELP apiserver_current_inflight_requests [STABLE] Maximal number of currently used inflight request limit of this apiserver per request kind in last second.")
-        lines.append("# TYPE apiserver_current_inflight_requests gauge")
-        lines.append(f'apiserver_current_inflight_requests{{request_kind="mutating"}} {self.inflight}')
-        lines.append('apiserver_current_inflight_requests{request_kind="readOnly"} 0')
-        lines.append("# HELP apiserver_longrunning_requests [STABLE] Gauge of all active long-running apiserver requests broken out by verb, group, version, resource, scope and component. Not all requests are tracked this way.")
-        lines.append("# TYPE apiserver_longrunning_requests gauge")
-        for (group, version, resource, scope), count in self._long.items():
-            lines.append(
-                f'apiserver_longrunning_requests{{component="apiserver",group="{group}",resource="{resource}",scope="{scope}",subresource="",verb="WATCH",version="{version}"}} {count}')
+        lines += family("apiserver_current_inflight_requests", "gauge", (
+            "[STABLE] Maximal number of currently used inflight request limit of this apiserver per request kind in last second."),
+            [(f'request_kind="{kind}"', count) for kind, count in self._inflight.items()])  # fmt: skip
+        lines += family("apiserver_longrunning_requests", "gauge", (
+            "[STABLE] Gauge of all active long-running apiserver requests broken out by verb, group, version, resource, scope and component. "
+            "Not all requests are tracked this way."), [
+            (f'component="apiserver",group="{group}",resource="{resource}",scope="{scope}",subresource="",verb="WATCH",version="{version}"', count)
+            for (group, version, resource, scope), count in self._long.items()
+        ])  # fmt: skip
         for source in self.sources:
             lines += source()
         from prometheus_client import REGISTRY, generate_latest
@@ -85,35 +132,52 @@ class Metrics:
         return "\n".join(lines).encode() + b"\n" + process
 
     def _requests(self, lines: list[str]) -> None:
-        lines.append("# HELP apiserver_request_total [STABLE] Counter of apiserver requests broken out for each verb, dry run value, group, version, resource, scope, component, and HTTP response code.")
-        lines.append("# TYPE apiserver_request_total counter")
-        for key, series in self._series.items():
-            lines.append(f'apiserver_request_total{{{_labels(key)},code="{key[6]}",dry_run=""}} {series.count}')
-        lines.append("# HELP apiserver_request_duration_seconds [STABLE] Response latency distribution in seconds for each verb, dry run value, group, version, resource, subresource, scope and component.")
-        lines.append("# TYPE apiserver_request_duration_seconds histogram")
-        merged: dict[tuple[str, str, str, str, str, bool, int], _Series] = {}
-        for key, series in self._series.items():
-            if key[4] == "watch":
-                continue
-            whole = merged.setdefault((*key[:6], 0), _Series())
-            whole.count += series.count
-            whole.total += series.total
-            whole.buckets = [a + b for a, b in zip(whole.buckets, series.buckets, strict=True)]
-        for key, series in merged.items():
-            labels = _labels(key) + ',dry_run=""'
-            running = 0
-            for bound, count in zip(BUCKETS, series.buckets, strict=False):
-                running += count
-                lines.append(f'apiserver_request_duration_seconds_bucket{{{labels},le="{bound}"}} {running}')
-            lines.append(f'apiserver_request_duration_seconds_bucket{{{labels},le="+Inf"}} {series.count}')
-            lines.append(f"apiserver_request_duration_seconds_sum{{{labels}}} {series.total:.6f}")
-            lines.append(f"apiserver_request_duration_seconds_count{{{labels}}} {series.count}")
+        whole: dict[_Key, _Histogram] = {}
+        sizes: dict[_Key, _Histogram] = {}
+        counts: list[tuple[str, float]] = []
+        for parts, series in self._series.items():
+            key = _Key(*parts)
+            counts.append((f'code="{key.status}",{key.labels()},dry_run=""', series.count))
+            merged = key._replace(status=0)
+            if key.verb != "watch":
+                whole.setdefault(merged, _Histogram(len(BUCKETS))).add(series)
+            if series.sizes is not None:
+                sizes.setdefault(merged, _Histogram(len(SIZE_BUCKETS))).add(series.sizes)
+        lines += family("apiserver_request_total", "counter", (
+            "[STABLE] Counter of apiserver requests broken out for each verb, dry run value, group, version, resource, scope, component, and "
+            "HTTP response code."), counts)  # fmt: skip
+        text = "for each verb, {}group, version, resource, subresource, scope and component."
+        _histograms(lines, "apiserver_request_duration_seconds", "[STABLE] Response latency distribution in seconds " + text.format("dry run value, "),
+                    BUCKETS, whole, ',dry_run=""')
+        _histograms(lines, "apiserver_request_sli_duration_seconds", (
+            "[ALPHA] Response latency distribution (not counting webhook duration and priority & fairness queue wait times) in seconds "
+            + text.format("")), SLI_BUCKETS, whole, "")  # fmt: skip
+        _histograms(lines, "apiserver_response_sizes", (
+            "[STABLE] Response size distribution in bytes for each group, version, verb, resource, subresource, scope and component."),
+            SIZE_BUCKETS, sizes, "")  # fmt: skip
 
 
-def _labels(key: tuple[str, str, str, str, str, bool, int]) -> str:
-    group, version, resource, subresource, verb, named, _ = key
-    scope = "resource" if named or verb == "create" else "cluster" if resource else ""
-    return (
-        f'component="apiserver",group="{group}",resource="{resource}",scope="{scope}",subresource="{subresource}",'
-        f'verb="{VERBS.get(verb, verb.upper())}",version="{version}"'
-    )
+def family(name: str, type: str, text: str, samples: Sequence[tuple[str, float]]) -> list[str]:
+    """Return the lines of one metric: samples are (labels, value)."""
+    if not samples:
+        return []
+    lines = [f"# HELP {name} {text}", f"# TYPE {name} {type}"]
+    lines += [f"{name}{{{labels}}} {value}" if labels else f"{name} {value}" for labels, value in samples]
+    return lines
+
+
+def _histograms(lines: list[str], name: str, text: str, bounds: Sequence[float], found: dict[_Key, _Histogram], suffix: str) -> None:
+    if not found:
+        return
+    lines += [f"# HELP {name} {text}", f"# TYPE {name} histogram"]
+    for key, histogram in found.items():
+        labels = key.labels() + suffix
+        # Fewer bounds than were counted: the first of them takes in all that is below.
+        skipped = len(histogram.buckets) - 1 - len(bounds)
+        running = sum(histogram.buckets[:skipped])
+        for bound, count in zip(bounds, histogram.buckets[skipped:], strict=False):
+            running += count
+            lines.append(f'{name}_bucket{{{labels},le="{bound}"}} {running}')
+        lines.append(f'{name}_bucket{{{labels},le="+Inf"}} {histogram.count}')
+        lines.append(f"{name}_sum{{{labels}}} {histogram.total:.6f}")
+        lines.append(f"{name}_count{{{labels}}} {histogram.count}")

@@ -15,6 +15,7 @@ from knarr.api import errors
 from knarr.apiserver import negotiation
 from knarr.apiserver.attributes import PathHandler, UserInfo
 from knarr.apiserver.call import audit_id, respond_no_such_path, to_pretty, wants_pretty
+from knarr.apiserver.metrics import family
 from knarr.http.server import Request
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ class Paths:
             self._json(request, version())
         elif first in ("healthz", "livez", "readyz"):
             self._health(request, first, stripped[len(first) + 2:])
-        elif first == "metrics":
-            body = self._server.metrics.render()
+        elif stripped in ("/metrics", "/metrics/slis"):
+            body = self._server.metrics.render() if stripped == "/metrics" else "\n".join([*self._health_metrics(), ""]).encode()
             request.respond(200, [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")], body)
         elif first == "openapi":
             await self._server.openapi.handle(request)
@@ -186,6 +187,29 @@ class Paths:
             request.respond(200, headers, ("".join(lines) + f"{kind} check passed\n").encode())
         else:
             request.respond(200, headers, b"ok")
+
+    def _health_metrics(self) -> list[str]:
+        """Return /metrics/slis: what each check says."""
+        samples = [
+            (f'name="{name}",type="{kind}"', 0 if check() else 1)
+            for kind in ("healthz", "livez", "readyz") for name, check in self._checks(kind).items()
+        ]  # fmt: skip
+        return family("kubernetes_healthcheck", "gauge", "[STABLE] This metric records the result of a single healthcheck.", samples)
+
+
+def build_info() -> list[str]:
+    """Return the metrics that say which server this is."""
+    told = version()
+    labels = {
+        "build_date": told["buildDate"], "compiler": told["compiler"], "git_commit": told["gitCommit"], "git_tree_state": told["gitTreeState"],
+        "git_version": told["gitVersion"], "go_version": told["goVersion"], "major": told["major"], "minor": told["minor"],
+        "platform": told["platform"],
+    }  # fmt: skip
+    text = (
+        "[ALPHA] A metric with a constant '1' value labeled by major, minor, git version, git commit, git tree state, build date, Go version, "
+        "and compiler from which Kubernetes was built, and platform on which it is running."
+    )
+    return family("kubernetes_build_info", "gauge", text, [(",".join(f'{name}="{value}"' for name, value in labels.items()), 1)])
 
 
 def version() -> dict[str, str]:

@@ -56,7 +56,9 @@ class Pipeline:
         if server.auth is None or server.auditing:
             return False
         info = parse("GET", request.path, request.raw_path, request.query_string)
-        if not info.is_resource or info.subresource or info.verb not in READS or "timeout=" in request.query_string:
+        if not info.is_resource or info.subresource or info.verb not in READS:
+            return False
+        if "timeout=" in request.query_string and info.verb != "watch":
             return False
         endpoint = server.registry.endpoints.get((info.group, info.version, info.resource))
         if endpoint is None or endpoint.store is None:
@@ -92,7 +94,7 @@ class Pipeline:
         """Answer a request, whatever happens."""
         server = self.server
         info = parse(request.method, request.path, request.raw_path, request.query_string)
-        server.metrics.begin()
+        server.metrics.begin(info)
         try:
             if info.verb == "watch" or info.subresource in LONG_SUBRESOURCES or request.upgrade_wanted:
                 await self._stages(request, info)
@@ -114,7 +116,7 @@ class Pipeline:
             log.error("request failed", method=request.method, path=request.path, exc_info=error)
             self._refuse(request, errors.internal(str(error) or type(error).__name__))
         finally:
-            server.metrics.end()
+            server.metrics.end(info)
             server.metrics.observe(info, request)
 
     def _seconds_for(self, request: Request) -> float:

@@ -29,7 +29,7 @@ from knarr.apiserver.discovery import Discovery
 from knarr.apiserver.flow import FlowControl
 from knarr.apiserver.metrics import Metrics
 from knarr.apiserver.openapi import OpenAPI
-from knarr.apiserver.paths import Paths
+from knarr.apiserver.paths import Paths, build_info
 from knarr.apiserver.pipeline import Pipeline
 from knarr.apiserver.registry import all as builtin
 from knarr.apiserver.requestinfo import RequestInfo
@@ -87,7 +87,7 @@ class APIServer:
         await self.storage.start()
         from knarr.apiserver.auth.setup import build_auth
 
-        self.metrics.sources.append(self.flow.metrics)
+        self.metrics.sources += [self.flow.metrics, self.storage.metrics, build_info]
         self.auth = auth = build_auth(self)
         self.paths.handlers.update(auth.paths)
         self._build_optional()

@@ -11,6 +11,7 @@ from typing import Any
 
 from knarr.aiokits.log import get_logger
 from knarr.apiserver.cache import FieldsFunction, ResourceCache
+from knarr.apiserver.metrics import family
 from knarr.storage.errors import CompactedError
 from knarr.storage.protocol import Event, RevisionStore
 
@@ -43,6 +44,31 @@ class Storage:
             if trigger:
                 cache.trigger = cache.field_index[trigger]
         return cache
+
+    def metrics(self) -> list[str]:
+        """Return lines of the exposition format: what is stored, and how far each cache has come."""
+        stored: list[tuple[str, float]] = []
+        objects: list[tuple[str, float]] = []
+        sizes: list[tuple[str, float]] = []
+        revisions: list[tuple[str, float]] = []
+        for prefix, cache in self.caches.items():
+            group, plural = prefix.removeprefix("/registry/").strip("/").split("/", 1)
+            group = "" if group == "core" else group
+            labels = f'group="{group}",resource="{plural}"'
+            stored.append((f'resource="{plural}.{group}"' if group else f'resource="{plural}"', len(cache.objects)))
+            objects.append((labels, len(cache.objects)))
+            sizes.append((labels, cache.bytes))
+            revisions.append((labels, cache.revision))
+        return [
+            *family("apiserver_storage_objects", "gauge",
+                    "[STABLE] Number of stored objects at the time of last check split by kind. In case of a fetching error, the value will be -1.", stored),
+            *family("apiserver_resource_objects", "gauge",
+                    "[ALPHA] Number of stored objects at the time of last check split by kind. In case of a fetching error, the value will be -1.", objects),
+            *family("apiserver_resource_size_estimate_bytes", "gauge",
+                    "[ALPHA] Estimated size of stored objects in database. Estimate is based on sum of last observed sizes of serialized objects.", sizes),
+            *family("apiserver_watch_cache_resource_version", "gauge",
+                    "[ALPHA] Current resource version of watch cache broken by resource type.", revisions),
+        ]  # fmt: skip
 
     async def start(self) -> None:
         """Open the store and fill the caches with what it holds."""

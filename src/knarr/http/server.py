@@ -124,7 +124,7 @@ class Request:
 
     __slots__ = (
         "_body", "_connection", "_query", "_too_large", "context", "done", "header_list", "headers", "keep_alive",
-        "method", "path", "query_string", "raw_path", "received_at", "status", "upgrade_wanted", "version",
+        "method", "path", "query_string", "raw_path", "received_at", "sent_bytes", "status", "upgrade_wanted", "version",
     )  # fmt: skip
 
     def __init__(self, connection: _Connection) -> None:
@@ -146,6 +146,8 @@ class Request:
         self.done = False
         self.status = 0
         """The status answered; 0 before."""
+        self.sent_bytes = 0
+        """Length of a body sent whole."""
         self.received_at = 0.0
         self.context: Any = None
         """Whatever the handler wants to keep with the request (user, request info)."""
@@ -213,6 +215,7 @@ class Request:
             return
         self.done = True
         self.status = status
+        self.sent_bytes = len(body)
         connection = self._connection
         transport = connection.transport
         # What remains of a refused body is not read: the connection is of no further use.
