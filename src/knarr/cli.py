@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     up.add_argument("--nodes", type=int, default=None, help="number of nodes on this machine, for a new cluster")
     up.add_argument("--storage", default=None, help="store address, for a new cluster (default: an embedded file)")
     up.add_argument("--oci-runtime", default=None, metavar="runc|crun|unix:///SOCKET", help="program that makes containers, or the socket of containerd or CRI-O")
+    up.add_argument("--apiserver-arg", action="append", default=[], metavar="NAME=VALUE", help="option of kube-apiserver, e.g. oidc-issuer-url=URL")
     up.add_argument("--controllers", default=None, help="controllers to run, e.g. *,-deployment")
     up.add_argument("--no-kubeconfig", action="store_true", help="leave the user's kubeconfig alone")
     verb("down", run_down, "stop the cluster; its data stays")
@@ -150,6 +151,7 @@ def run_up(options: argparse.Namespace) -> int:
                 storage=options.storage,
                 oci_runtime=options.oci_runtime,
                 controllers=options.controllers,
+                apiserver_arguments=tuple(options.apiserver_arg),
                 kubeconfig=not options.no_kubeconfig,
             ),
             progress,

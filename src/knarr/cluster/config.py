@@ -65,6 +65,8 @@ class ClusterConfig:
     cluster_domain: str = "cluster.local"
     oci_runtime: str = "runc"
     controllers: str = "*"
+    apiserver_arguments: list[str] = field(default_factory=list)
+    """NAME=VALUE options of the API server beyond what the cluster itself decides."""
     nodes: list[NodeConfig] = field(default_factory=list)
 
     @property

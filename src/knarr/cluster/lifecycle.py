@@ -14,6 +14,7 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,8 @@ class UpOptions:
     storage: str | None = None
     oci_runtime: str | None = None
     controllers: str | None = None
+    apiserver_arguments: tuple[str, ...] = ()
+    """Empty keeps what the cluster has."""
     kubeconfig: bool = True
     """Merge the context into the user's kubeconfig."""
 
@@ -83,6 +86,8 @@ def up(options: UpOptions, progress: Progress) -> ClusterConfig:
         config.oci_runtime = options.oci_runtime
     if options.controllers:
         config.controllers = options.controllers
+    if options.apiserver_arguments:
+        config.apiserver_arguments = _checked(options.apiserver_arguments)
     if is_running(config):
         progress.done(f"cluster {config.name} is running already")
         return config
@@ -100,6 +105,15 @@ def up(options: UpOptions, progress: Progress) -> ClusterConfig:
     reader = _fork_supervisor(config)
     _wait_ready(config, reader, progress)
     return config
+
+
+def _checked(arguments: Sequence[str]) -> list[str]:
+    from knarr.apiserver import options
+
+    try:
+        return options.normalised(arguments)
+    except options.OptionError as error:
+        raise CommandError(str(error)) from error
 
 
 def make_pki(config: ClusterConfig) -> pki.ClusterPKI:

@@ -13,6 +13,7 @@ from knarr.cluster.supervisor import Announce
 def main(config: ClusterConfig, listener: socket.socket, announce: Announce) -> None:
     """Serve the API on the supervisor's socket until stopped."""
     from knarr.apiserver.config import APIServerConfig
+    from knarr.apiserver.options import applied
     from knarr.apiserver.server import APIServer
 
     pki = config.pki
@@ -40,6 +41,8 @@ def main(config: ClusterConfig, listener: socket.socket, announce: Announce) -> 
         kubelet_ca=str(pki / "ca.crt"),
         cluster_domain=config.cluster_domain,
     )
+
+    settings = applied(settings, config.apiserver_arguments)
 
     async def serve() -> None:
         server = APIServer(settings)

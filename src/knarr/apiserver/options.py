@@ -1,0 +1,123 @@
+"""The API server's command line options, under the names that kube-apiserver's have, as settings.
+
+A subset: what concerns who may do what, and how objects are kept. `knarr up --apiserver-arg NAME=VALUE` takes them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from knarr.api import times
+from knarr.apiserver.config import APIServerConfig
+
+_FILES = {
+    "token-auth-file": "token_file", "authorization-webhook-config-file": "authorization_webhook_config",
+    "authentication-token-webhook-config-file": "authentication_webhook_config", "encryption-provider-config": "encryption_config",
+    "audit-policy-file": "audit_policy",
+}  # fmt: skip
+_TEXTS = {"service-account-issuer": "service_account_issuer", "audit-log-path": "audit_log_path"}
+_LISTS = {
+    "authorization-mode": "authorization_modes", "enable-admission-plugins": "admission_plugins_on",
+    "disable-admission-plugins": "admission_plugins_off", "api-audiences": "api_audiences",
+}  # fmt: skip
+_NUMBERS = {
+    "max-requests-inflight": "max_requests_inflight", "max-mutating-requests-inflight": "max_mutating_requests_inflight",
+    "min-request-timeout": "min_request_timeout_seconds",
+}  # fmt: skip
+_DURATIONS = {"event-ttl": "event_ttl_seconds", "service-account-max-token-expiration": "service_account_max_token_seconds"}
+_OIDC = frozenset(
+    "issuer-url client-id username-claim username-prefix groups-claim groups-prefix required-claim ca-file signing-algs".split()
+)
+_CONFIGURATION = "admission-control-config-file"
+KNOWN = sorted([*_FILES, *_TEXTS, *_LISTS, *_NUMBERS, *_DURATIONS, _CONFIGURATION, "anonymous-auth", *(f"oidc-{name}" for name in _OIDC)])
+
+
+class OptionError(ValueError):
+    """An option that is not known or whose value cannot be; the text says which."""
+
+
+def normalised(arguments: Iterable[str]) -> list[str]:
+    """Check NAME=VALUE arguments and make their files' paths absolute. Raises OptionError."""
+    out: list[str] = []
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if name not in KNOWN:
+            raise OptionError(f"the API server has no option {name!r}; it has: {', '.join(KNOWN)}")
+        if not equals:
+            raise OptionError(f"option {name} needs a value: {name}=VALUE")
+        if name in _FILES or name in (_CONFIGURATION, "oidc-ca-file"):
+            value = os.path.abspath(value)
+            if not os.access(value, os.R_OK):
+                raise OptionError(f"option {name}: cannot read {value}")
+        elif name == "audit-log-path" and value != "-":
+            value = os.path.abspath(value)
+        out.append(f"{name}={value}")
+    applied(APIServerConfig(), out)
+    return out
+
+
+def applied(config: APIServerConfig, arguments: Iterable[str]) -> APIServerConfig:
+    """Return the settings with NAME=VALUE arguments applied. Raises OptionError."""
+    changes: dict[str, Any] = {}
+    oidc = dict(config.oidc)
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        try:
+            if name.startswith("oidc-") and name[5:] in _OIDC:
+                oidc[name[5:]] = value
+            else:
+                setting, read = _reader(name)
+                changes[setting] = read(value)
+        except (ValueError, OSError) as error:
+            raise OptionError(f"option {name}: {error}") from error
+    return replace(config, oidc=oidc, **changes)
+
+
+def _reader(name: str) -> tuple[str, Callable[[str], Any]]:
+    if name in _LISTS:
+        return _LISTS[name], lambda value: tuple(part.strip() for part in value.split(",") if part.strip())
+    if name in _NUMBERS:
+        return _NUMBERS[name], int
+    if name in _DURATIONS:
+        return _DURATIONS[name], _seconds
+    if name == "anonymous-auth":
+        return "anonymous_paths", _anonymous
+    if name == _CONFIGURATION:
+        return "admission_config", admission_configuration
+    setting = _FILES.get(name) or _TEXTS.get(name)
+    if setting is None:
+        raise OptionError("not known")
+    return setting, str
+
+
+def _anonymous(value: str) -> tuple[str, ...]:
+    if value not in ("true", "false"):
+        raise ValueError("must be true or false")
+    return ("*",) if value == "true" else ()
+
+
+def _seconds(value: str) -> int:
+    return int(times.parse_duration(value) // 1_000_000_000)
+
+
+def admission_configuration(path: str) -> dict[str, object]:
+    """Read an AdmissionConfiguration: plugin name -> configuration. Raises ValueError, OSError."""
+    import yaml
+
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(document, dict) or document.get("kind") != "AdmissionConfiguration":
+            raise ValueError(f"{path} is no AdmissionConfiguration")
+        out: dict[str, object] = {}
+        for plugin in document.get("plugins") or ():
+            configuration = plugin.get("configuration")
+            if configuration is None and plugin.get("path"):
+                configuration = yaml.safe_load((Path(path).parent / plugin["path"]).read_text(encoding="utf-8"))
+            out[str(plugin["name"])] = configuration
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return out
