@@ -81,6 +81,7 @@ async def test_answers_name_their_schema_and_a_dangling_schema_says_so(apiserver
     response = await apiserver.client.request("GET", "/api/v1/namespaces")
     assert response.headers["x-kubernetes-pf-flowschema-uid"]
     assert response.headers["x-kubernetes-pf-prioritylevel-uid"]
+    assert (await apiserver.client.request("GET", "/version")).headers["x-kubernetes-pf-flowschema-uid"]
     body = {"metadata": {"name": "x"}, "spec": {"priorityLevelConfiguration": {"name": "nowhere"}, "matchingPrecedence": 5000}}
     await apiserver.client.create(FLOW_SCHEMAS, body)
     async with asyncio.timeout(5):

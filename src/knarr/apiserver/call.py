@@ -37,7 +37,7 @@ class Call:
     """See the module's docstring."""
 
     __slots__ = (
-        "annotations", "audit_id", "dry_run", "endpoint", "field_manager", "field_validation", "flow_headers", "info", "log_object", "namespace",
+        "annotations", "audit_id", "dry_run", "endpoint", "field_manager", "field_validation", "info", "log_object", "namespace",
         "query", "request", "response_body", "server", "user", "warnings",
     )  # fmt: skip
 
@@ -52,7 +52,6 @@ class Call:
         self.warnings: list[str] = list(endpoint.warnings) if endpoint.warnings else []
         self.dry_run = False
         self.field_manager = ""
-        self.flow_headers = b""
         self.field_validation = "Warn"
         self.audit_id = audit_id(request)
         self.annotations: dict[str, str] = {}
@@ -170,8 +169,6 @@ class Call:
 
     def _header_lines(self, content_type: str) -> bytes:
         head = b"Audit-Id: %b\r\nCache-Control: no-cache, private\r\nContent-Type: %b\r\n" % (self.audit_id.encode(), content_type.encode())
-        if self.flow_headers:
-            head += self.flow_headers
         if self.warnings:
             head += warning_lines(self.warnings)
         return head

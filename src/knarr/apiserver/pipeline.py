@@ -80,7 +80,7 @@ class Pipeline:
         if decision is not Decision.ALLOW:
             return False
         call = Call(server, request, info, endpoint, user)
-        call.flow_headers = server.flow.headers_for(attributes)
+        request.answer_headers = server.flow.headers_for(attributes)
         try:
             READS[info.verb](call)
         except StatusError as error:
@@ -147,13 +147,15 @@ class Pipeline:
         trace = server.audit.begin(request, info, original, user) if server.audit is not None else None
         try:
             seat = await server.flow.admit(request, info, attributes)
+            if seat is not None:
+                request.answer_headers = seat.headers
             try:
                 decision, reason = await server.decide(attributes)
                 if decision is not Decision.ALLOW:
                     if user.name == ANONYMOUS.name and user is ANONYMOUS and not server.anonymous_everywhere:
                         raise errors.unauthorized()
                     raise server.forbidden(attributes, reason)
-                await self._route(request, info, attributes, user, seat.headers if seat is not None else b"")
+                await self._route(request, info, attributes, user)
             finally:
                 server.flow.release(seat)
         except StatusError as error:
@@ -164,7 +166,7 @@ class Pipeline:
             if trace is not None:
                 trace.finish(request)
 
-    async def _route(self, request: Request, info: RequestInfo, attributes: Attributes, user: UserInfo, headers: bytes) -> None:
+    async def _route(self, request: Request, info: RequestInfo, attributes: Attributes, user: UserInfo) -> None:
         server = self.server
         if not info.is_resource:
             await server.paths.handle(request, user)
@@ -190,7 +192,6 @@ class Pipeline:
             await connect(ConnectRequest(request, attributes, endpoint.resource, info.rest))
             return
         call = Call(server, request, info, endpoint, user)
-        call.flow_headers = headers
         request.context = call
         try:
             await self._verb(call, info)

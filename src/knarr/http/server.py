@@ -123,7 +123,7 @@ class Request:
     """One request; exactly one of respond, start_stream or upgrade ends it."""
 
     __slots__ = (
-        "_body", "_connection", "_query", "_too_large", "context", "done", "header_list", "headers", "keep_alive",
+        "_body", "_connection", "_query", "_too_large", "answer_headers", "context", "done", "header_list", "headers", "keep_alive",
         "method", "path", "query_string", "raw_path", "received_at", "sent_bytes", "status", "upgrade_wanted", "version",
     )  # fmt: skip
 
@@ -146,6 +146,8 @@ class Request:
         self.done = False
         self.status = 0
         """The status answered; 0 before."""
+        self.answer_headers = b""
+        """Header lines that every answer carries, rendered ("Name: value\\r\\n" each)."""
         self.sent_bytes = 0
         """Length of a body sent whole."""
         self.received_at = 0.0
@@ -221,6 +223,7 @@ class Request:
         # What remains of a refused body is not read: the connection is of no further use.
         keep = self.keep_alive and not self._too_large and not connection.server.closing
         if transport is not None and not transport.is_closing():
+            head += self.answer_headers
             if not keep:
                 head += b"Connection: close\r\n"
             elif self.version == "1.0":
@@ -242,7 +245,8 @@ class Request:
         self.status = status
         connection = self._connection
         chunked = self.version != "1.0"
-        head = render_head(status, headers) + (b"Transfer-Encoding: chunked\r\n\r\n" if chunked else b"Connection: close\r\n\r\n")
+        head = render_head(status, headers) + self.answer_headers
+        head += b"Transfer-Encoding: chunked\r\n\r\n" if chunked else b"Connection: close\r\n\r\n"
         stream = ResponseStream(connection, chunked)
         if connection.transport is None or connection.transport.is_closing():
             stream.closed.set_result(None)
