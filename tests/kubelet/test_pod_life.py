@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from knarr.api.resources import PODS
 from tests.kubelet.conftest import Bench, condition, container_state
 
@@ -53,3 +55,21 @@ async def test_a_running_container_and_a_sidecar_are_resized_in_place(bench: Ben
         assert (limits.memory_limit_bytes, limits.cpu_quota_us, limits.cpu_shares) == (40 << 20, 20_000, 30)
     result = await bench.runtime.exec_sync(after["status"]["containerStatuses"][0]["containerID"].partition("://")[2], ["true"])
     assert result.exit_code == 0
+
+
+async def test_memory_in_use_is_not_taken_away(bench: Bench) -> None:
+    script = "x=$(head -c 20000000 /dev/zero | tr '\\0' x); echo ready; sleep 1000; true"
+    await bench.run("p", script, restartPolicy="Always", container={"resources": {"limits": {"memory": "200Mi"}}})
+    await bench.until_ready("p")
+    while "ready" not in await bench.log("p"):
+        await asyncio.sleep(0.05)
+    patch = {"spec": {"containers": [{"name": "c", "resources": {"limits": {"memory": "10Mi"}, "requests": {"memory": "10Mi"}}}]}}
+    await bench.client.patch(PODS, "p", bench.namespace, patch, subresource="resize", type="strategic")
+
+    def refused(pod: dict | None) -> dict | None:  # type: ignore[type-arg]
+        found = [c for c in (pod or {})["status"]["conditions"] if c["type"] == "PodResizeInProgress"]
+        return pod if found and found[0].get("reason") == "Error" else None
+
+    pod = await bench.until("p", refused)
+    assert pod["status"]["containerStatuses"][0]["resources"]["limits"]["memory"] == "200Mi"
+    assert pod["status"]["containerStatuses"][0]["restartCount"] == 0

@@ -18,6 +18,7 @@ from knarr.kubelet import expansion, identity, images, podutil, resources, sandb
 from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.env import EnvContext, EnvError, container_env
 from knarr.kubelet.lifecycle import HASH_ANNOTATION
+from knarr.kubelet.resize import RESOURCES_ANNOTATION
 from knarr.kubelet.status import IMAGE_ANNOTATION
 from knarr.kubelet.volumes.model import MountedVolume
 from knarr.kubelet.volumes.subpath_mounts import SubPathError, SubPaths
@@ -139,6 +140,7 @@ def _annotations(pod: Object, container: Object, attempt: int, context: Containe
         RESTART_COUNT_ANNOTATION: str(attempt),
         TERMINATION_PATH_ANNOTATION: container.get("terminationMessagePath") or "",
         TERMINATION_POLICY_ANNOTATION: container.get("terminationMessagePolicy") or "File",
+        RESOURCES_ANNOTATION: orjson.dumps(container.get("resources") or {}).decode(),
         IMAGE_ANNOTATION: images.normalize(container["image"]) if container.get("image") else "",
     }
     grace = pod["spec"].get("terminationGracePeriodSeconds")

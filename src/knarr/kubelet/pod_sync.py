@@ -20,6 +20,7 @@ from knarr.kubelet.durations import go_duration
 from knarr.kubelet.lifecycle import Plan, ProbeView
 from knarr.kubelet.observed import Observed, observe
 from knarr.kubelet.pod_worker import PodWorker
+from knarr.kubelet.resources import pod_cgroup_limits
 from knarr.kubelet.userns import NoRangeLeft
 from knarr.kubelet.volumes.manager import MountsFailed
 from knarr.runtime.cri import ContainerState, IDMapping, RuntimeFault
@@ -122,6 +123,12 @@ async def _prepare_host(worker: PodWorker, observed: Observed) -> bool:
             node.event(pod, "Warning", "FailedCreatePodContainer", f"unable to ensure pod container exists: {e}")
             worker.wake_after(_FAILED_RETRY_SECONDS)
             return False
+    if node.config.cgroups_per_qos:
+        # A resize may have changed the pod as a whole: its group makes room before a container grows in it.
+        limits = pod_cgroup_limits(pod, enforce_cpu=node.config.enforce_cpu_limits)
+        if worker.group_limits is not None and worker.group_limits != limits:
+            node.cgroups.update_pod(pod)
+        worker.group_limits = limits
     folder = os.path.join(node.config.pods_dir, worker.uid)
     try:
         for name in ("", "volumes", "plugins", "containers"):

@@ -19,6 +19,7 @@ from knarr.api.types import Object
 from knarr.kubelet import podutil
 from knarr.kubelet.lifecycle import CrashBackOff
 from knarr.kubelet.node import Node
+from knarr.runtime.cri import LinuxResources
 
 log = get_logger(__name__)
 T = TypeVar("T")
@@ -60,6 +61,8 @@ class PodWorker:
         self.backing_off: dict[str, float] = {}
         """Container to the end of the run whose back-off has been told in an event."""
         self.ips: list[str] = []
+        self.group_limits: LinuxResources | None = None
+        """What the pod's own cgroup was last told."""
         self.volumes_ready = False
         self.volumes_dirty = True
         self.hooks_done: set[str] = set()

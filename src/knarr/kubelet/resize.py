@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import orjson
 
@@ -22,7 +22,14 @@ from knarr.kubelet.observed import Observed
 from knarr.kubelet.status import StatusInput
 from knarr.runtime.cri import ContainerState, ContainerStatus, LinuxResources, RuntimeFault
 
+if TYPE_CHECKING:
+    from knarr.kubelet.pod_worker import PodWorker
+
 log = get_logger(__name__)
+
+_RETRY_SECONDS = 10.0
+RESOURCES_ANNOTATION = "io.kubernetes.container.resources"
+"""What a container asked for when it was made."""
 
 
 class Resizes:
@@ -37,6 +44,8 @@ class Resizes:
         """Pod uid to container name to the resources in force."""
         self._waiting: dict[str, tuple[str, str, Object]] = {}
         """Pod uid to (reason, message, pod) of a resize that was not granted."""
+        self._given: dict[str, Object] = {}
+        """Container id to the resources that it was given since it was made."""
 
     # --- allocation ---
 
@@ -111,6 +120,10 @@ class Resizes:
             store.pop(uid, None)
         self._running.discard(uid)
 
+    def forget_container(self, container_id: str) -> None:
+        """The container is gone."""
+        self._given.pop(container_id, None)
+
     # --- actuation ---
 
     def _wanted(self, pod: Object, spec: Object) -> LinuxResources:
@@ -124,23 +137,38 @@ class Resizes:
         return wanted
 
     def _differs(self, pod: Object, spec: Object, status: ContainerStatus) -> bool:
-        return resources.differs(self._wanted(pod, spec), status.resources)
+        cpu, memory = self._changes(spec, status)
+        return cpu or memory or resources.differs(self._wanted(pod, spec), status.resources)
+
+    def _changes(self, spec: Object, status: ContainerStatus) -> tuple[bool, bool]:
+        """Whether (cpu, memory) are asked for differently than this container was given them."""
+        held = self._given.get(status.id)
+        if held is None:
+            text = status.annotations.get(RESOURCES_ANNOTATION)
+            if text is None:
+                return False, False
+            held = orjson.loads(text)
+        wanted = spec.get("resources") or {}
+        cpu, memory = (
+            any(resources.amount(wanted, kind, name) != resources.amount(held, kind, name) for kind in ("requests", "limits"))
+            for name in ("cpu", "memory")
+        )
+        return cpu, memory
 
     def pending(self, pod: Object, observed: Observed) -> dict[str, Literal["update", "restart"]]:
-        """Containers whose cgroup is out of step with the spec, and how to bring it there."""
+        """Containers that are out of step with the spec, and how to bring them there."""
         out: dict[str, Literal["update", "restart"]] = {}
-        for spec in (*podutil.containers(pod), *(c for c in podutil.init_containers(pod) if podutil.is_sidecar(c))):
+        for spec in _resizable(pod):
             status = observed.latest(spec["name"])
-            if status is None or status.state is not ContainerState.RUNNING or not self._differs(pod, spec, status):
+            if status is None or status.state is not ContainerState.RUNNING:
                 continue
-            actual = status.resources
-            assert actual is not None
-            wanted = self._wanted(pod, spec)
+            cpu, memory = self._changes(spec, status)
+            drifted = resources.differs(self._wanted(pod, spec), status.resources)
             policies = {p["resourceName"]: p.get("restartPolicy") for p in spec.get("resizePolicy") or []}
-            cpu = wanted.cpu_shares != actual.cpu_shares or wanted.cpu_quota_us != max(actual.cpu_quota_us, 0)
-            memory = wanted.memory_limit_bytes != max(actual.memory_limit_bytes, 0)
-            restart = (cpu and policies.get("cpu") == "RestartContainer") or (memory and policies.get("memory") == "RestartContainer")
-            out[spec["name"]] = "restart" if restart else "update"
+            if (cpu and policies.get("cpu") == "RestartContainer") or (memory and policies.get("memory") == "RestartContainer"):
+                out[spec["name"]] = "restart"
+            elif cpu or memory or drifted:
+                out[spec["name"]] = "update"
         uid = podutil.uid(pod)
         if out:
             self._running.add(uid)
@@ -150,11 +178,13 @@ class Resizes:
             self._node.event(pod, "Normal", "ResizeCompleted", f"Pod resize completed: {_summary(pod)}")
         return out
 
-    async def apply(self, worker: object, names: Sequence[str], observed: Observed) -> bool:
-        """Write new limits; the pod's own group first when it grows, last when it shrinks."""
-        pod: Object = worker.pod  # type: ignore[attr-defined]
-        node, done = self._node, False
+    async def apply(self, worker: PodWorker, names: Sequence[str], observed: Observed) -> bool:
+        """Write new limits to the pod's own group and to its containers'; True when a container was changed."""
+        from knarr.kubelet import pod_sync
+
+        node, pod, done = self._node, worker.pod, False
         try:
+            await self._hold_above_usage(pod, names, observed)
             if node.config.cgroups_per_qos:
                 node.cgroups.update_pod(pod)
             for name in names:
@@ -164,20 +194,43 @@ class Resizes:
                 wanted = self._wanted(pod, spec)
                 wanted.oom_score_adj = None
                 await node.runtime.update_container_resources(status.id, wanted)
+                self._given[status.id] = spec.get("resources") or {}
                 done = True
+            if node.config.cgroups_per_qos:
+                # Once more: a group cannot shrink below what its children had.
+                node.cgroups.update_pod(pod)
             self._errors.pop(podutil.uid(pod), None)
         except (RuntimeFault, OSError) as e:
             self._errors[podutil.uid(pod)] = str(e)
             log.warning("resize failed", pod=podutil.key(pod), error=str(e))
-            worker.wake_after(10.0)  # type: ignore[attr-defined]
+            pod_sync.publish(worker, observed)
+            worker.wake_after(_RETRY_SECONDS)
         return done
+
+    async def _hold_above_usage(self, pod: Object, names: Sequence[str], observed: Observed) -> None:
+        """Refuse to take memory away that is in use: the kernel would kill for it. Raises RuntimeFault."""
+        lowered = {}
+        for name in names:
+            status, spec = observed.latest(name), podutil.container(pod, name)
+            if status is None or spec is None or status.resources is None:
+                continue
+            wanted, held = self._wanted(pod, spec).memory_limit_bytes, status.resources.memory_limit_bytes
+            if wanted and (held <= 0 or wanted < held):
+                lowered[status.id] = (name, wanted)
+        if not lowered:
+            return
+        for stats in await self._node.runtime.list_container_stats({podutil.POD_UID_LABEL: podutil.uid(pod)}):
+            if stats.id in lowered and stats.memory_usage_bytes >= lowered[stats.id][1]:
+                name, wanted = lowered[stats.id]
+                why = f'attempting to set container "{name}" memory limit ({wanted}) below current usage ({stats.memory_usage_bytes})'
+                raise RuntimeFault(f"cannot decrease memory limits: {why}")
 
     def fill(self, pod: Object, observed: Observed, given: StatusInput) -> None:
         """Add to a status what running containers really have, and the resize conditions."""
         generation = pod["metadata"].get("generation") or 0
         waiting = False
         actuated: dict[str, Object] = {}
-        for spec in (*podutil.containers(pod), *(c for c in podutil.init_containers(pod) if podutil.is_sidecar(c))):
+        for spec in _resizable(pod):
             status = observed.latest(spec["name"])
             if status is None or status.state is not ContainerState.RUNNING or status.resources is None:
                 continue
@@ -208,11 +261,15 @@ def _shown(spec: Object, actual: LinuxResources) -> Object:
         millis = actual.cpu_quota_us * 1000 // (actual.cpu_period_us or resources.PERIOD_US)
         limits["cpu"] = f"{millis}m" if millis % 1000 else str(millis // 1000)
     if "memory" in limits and actual.memory_limit_bytes > 0:
-        limits["memory"] = str(actual.memory_limit_bytes)
+        limits["memory"] = quantity.format(actual.memory_limit_bytes, "BinarySI")
     if "cpu" in requests and actual.cpu_shares > 2:
         millis = -(-actual.cpu_shares * 1000 // 1024)
         requests["cpu"] = f"{millis}m" if millis % 1000 else str(millis // 1000)
     return out
+
+
+def _resizable(pod: Object) -> list[Object]:
+    return [*podutil.containers(pod), *(c for c in podutil.init_containers(pod) if podutil.is_sidecar(c))]
 
 
 def _may_resize(pod: Object) -> bool:
