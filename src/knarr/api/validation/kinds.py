@@ -10,6 +10,7 @@ from knarr.api.validation import (
     certificates,
     core,
     definitions,
+    devices,
     flowcontrol,
     networking,
     policy,
@@ -90,6 +91,10 @@ KINDS.update(
         ("flowcontrol.apiserver.k8s.io", "prioritylevelconfigurations"): Kind(
             flowcontrol.create_priority_level, flowcontrol.update_priority_level, rechecks_metadata=True
         ),
+        ("resource.k8s.io", "resourceclaims"): Kind(devices.create_resource_claim, devices.update_resource_claim),
+        ("resource.k8s.io", "resourceclaimtemplates"): Kind(devices.create_claim_template, devices.update_claim_template),
+        ("resource.k8s.io", "deviceclasses"): Kind(devices.create_device_class, rechecks_metadata=True),
+        ("resource.k8s.io", "resourceslices"): Kind(devices.create_resource_slice, devices.update_resource_slice),
         ("", "events"): Kind(small.create_core_event, small.update_core_event, name=path_segment, core_finalizers=False),
         ("events.k8s.io", "events"): Kind(small.create_event, small.update_event),
         ("storage.k8s.io", "storageclasses"): Kind(storage.create_storage_class, storage.update_storage_class),
