@@ -1,7 +1,5 @@
-"""ValidatingAdmissionPolicy status: the policy was looked at, with what was found wrong in its expressions' types.
+"""ValidatingAdmissionPolicy status: the policy was looked at, with what its expressions get wrong about types.
 
-Expressions themselves were compiled when the policy was stored; what is looked at here is whether
-the kinds that the policy names exist, since their types are what expressions are checked against.
 Source: pkg/controller/validatingadmissionpolicystatus/controller.go.
 """
 
@@ -11,6 +9,7 @@ from knarr.api.resources import VALIDATING_ADMISSION_POLICIES
 from knarr.api.types import Object
 from knarr.client.controller import Controller
 from knarr.controllers.context import Context
+from knarr.controllers.expressiontypes import TypeChecker
 
 
 class ValidatingAdmissionPolicyStatusController:
@@ -18,6 +17,7 @@ class ValidatingAdmissionPolicyStatusController:
 
     def __init__(self, ctx: Context) -> None:
         self._client = ctx.client
+        self._checker = TypeChecker(ctx.client)
         self._policies = ctx.informer(VALIDATING_ADMISSION_POLICIES)
         self.controller = Controller("validatingadmissionpolicy-status-controller", self._reconcile, workers=5)
         self._policies.add_handler(self._changed, lambda old, new: self._changed(new))
@@ -37,7 +37,8 @@ class ValidatingAdmissionPolicyStatusController:
         generation = policy["metadata"].get("generation") or 0
         if (policy.get("status") or {}).get("observedGeneration", 0) >= generation:
             return
-        status: Object = {"observedGeneration": generation, "typeChecking": {}}
+        warnings = await self._checker.warnings(policy)
+        status: Object = {"observedGeneration": generation, "typeChecking": {"expressionWarnings": warnings} if warnings else {}}
         body = {
             "apiVersion": "admissionregistration.k8s.io/v1",
             "kind": "ValidatingAdmissionPolicy",
