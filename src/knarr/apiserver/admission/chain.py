@@ -14,15 +14,19 @@ from typing import TYPE_CHECKING
 from knarr.api.meta import deep_copy
 from knarr.api.scheme import Resource
 from knarr.api.types import Object
+from knarr.apiserver.admission.always_pull_images import AlwaysPullImages
 from knarr.apiserver.admission.certificates import CertificateApproval, CertificateSigning, CertificateSubjectRestriction
 from knarr.apiserver.admission.conditions import Conditions
 from knarr.apiserver.admission.default_toleration_seconds import DefaultTolerationSeconds
 from knarr.apiserver.admission.expression_check import ExpressionCheck
+from knarr.apiserver.admission.extended_resource_toleration import ExtendedResourceToleration
+from knarr.apiserver.admission.external_ips import DenyServiceExternalIPs
 from knarr.apiserver.admission.ingress_class import DefaultIngressClass
 from knarr.apiserver.admission.limit_ranger import LimitRanger
 from knarr.apiserver.admission.matching import GROUP, Equivalent, NamespaceMatcher
 from knarr.apiserver.admission.namespace_lifecycle import NamespaceLifecycle
 from knarr.apiserver.admission.node_restriction import NodeRestriction
+from knarr.apiserver.admission.owner_references import OwnerReferencesPermissionEnforcement
 from knarr.apiserver.admission.plugin import Plugin
 from knarr.apiserver.admission.pod_security import PodSecurity
 from knarr.apiserver.admission.policies import ValidatingAdmissionPolicies
@@ -136,6 +140,12 @@ class _Versions:
                 return endpoint.store, endpoint.resource.namespaced
         return None
 
+    def find_resources(self, api_version: str, kind: str) -> list[Resource]:
+        """Return the served resources of a kind."""
+        registry = self._registry
+        endpoints = registry.endpoints.values() if registry is not None else ()
+        return [one.resource for one in endpoints if one.resource.kind == kind and one.resource.api_version == api_version]
+
     def complete(self, request: AdmissionRequest, obj: Object) -> None:
         """Prune and default what a webhook made of an object."""
         resource = request.resource
@@ -172,14 +182,18 @@ def _plugins(services: Services) -> list[Plugin]:
     pod_security = services.config.admission_config.get("PodSecurity")
     plugins += [
         TaintNodesByCondition(),
+        AlwaysPullImages(),
         PodSecurity(namespaces, pods, pod_security if isinstance(pod_security, dict) else None),
         Priority(store("scheduling.k8s.io", "priorityclasses")),
         DefaultTolerationSeconds(),
+        ExtendedResourceToleration(),
         DefaultStorageClass(storage_classes),
         StorageObjectInUseProtection(),
+        *([OwnerReferencesPermissionEnforcement(auth.authorizer, _Versions(services).find_resources)] if auth is not None else []),
         PersistentVolumeClaimResize(storage_classes),
         RuntimeClass(store("node.k8s.io", "runtimeclasses")),
         DefaultIngressClass(store("networking.k8s.io", "ingressclasses")),
+        DenyServiceExternalIPs(),
         PodTopologyLabels(nodes),
     ]
     if auth is not None:
@@ -218,4 +232,5 @@ def build_admission(services: Services) -> Chain:
     unknown = [name for name in (*config.admission_plugins_on, *config.admission_plugins_off) if name not in known]
     if unknown:
         raise ValueError(f"unknown admission plugins: {', '.join(unknown)}")
-    return Chain([plugin for plugin in plugins if plugin.name not in config.admission_plugins_off])
+    wanted = {plugin.name for plugin in plugins if plugin.by_default} | set(config.admission_plugins_on)
+    return Chain([plugin for plugin in plugins if plugin.name in wanted and plugin.name not in config.admission_plugins_off])

@@ -22,6 +22,8 @@ class Plugin:
     """Base of all plugins: does nothing, nowhere."""
 
     name = ""
+    by_default = True
+    """Whether it runs without being asked for."""
 
     def handles(self, operation: str, resource: Resource, subresource: str) -> bool:
         """Whether this plugin may have something to do there; must not change over time."""
