@@ -180,6 +180,7 @@ class Eviction:
         """Fail a pod with reason Evicted; `disruption` marks it as a victim of the node, not of its own limits."""
         pod = worker.pod
         self._node.event(pod, "Warning", "Evicted", message)
+        self._node.count("kubelet_evictions")
         log.info("pod evicted", pod=worker.key, message=message)
         condition = {
             "type": "DisruptionTarget",

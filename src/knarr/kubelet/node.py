@@ -69,6 +69,12 @@ class Node:
     tasks: Tasks
     devices: DeviceManager
     resize: Resizes | None = None
+    counters: dict[str, int] = field(default_factory=dict)
+    """Metric name (with labels) to its count since the start."""
+
+    def count(self, metric: str) -> None:
+        """Add one to a counter of /metrics; the name may carry labels."""
+        self.counters[metric] = self.counters.get(metric, 0) + 1
 
     def event(self, pod: Object, kind: str, reason: str, message: str) -> None:
         """Record an event about a pod."""

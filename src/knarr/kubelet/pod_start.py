@@ -38,6 +38,7 @@ async def start(worker: PodWorker, name: str, sandbox_id: str, observed: Observe
     spec = podutil.container(worker.pod, name)
     if spec is None or _backs_off(worker, spec, observed):
         return False
+    worker.node.count(f'kubelet_started_containers_total{{container_type="{_kind(worker.pod, name)}"}}')
     try:
         image = await _image(worker, spec)
         return await _create_and_start(worker, spec, image, sandbox_id, observed)
@@ -47,9 +48,17 @@ async def start(worker: PodWorker, name: str, sandbox_id: str, observed: Observe
     return False
 
 
+def _kind(pod: Object, name: str) -> str:
+    """The container's kind as metrics name it."""
+    if any(c["name"] == name for c in podutil.init_containers(pod)):
+        return "init_container"
+    return "container" if any(c["name"] == name for c in podutil.containers(pod)) else "ephemeral_container"
+
+
 def _failed(
     worker: PodWorker, observed: Observed, name: str, reason: str, message: str, retry_seconds: float | None = None
 ) -> None:
+    worker.node.count(f'kubelet_started_containers_errors_total{{container_type="{_kind(worker.pod, name)}",code="{reason}"}}')
     worker.reasons[name] = (reason, message)
     worker.wake_after(_RETRY_SECONDS if retry_seconds is None else max(0.05, retry_seconds))
     pod_sync.publish(worker, observed)

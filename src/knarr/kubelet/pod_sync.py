@@ -265,9 +265,15 @@ async def _create_sandbox(worker: PodWorker, plan: Plan) -> str | None:
         for note in notes:
             node.event(pod, "Warning", "DNSConfigForming", note)
         os.makedirs(config.log_directory, 0o755, exist_ok=True)
+        node.count("kubelet_started_pods_total")
+        if config.namespaces.user_mappings:
+            node.count("kubelet_started_user_namespaced_pods_total")
         return await node.runtime.run_pod_sandbox(config, handler)
     except (RuntimeFault, OSError, identity.IdentityError, NoRangeLeft, LookupError) as e:
         if not worker.ending:
+            node.count("kubelet_started_pods_errors_total")
+            if pod["spec"].get("hostUsers") is False:
+                node.count("kubelet_started_user_namespaced_pods_errors_total")
             node.event(pod, "Warning", "FailedCreatePodSandBox", f"Failed to create pod sandbox: {e}")
             log.warning("pod sandbox not made", pod=worker.key, error=str(e))
             worker.wake_after(_FAILED_RETRY_SECONDS)

@@ -39,6 +39,11 @@ class Page:
             inner = ",".join(f'{k}="{_escape(v)}"' for k, v in labels.items())
             self._lines.append(f"{name}{{{inner}}} {value:.12g}" if inner else f"{name} {value:.12g}")
 
+    def add_raw(self, name: str, kind: str, text: str, samples: Iterable[tuple[str, int]]) -> None:
+        """Add one family whose samples carry their labels in the text already."""
+        self._lines.append(f"# HELP {name} {text}\n# TYPE {name} {kind}")
+        self._lines += [f"{sample} {value}" for sample, value in samples]
+
     def encode(self) -> bytes:
         return ("\n".join(self._lines) + "\n").encode()
 
@@ -157,6 +162,19 @@ async def _own(kubelet: Kubelet, page: Page) -> None:
     page.add("kubelet_active_pods", "gauge", "The number of pods the kubelet considers active and which are being considered when admitting new pods.", [({"static": ""}, len(kubelet.workers.active_pods()))])
     page.add("kubelet_working_pods", "gauge", "Number of pods the kubelet is actually running, broken down by lifecycle phase.", [({"lifecycle": stage.name.lower()}, sum(1 for w in workers if w.stage is stage)) for stage in Stage])
     page.add("kubelet_best_effort_cpu_weight", "gauge", "Weight of the best effort group.", [({}, shares_to_weight(2))])
+    families: dict[str, list[tuple[str, int]]] = {
+        name: []
+        for name in (
+            "kubelet_started_pods_total",
+            "kubelet_started_pods_errors_total",
+            "kubelet_started_user_namespaced_pods_total",
+            "kubelet_started_user_namespaced_pods_errors_total",
+        )
+    }
+    for metric, value in kubelet.node.counters.items():
+        families.setdefault(metric.partition("{")[0], []).append((metric, value))
+    for name, counts in families.items():
+        page.add_raw(name, "counter", "Counted since the kubelet's start.", counts or [(name, 0)])
     usage = resource.getrusage(resource.RUSAGE_SELF)
     page.add("process_cpu_seconds_total", "counter", "Total user and system CPU time spent in seconds.", [({}, usage.ru_utime + usage.ru_stime)])
     with open("/proc/self/statm", encoding="ascii") as file:
