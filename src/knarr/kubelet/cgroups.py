@@ -204,10 +204,6 @@ class Cgroups:
         total = sum(pod_totals(p)[0]["cpu"] for p in pods if podutil.qos_class(p) == "Burstable")
         self._apply(self.qos_parent("Burstable"), LinuxResources(cpu_shares=max(2, total * 1024 // 1000)))
 
-    async def remove_pod(self, pod: Object) -> None:
-        """Kill what is left in the pod's group and remove it everywhere."""
-        await self.remove_path(self.pod_path(pod))
-
     async def remove_path(self, path: str) -> None:
         """Remove one group below kubepods with all its children; processes still in it are killed."""
         if not path.startswith(self.kubepods() + "/"):

@@ -93,8 +93,21 @@ def write_hosts_file(pod_dir: str, content: str) -> str:
     return path
 
 
+_RESOLVED = "/run/systemd/resolve/resolv.conf"
+
+
 def host_dns(path: str) -> DNSConfig:
-    """Parse a resolv.conf; missing means empty."""
+    """Parse a resolv.conf; missing means empty.
+
+    Where only systemd-resolved's stub on the host's loopback is named, which no pod can reach, its real servers are taken.
+    """
+    found = _parse(path)
+    if found.servers and all(s.startswith("127.") for s in found.servers) and os.path.exists(_RESOLVED):
+        return _parse(_RESOLVED)
+    return found
+
+
+def _parse(path: str) -> DNSConfig:
     out = DNSConfig()
     try:
         with open(path, encoding="utf-8", errors="replace") as file:

@@ -220,7 +220,10 @@ async def clean_up(worker: PodWorker) -> None:
     observed = await pod_sync.look(worker)
     await node.volumes.unmount(worker.uid)
     if node.config.cgroups_per_qos:
-        await node.cgroups.remove_pod(pod)
+        # An orphan's QoS class is not known: its group is found by its uid.
+        path = node.cgroups.pod_groups().get(worker.uid) if worker.orphan else node.cgroups.pod_path(pod)
+        if path is not None:
+            await node.cgroups.remove_path(path)
     node.userns.release(worker.uid)
     node.objects.release(worker.uid)
     node.tokens.forget(worker.uid)
