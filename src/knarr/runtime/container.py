@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import time
 from collections.abc import Iterable, Mapping
@@ -48,6 +49,7 @@ from knarr.runtime.workers import Workers
 
 log = get_logger(__name__)
 _KILL_SECONDS = 30.0
+_STRAY_MILLISECONDS = 2000
 _EXIT_CANNOT_START, _EXIT_UNKNOWN = 128, 255
 
 
@@ -462,6 +464,10 @@ class Containers:
             # The record goes first: without it the rest is a leftover, whatever happens now.
             disk.remove_tree(os.path.join(directory, "container.json"))
             self._conmon.forget(container.id)
+            self._runc.forget(container.id)
+            if self._cgroups.exists(container.cgroup):
+                self._cgroups.kill(container.cgroup)
+                self._cgroups.remove(container.cgroup)
             disk.remove_tree(bundle)
             disk.remove_tree(directory)
 
@@ -604,15 +610,25 @@ def signal_number(name: str) -> int:
 
 
 def kill_strays(container_id: str) -> None:
-    """Kill conmon and runc processes that name this container on their command line. Blocks; only for recovery."""
+    """Kill conmon and runc processes that name this container on their command line, and wait for their end. Blocks.
+
+    Only for starts that are taken back: a runc that is still at work would make again what is removed meanwhile.
+    """
     needle = container_id.encode()
+    found: list[int] = []
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
         with contextlib.suppress(OSError), open(f"/proc/{entry}/cmdline", "rb") as file:
             words = file.read().split(b"\0")
             if needle in words and os.path.basename(words[0]) in (b"conmon", b"runc", b"crun"):
-                os.kill(int(entry), signal.SIGKILL)
+                found.append(os.pidfd_open(int(entry)))
+                signal.pidfd_send_signal(found[-1], signal.SIGKILL)
+    for pidfd in found:
+        waiting = select.poll()
+        waiting.register(pidfd, select.POLLIN)
+        waiting.poll(_STRAY_MILLISECONDS)
+        os.close(pidfd)
 
 
 def _change_resources(path: str, wanted: dict[str, Any]) -> None:
