@@ -1,8 +1,8 @@
 """Run the benchmark rows, print a table, write JSON.
 
-    ./run bench                     every row
-    ./run bench get create list     only rows whose name begins with one of these words
-    ./run bench --reference-apiserver PATH --reference-etcd PATH    the HTTP rows also against another API server
+./run bench                     every row
+./run bench get create list     only rows whose name begins with one of these words
+./run bench --reference-apiserver PATH --reference-etcd PATH    the HTTP rows also against another API server
 """
 
 from __future__ import annotations
@@ -38,7 +38,16 @@ def main() -> int:
                 print(row.line(), file=sys.stderr, flush=True)
     print(table(measured))
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"machine": machine.describe(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "rows": [row.as_dict() for row in measured]}, indent=1))
+    options.json.write_text(
+        json.dumps(
+            {
+                "machine": machine.describe(),
+                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "rows": [row.as_dict() for row in measured],
+            },
+            indent=1,
+        )
+    )
     return 0
 
 

@@ -36,7 +36,10 @@ def measure(names: list[str], options: argparse.Namespace) -> Iterator[Row]:
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # as ./run does
         shell = Path("/bin/busybox")
         layer = oci.layer_from_files({"bin/busybox": (shell.read_bytes(), 0o755)})
-        image = oci.write_archive(debian.cache_folder() / "bench.tar", [(["knarr.test/bench:1"], [layer], oci.ImageConfig(entrypoint=["/bin/busybox", "sleep", "100000"]))])
+        image = oci.write_archive(
+            debian.cache_folder() / "bench.tar",
+            [(["knarr.test/bench:1"], [layer], oci.ImageConfig(entrypoint=["/bin/busybox", "sleep", "100000"]))],
+        )
         knarr(environment, "delete", check=False)
         try:
             api, node = [], []
@@ -59,7 +62,9 @@ def measure(names: list[str], options: argparse.Namespace) -> Iterator[Row]:
 def knarr(environment: dict[str, str], verb: str, *arguments: str, check: bool = True) -> str:
     action = [arguments[0]] if verb == "image" else []
     rest = arguments[len(action) :]
-    result = subprocess.run([sys.executable, "-m", "knarr", verb, *action, "--name", NAME, *rest], env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", "knarr", verb, *action, "--name", NAME, *rest], env=environment, capture_output=True, text=True, check=False
+    )
     if check and result.returncode != 0:
         raise RuntimeError(result.stdout + result.stderr)
     return result.stdout if verb == "status" else result.stderr
@@ -90,7 +95,10 @@ async def pods(kubeconfig: str, repeat: int) -> list[Row]:
         many = [await started(client, [f"burst-{run}-{number}" for number in range(AT_ONCE)]) for run in range(repeat)]
     finally:
         await client.close()
-    return [Row("pod-start", "s", one, note="create to Ready seen by a watcher, in turn"), Row("pod-start-50", "s", many, note="50 pods at once")]
+    return [
+        Row("pod-start", "s", one, note="create to Ready seen by a watcher, in turn"),
+        Row("pod-start-50", "s", many, note="50 pods at once"),
+    ]
 
 
 async def started(client: Client, names: list[str]) -> float:
@@ -106,7 +114,9 @@ async def started(client: Client, names: list[str]) -> float:
             name = obj.get("metadata", {}).get("name")
             if kind == "DELETED":
                 alive.discard(name)
-            elif any(condition["type"] == "Ready" and condition["status"] == "True" for condition in obj.get("status", {}).get("conditions", ())):
+            elif any(
+                condition["type"] == "Ready" and condition["status"] == "True" for condition in obj.get("status", {}).get("conditions", ())
+            ):
                 waiting.discard(name)
             if not waiting:
                 ready.set()
@@ -125,4 +135,9 @@ async def started(client: Client, names: list[str]) -> float:
 
 
 def _pod(name: str) -> dict[str, Any]:
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "default"}, "spec": {"containers": [{"name": "c", "image": "knarr.test/bench:1", "imagePullPolicy": "Never"}]}}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {"containers": [{"name": "c", "image": "knarr.test/bench:1", "imagePullPolicy": "Never"}]},
+    }

@@ -56,7 +56,11 @@ def measure(names: list[str], options: argparse.Namespace) -> Iterator[Row]:
 
 def fill(target: Target, count: int) -> None:
     """One object to get, and a namespace with many to list."""
-    target.request("POST", "/api/v1/namespaces/bench/configmaps", b'{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"one"},"data":{"key":"value"}}')
+    target.request(
+        "POST",
+        "/api/v1/namespaces/bench/configmaps",
+        b'{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"one"},"data":{"key":"value"}}',
+    )
     if not count:
         return
     target.request("POST", "/api/v1/namespaces", b'{"metadata":{"name":"big"}}')
@@ -69,7 +73,14 @@ end
 """
     size = 0
     while size < count:
-        wrk(target, "/api/v1/namespaces/big/configmaps", 2, f"local first = {size}\n" + script.replace("local made = 0", "local made = first"), connections=16, threads=1)
+        wrk(
+            target,
+            "/api/v1/namespaces/big/configmaps",
+            2,
+            f"local first = {size}\n" + script.replace("local made = 0", "local made = first"),
+            connections=16,
+            threads=1,
+        )
         answer = json.loads(target.request("GET", "/api/v1/namespaces/big/configmaps?limit=1"))
         size = len(answer["items"]) + int(answer["metadata"].get("remainingItemCount", 0))
     trim(target, count)
@@ -85,7 +96,19 @@ def trim(target: Target, count: int) -> None:
 def wrk(target: Target, path: str, seconds: float, script: str = "", *, connections: int = CONNECTIONS, threads: int = 1) -> float:
     """Requests a second that wrk saw answered. Raises RuntimeError when any answer was not of the 2xx class."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["wrk", "-t", str(threads), "-c", str(connections), "-d", f"{max(1, round(seconds))}s", "-H", target.header, "-H", "Content-Type: application/json"]
+        command = [
+            "wrk",
+            "-t",
+            str(threads),
+            "-c",
+            str(connections),
+            "-d",
+            f"{max(1, round(seconds))}s",
+            "-H",
+            target.header,
+            "-H",
+            "Content-Type: application/json",
+        ]
         if script:
             lua = Path(folder) / "load.lua"
             lua.write_text(script)

@@ -9,7 +9,10 @@ from pathlib import Path
 
 
 def describe() -> str:
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.machine())
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+        platform.machine(),
+    )
     memory = int(Path("/proc/meminfo").read_text().split()[1]) >> 20
     return f"{os.cpu_count()} x {model}, {memory} GiB, Linux {platform.release().split('-')[0]}, Python {platform.python_version()}"
 

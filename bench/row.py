@@ -28,7 +28,14 @@ class Row:
         return text + (f"  {self.note}" if self.note else "")
 
     def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "unit": self.unit, "median": self.median, "values": self.values, "reference": self.reference, "note": self.note}
+        return {
+            "name": self.name,
+            "unit": self.unit,
+            "median": self.median,
+            "values": self.values,
+            "reference": self.reference,
+            "note": self.note,
+        }
 
 
 def number(value: float) -> str:
@@ -41,5 +48,7 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         theirs = statistics.median(row.reference) if row.reference else 0.0
         ratio = f"{row.median / theirs:.2f}" if theirs else ""
-        lines.append(f"| {row.name}{' (' + row.note + ')' if row.note else ''} | {number(row.median)} | {number(min(row.values))} to {number(max(row.values))} | {row.unit} | {number(theirs) if theirs else ''} | {ratio} |")
+        lines.append(
+            f"| {row.name}{' (' + row.note + ')' if row.note else ''} | {number(row.median)} | {number(min(row.values))} to {number(max(row.values))} | {row.unit} | {number(theirs) if theirs else ''} | {ratio} |"
+        )
     return "\n".join(lines)

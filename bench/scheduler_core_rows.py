@@ -33,7 +33,9 @@ def _spread(when: str) -> Object:
 
 
 def _affinity(kind: str, key: str, value: Any = None) -> Object:
-    return {"affinity": {kind: {"requiredDuringSchedulingIgnoredDuringExecution": value or [{"labelSelector": _SELECTOR, "topologyKey": key}]}}}
+    return {
+        "affinity": {kind: {"requiredDuringSchedulingIgnoredDuringExecution": value or [{"labelSelector": _SELECTOR, "topologyKey": key}]}}
+    }
 
 
 _ZONES = {"nodeSelectorTerms": [{"matchExpressions": [{"key": ZONE, "operator": "In", "values": ["z0", "z1"]}]}]}

@@ -48,21 +48,32 @@ def node(number: int) -> dict[str, Any]:
 
 def pod(number: int) -> dict[str, Any]:
     container = {"name": "pause", "image": "pause", "resources": {"requests": {"cpu": "100m", "memory": "100Mi"}}}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": f"pod-{number}", "namespace": "bench", "labels": {"app": "bench"}}, "spec": {"containers": [container]}}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": f"pod-{number}", "namespace": "bench", "labels": {"app": "bench"}},
+        "spec": {"containers": [container]},
+    }
 
 
 async def _add_node(api: Client, number: int) -> None:
     await api.create(NODES, node(number))
-    await api.patch(NODES, f"bare-{number}", None, {"spec": {"taints": None}})  # admission marks new nodes as not ready; no controller runs here
+    await api.patch(
+        NODES, f"bare-{number}", None, {"spec": {"taints": None}}
+    )  # admission marks new nodes as not ready; no controller runs here
 
 
 async def _drive(target: Target) -> tuple[float, float]:
     api = client(target)
     await api.create(NAMESPACES, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "bench"}})
-    await api.create(SERVICE_ACCOUNTS, {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default", "namespace": "bench"}})
+    await api.create(
+        SERVICE_ACCOUNTS, {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default", "namespace": "bench"}}
+    )
     for first in range(0, NODE_COUNT, 32):
         await asyncio.gather(*(_add_node(api, number) for number in range(first, min(first + 32, NODE_COUNT))))
-    scheduler = await asyncio.create_subprocess_exec(sys.executable, "-m", "bench.scheduler", target.url, str(target.folder), stdout=subprocess.PIPE)
+    scheduler = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "bench.scheduler", target.url, str(target.folder), stdout=subprocess.PIPE
+    )
     assert scheduler.stdout is not None
     await scheduler.stdout.readline()
     created: dict[str, float] = {}

@@ -39,7 +39,9 @@ class Target:
         return ssl.create_default_context(cafile=str(self.folder / "ca.crt"))
 
     def request(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        request = urllib.request.Request(self.url + path, data=body, method=method, headers={"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, data=body, method=method, headers={"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, context=self.context(), timeout=60) as answer:
             return bytes(answer.read())
 
@@ -70,11 +72,41 @@ def reference(apiserver: str, etcd: str) -> Iterator[Target]:
         folder = Path(name)
         port, client, peer = free_port(), free_port(), free_port()
         _credentials(folder)
-        store = [etcd, "--data-dir", str(folder / "etcd"), "--listen-client-urls", f"http://127.0.0.1:{client}", "--advertise-client-urls", f"http://127.0.0.1:{client}"]
-        store += ["--listen-peer-urls", f"http://127.0.0.1:{peer}", "--initial-cluster", f"default=http://127.0.0.1:{peer}", "--initial-advertise-peer-urls", f"http://127.0.0.1:{peer}"]
-        server = [apiserver, f"--etcd-servers=http://127.0.0.1:{client}", f"--secure-port={port}", "--bind-address=127.0.0.1", f"--tls-cert-file={folder}/apiserver.crt"]
-        server += [f"--tls-private-key-file={folder}/apiserver.key", f"--client-ca-file={folder}/ca.crt", f"--token-auth-file={folder}/tokens.csv", "--authorization-mode=RBAC"]
-        server += [f"--service-account-key-file={folder}/sa.pub", f"--service-account-signing-key-file={folder}/sa.key", "--service-account-issuer=https://kubernetes.default.svc"]
+        store = [
+            etcd,
+            "--data-dir",
+            str(folder / "etcd"),
+            "--listen-client-urls",
+            f"http://127.0.0.1:{client}",
+            "--advertise-client-urls",
+            f"http://127.0.0.1:{client}",
+        ]
+        store += [
+            "--listen-peer-urls",
+            f"http://127.0.0.1:{peer}",
+            "--initial-cluster",
+            f"default=http://127.0.0.1:{peer}",
+            "--initial-advertise-peer-urls",
+            f"http://127.0.0.1:{peer}",
+        ]
+        server = [
+            apiserver,
+            f"--etcd-servers=http://127.0.0.1:{client}",
+            f"--secure-port={port}",
+            "--bind-address=127.0.0.1",
+            f"--tls-cert-file={folder}/apiserver.crt",
+        ]
+        server += [
+            f"--tls-private-key-file={folder}/apiserver.key",
+            f"--client-ca-file={folder}/ca.crt",
+            f"--token-auth-file={folder}/tokens.csv",
+            "--authorization-mode=RBAC",
+        ]
+        server += [
+            f"--service-account-key-file={folder}/sa.pub",
+            f"--service-account-signing-key-file={folder}/sa.key",
+            "--service-account-issuer=https://kubernetes.default.svc",
+        ]
         server += ["--service-cluster-ip-range=10.96.0.0/16", "--disable-admission-plugins=ServiceAccount"]
         with _process(store, folder / "etcd.log"), _process(server, folder / "server.log") as pid:
             target = Target("reference", f"https://127.0.0.1:{port}", folder, pid)
@@ -110,5 +142,7 @@ def _wait(target: Target) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{target.name} did not start: {error}\n" + (target.folder / "server.log").read_text()[-2000:]) from error
+                raise RuntimeError(
+                    f"{target.name} did not start: {error}\n" + (target.folder / "server.log").read_text()[-2000:]
+                ) from error
             time.sleep(0.05)

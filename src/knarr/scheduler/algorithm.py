@@ -87,7 +87,9 @@ class Algorithm:
             return cycle, diagnosis, rows
         return cycle, diagnosis, order
 
-    def feasible(self, profile: Profile, pod: PodInfo, cycle: Cycle, diagnosis: Diagnosis, rows: Rows, *, wanted: int | None = None) -> Rows:
+    def feasible(
+        self, profile: Profile, pod: PodInfo, cycle: Cycle, diagnosis: Diagnosis, rows: Rows, *, wanted: int | None = None
+    ) -> Rows:
         """Give rows that pass all filters: the nominated one alone if it does, else up to the number needed."""
         if not rows.size:
             return rows
@@ -139,12 +141,16 @@ class Algorithm:
             info = table.get(name)
             if info is None or info.row not in candidates:
                 continue
-            others = [p for p in self.nominator.pods_for(name) if p.uid != pod.uid and p.priority >= pod.priority and p.uid not in info.pods]
+            others = [
+                p for p in self.nominator.pods_for(name) if p.uid != pod.uid and p.priority >= pod.priority and p.uid not in info.pods
+            ]
             if others and not self.fits_with(profile, cycle, info, others, diagnosis):
                 refused.append(info.row)
         return rows[~np.isin(rows, np.array(refused, dtype=np.intp))] if refused else rows
 
-    def fits_with(self, profile: Profile, cycle: Cycle, info: NodeInfo, others: Sequence[PodInfo], diagnosis: Diagnosis | None = None) -> bool:
+    def fits_with(
+        self, profile: Profile, cycle: Cycle, info: NodeInfo, others: Sequence[PodInfo], diagnosis: Diagnosis | None = None
+    ) -> bool:
         """Whether the pod fits the node if the others were there too. Leaves the table as it was."""
         table = self.handle.table
         rows = {other.uid: other.row for other in others}

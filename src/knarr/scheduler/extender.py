@@ -135,9 +135,7 @@ class Extenders:
             if not candidates or not extender.config.preempt_verb or not extender.concerns(pod):
                 continue
             by_name = {c.node_name: c for c in candidates}
-            victims = {
-                c.node_name: {"pods": [{"uid": v.uid} for v in c.victims], "numPDBViolations": c.violations} for c in candidates
-            }
+            victims = {c.node_name: {"pods": [{"uid": v.uid} for v in c.victims], "numPDBViolations": c.violations} for c in candidates}
             try:
                 answer = await extender.call(extender.config.preempt_verb, {"pod": pod.pod, "nodeNameToMetaVictims": victims})
             except PluginError:

@@ -343,9 +343,7 @@ class SchedulingQueue:
 
     # Events.
 
-    def move(
-        self, event: ClusterEvent, old: Pod | None, new: Pod | None, *, only: Callable[[PodInfo], bool] | None = None
-    ) -> None:
+    def move(self, event: ClusterEvent, old: Pod | None, new: Pod | None, *, only: Callable[[PodInfo], bool] | None = None) -> None:
         """Wake the unschedulable pods that this event may help."""
         if not self._unschedulable:
             return

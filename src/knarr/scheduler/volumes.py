@@ -78,9 +78,7 @@ def matches_topology(terms: Sequence[Mapping[str, Any]] | None, labels: Mapping[
     """StorageClass.allowedTopologies: any term, all of its expressions."""
     if not terms:
         return True
-    return any(
-        all(labels.get(e["key"]) in (e.get("values") or ()) for e in term.get("matchLabelExpressions") or ()) for term in terms
-    )
+    return any(all(labels.get(e["key"]) in (e.get("values") or ()) for e in term.get("matchLabelExpressions") or ()) for term in terms)
 
 
 @dataclass(slots=True)
@@ -158,7 +156,7 @@ class Volumes:
             if "deletionTimestamp" in claim["metadata"]:
                 raise ClaimProblem(f'persistentvolumeclaim "{name}" is being deleted')
             if is_ephemeral and not _owned_by(claim, pod):
-                raise ClaimProblem(f'PVC {pod.namespace}/{name} was not created for pod {pod.key} (pod is not owner)')
+                raise ClaimProblem(f"PVC {pod.namespace}/{name} was not created for pod {pod.key} (pod is not owner)")
             result.append(claim)
         return result
 

@@ -142,9 +142,7 @@ def explain(handle: Handle, profile: Profile, pod: PodInfo) -> list[dict[str, An
     return [entry for _, entry in entries]
 
 
-def report(
-    handle: Handle, profiles: dict[str, Profile], diagnoses: Diagnoses, pod: PodInfo, queued: QueuedPod | None
-) -> dict[str, Any]:
+def report(handle: Handle, profiles: dict[str, Profile], diagnoses: Diagnoses, pod: PodInfo, queued: QueuedPod | None) -> dict[str, Any]:
     """Put together all that the scheduler knows of a pod.
 
     Returns:

@@ -245,7 +245,8 @@ def _set_template(spec: Object, claims: list[Object], errors: Errors, *, skip_te
     pod = {key: value for key, value in (template.get("spec") or {}).items() if key not in ("subdomain", "hostname")}
     if claims:
         made = [
-            {"name": c["metadata"].get("name") or "", "persistentVolumeClaim": {"claimName": c["metadata"].get("name") or ""}} for c in claims
+            {"name": c["metadata"].get("name") or "", "persistentVolumeClaim": {"claimName": c["metadata"].get("name") or ""}}
+            for c in claims
         ]
         names = {m["name"] for m in made}
         pod["volumes"] = made + [v for v in pod.get("volumes") or () if v.get("name") not in names]
@@ -259,13 +260,29 @@ def create_stateful_set(obj: Object, errors: Errors) -> None:
 
 
 _SET_MUTABLE = frozenset(
-    {"replicas", "template", "updateStrategy", "minReadySeconds", "ordinals", "revisionHistoryLimit", "persistentVolumeClaimRetentionPolicy"}
+    {
+        "replicas",
+        "template",
+        "updateStrategy",
+        "minReadySeconds",
+        "ordinals",
+        "revisionHistoryLimit",
+        "persistentVolumeClaimRetentionPolicy",
+    }
 )
 
 
 def update_stateful_set(new: Object, old: Object, errors: Errors, subresource: str) -> None:
     if subresource == "status":
-        keys = ("replicas", "readyReplicas", "currentReplicas", "updatedReplicas", "availableReplicas", "observedGeneration", "collisionCount")
+        keys = (
+            "replicas",
+            "readyReplicas",
+            "currentReplicas",
+            "updatedReplicas",
+            "availableReplicas",
+            "observedGeneration",
+            "collisionCount",
+        )
         limited = ("readyReplicas", "currentReplicas", "updatedReplicas", "availableReplicas")
         _counts(new.get("status") or {}, keys, limited, errors, prefix="status.")
         _collisions(new, old, errors)

@@ -22,7 +22,7 @@ def _go_list(values: tuple[str, ...]) -> str:
 
 
 def domain_prefixed_path(value: str, path: str, errors: Errors) -> None:
-    """"acme.io/foo"."""
+    """ "acme.io/foo"."""
     if not value:
         errors.append(required(path))
         return
@@ -94,7 +94,9 @@ def _exit_codes(codes: Object, containers: set[str], path: str, errors: Errors) 
     elif operator not in ("In", "NotIn"):
         errors.append(not_supported(f"{path}.operator", operator, ["In", "NotIn"]))
     if name is not None and name not in containers:
-        errors.append(invalid_value(f"{path}.containerName", name, "must be one of the container or initContainer names in the pod template"))
+        errors.append(
+            invalid_value(f"{path}.containerName", name, "must be one of the container or initContainer names in the pod template")
+        )
     if not values:
         errors.append(invalid_value(f"{path}.values", values, "at least one value is required"))
     elif len(values) > 255:
@@ -121,12 +123,16 @@ def _intervals(text: str, completions: int) -> int:
     for part in text.split(","):
         limits = part.split("-")
         if len(limits) > 2:
-            raise ValueError(f'the fragment "{part}" violates the requirement that an index interval can have at most two parts separated by \'-\'')
+            raise ValueError(
+                f"the fragment \"{part}\" violates the requirement that an index interval can have at most two parts separated by '-'"
+            )
         try:
             first = int(limits[0])
             end = int(limits[-1])
         except ValueError:
-            raise ValueError("cannot convert string to integer for index: " + go_quote(limits[0] if not limits[0].isdigit() else limits[-1])) from None
+            raise ValueError(
+                "cannot convert string to integer for index: " + go_quote(limits[0] if not limits[0].isdigit() else limits[-1])
+            ) from None
         if first >= completions or end >= completions:
             raise ValueError(f'too large index: "{limits[0] if first >= completions else limits[1]}"')
         if len(limits) == 2 and first >= end:
@@ -339,7 +345,9 @@ def _update_status(new: Object, old: Object, errors: Errors) -> None:
         if _true(old, kind) and not _true(new, kind):
             errors.append(invalid_value(path, OMIT_VALUE, f"cannot disable the terminal {kind}=True condition"))
     for key in ("failed", "succeeded"):
-        if (status.get(key) or 0) < (before.get(key) or 0) and (key == "failed" or (new.get("spec") or {}).get("completionMode") != "Indexed"):
+        if (status.get(key) or 0) < (before.get(key) or 0) and (
+            key == "failed" or (new.get("spec") or {}).get("completionMode") != "Indexed"
+        ):
             errors.append(invalid_value(f"status.{key}", status.get(key) or 0, f"cannot decrease the {key} counter"))
     if _true(old, "SuccessCriteriaMet") and not met:
         errors.append(invalid_value(path, OMIT_VALUE, "cannot disable the SuccessCriteriaMet=True condition"))
@@ -413,4 +421,3 @@ def create_cron_job(obj: Object, errors: Errors) -> None:
 def update_cron_job(new: Object, old: Object, errors: Errors, subresource: str) -> None:
     if subresource != "status":
         _cron_spec(new.get("spec") or {}, old.get("spec") or {}, errors)
-

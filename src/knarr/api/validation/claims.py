@@ -115,7 +115,10 @@ def update_claim(new: Object, old: Object, errors: Errors, subresource: str) -> 
     _shrinks(spec, before, old.get("status") or {}, errors)
     immutable(errors, "volumeMode", spec.get("volumeMode"), before.get("volumeMode"))
     attributes = spec.get("volumeAttributesClassName")
-    if attributes != before.get("volumeAttributesClassName") and (old.get("status") or {}).get("currentVolumeAttributesClassName") is not None:
+    if (
+        attributes != before.get("volumeAttributesClassName")
+        and (old.get("status") or {}).get("currentVolumeAttributesClassName") is not None
+    ):
         if not attributes:
             what = "nil" if attributes is None else "empty string"
             message = f"update to {what} is forbidden when status.currentVolumeAttributesClassName is not nil"

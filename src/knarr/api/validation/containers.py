@@ -35,7 +35,16 @@ _LINUX_SIGNALS = frozenset(
     + [f"SIGRTMAX-{n}" for n in range(1, 15)]
 )
 _SIGNALS = {"linux": _LINUX_SIGNALS, "windows": frozenset({"SIGKILL", "SIGTERM"})}
-_EPHEMERAL_FORBIDDEN = ("ports", "livenessProbe", "readinessProbe", "startupProbe", "lifecycle", "resizePolicy", "restartPolicy", "resources")
+_EPHEMERAL_FORBIDDEN = (
+    "ports",
+    "livenessProbe",
+    "readinessProbe",
+    "startupProbe",
+    "lifecycle",
+    "resizePolicy",
+    "restartPolicy",
+    "resources",
+)
 
 
 @dataclass(slots=True)
@@ -478,9 +487,7 @@ def validate_init_containers(containers: list[Object], main: list[Object], conte
                     errors.append(field_forbidden(f"{own}.{key}", message))
 
 
-def validate_ephemeral_containers(
-    containers: list[Object], others: list[Object], context: PodContext, path: str, errors: Errors
-) -> None:
+def validate_ephemeral_containers(containers: list[Object], others: list[Object], context: PodContext, path: str, errors: Errors) -> None:
     """spec.ephemeralContainers."""
     other_names = {c.get("name") for c in others}
     names = set(other_names)

@@ -270,7 +270,9 @@ def _scope_selector(selector: Object, hard: Object, scopes: list[str], errors: E
             errors.append(invalid_value(f"{path}.operator", operator, message))
         if operator in ("In", "NotIn"):
             if not values:
-                errors.append(required(f"{path}.values", "must be at least one value when `operator` is 'In' or 'NotIn' for scope selector"))
+                errors.append(
+                    required(f"{path}.values", "must be at least one value when `operator` is 'In' or 'NotIn' for scope selector")
+                )
         elif operator in ("Exists", "DoesNotExist"):
             if values:
                 message = "must be no value when `operator` is 'Exist' or 'DoesNotExist' for scope selector"
@@ -320,10 +322,17 @@ def create_limit_range(obj: Object, errors: Errors) -> None:
 
 
 def _limit(limit: Object, kind: str, path: str, errors: Errors) -> None:
-    given: dict[str, dict[str, Any]] = {key: limit.get(key) or {} for key in ("max", "min", "default", "defaultRequest", "maxLimitRequestRatio")}
+    given: dict[str, dict[str, Any]] = {
+        key: limit.get(key) or {} for key in ("max", "min", "default", "defaultRequest", "maxLimitRequestRatio")
+    }
     names: list[str] = []
     for key, amounts in given.items():
-        if key == "maxLimitRequestRatio" and kind == "PersistentVolumeClaim" and "storage" not in given["min"] and "storage" not in given["max"]:
+        if (
+            key == "maxLimitRequestRatio"
+            and kind == "PersistentVolumeClaim"
+            and "storage" not in given["min"]
+            and "storage" not in given["max"]
+        ):
             message = "either minimum or maximum storage value is required, but neither was provided"
             errors.append(required(f"{path}.limits", message))
         if kind == "Pod" and key in ("default", "defaultRequest"):

@@ -61,7 +61,10 @@ def validate_annotations(annotations: dict[str, str] | None, path: str, errors: 
         for message in label_key_errors(key.lower()):
             errors.append(invalid_value(path, key, message))
         size += len(key) + len(value)
-    if size > MAXIMUM_ANNOTATION_BYTES // 4 and sum(len(k.encode()) + len(v.encode()) for k, v in annotations.items()) > MAXIMUM_ANNOTATION_BYTES:
+    if (
+        size > MAXIMUM_ANNOTATION_BYTES // 4
+        and sum(len(k.encode()) + len(v.encode()) for k, v in annotations.items()) > MAXIMUM_ANNOTATION_BYTES
+    ):
         errors.append(too_long(path, MAXIMUM_ANNOTATION_BYTES))
 
 

@@ -321,7 +321,9 @@ def create_service_cidr(obj: Object, errors: Errors) -> None:
     for index, text in enumerate(ranges):
         _strict_cidr(text, f"{path}[{index}]", errors)
     if len(ranges) > 1 and len({":" in text for text in ranges}) < 2:
-        errors.append(invalid_value(path, obj.get("spec"), "may specify no more than one IP for each IP family, i.e 192.168.0.0/24 and 2001:db8::/96"))
+        errors.append(
+            invalid_value(path, obj.get("spec"), "may specify no more than one IP for each IP family, i.e 192.168.0.0/24 and 2001:db8::/96")
+        )
 
 
 def update_service_cidr(new: Object, old: Object, errors: Errors, subresource: str) -> None:

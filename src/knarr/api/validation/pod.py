@@ -126,7 +126,10 @@ def _same_profile(annotation: str, profile: Object, path: str, what: str, errors
 
 def _annotation_updates(new: Object, old: Object, errors: Errors) -> None:
     after, before = new["metadata"].get("annotations") or {}, old["metadata"].get("annotations") or {}
-    for verb, keys in (("remove or update", [k for k in before if after.get(k) != before[k]]), ("add", [k for k in after if k not in before])):
+    for verb, keys in (
+        ("remove or update", [k for k in before if after.get(k) != before[k]]),
+        ("add", [k for k in after if k not in before]),
+    ):
         for key in keys:
             if key.startswith(APP_ARMOR):
                 errors.append(field_forbidden(f"metadata.annotations[{key}]", f"may not {verb} AppArmor annotations"))
@@ -469,5 +472,3 @@ def validate_pod_template(template: Object, path: str, errors: Errors) -> None:
 
 def create_pod_template(obj: Object, errors: Errors) -> None:
     validate_pod_template(obj.get("template") or {}, "template", errors)
-
-

@@ -45,7 +45,8 @@ class Kind:
 
 _DEFAULT = Kind()
 KINDS: dict[tuple[str, str], Kind] = {
-    ("rbac.authorization.k8s.io", plural): Kind(name=path_segment) for plural in ("roles", "rolebindings", "clusterroles", "clusterrolebindings")
+    ("rbac.authorization.k8s.io", plural): Kind(name=path_segment)
+    for plural in ("roles", "rolebindings", "clusterroles", "clusterrolebindings")
 }
 
 

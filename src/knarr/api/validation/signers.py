@@ -29,5 +29,3 @@ def validate_signer_name(name: str, path: str, errors: Errors) -> None:
         add(errors, path, signer, dns_subdomain(part))
     if len(name) > MAXIMUM_NAME:
         errors.append(too_long(path, MAXIMUM_NAME))
-
-

@@ -203,7 +203,11 @@ def create_event(obj: Object, errors: Errors) -> None:
         errors.append(required("eventTime"))
     if obj.get("type") not in ("Normal", "Warning"):
         errors.append(invalid_value("type", "", f"has invalid value: {obj.get('type') or ''}"))
-    for key, shown in (("deprecatedFirstTimestamp", "firstTimestamp"), ("deprecatedLastTimestamp", "lastTimestamp"), ("deprecatedCount", "count")):
+    for key, shown in (
+        ("deprecatedFirstTimestamp", "firstTimestamp"),
+        ("deprecatedLastTimestamp", "lastTimestamp"),
+        ("deprecatedCount", "count"),
+    ):
         if obj.get(key):
             errors.append(invalid_value(shown, "", "needs to be unset"))
     if any((obj.get("deprecatedSource") or {}).values()):

@@ -328,7 +328,9 @@ def azure_disk(source: Object, path: str, errors: Errors) -> None:
         values = ["/subscriptions/{sub-id}/resourcegroups/{group-name}/providers/microsoft.compute/disks/{disk-id}"]
         errors.append(not_supported(f"{path}.diskURI", uri, values))
     if kind is not None and kind != "Managed" and not uri.startswith("http"):
-        errors.append(not_supported(f"{path}.diskURI", uri, ["https://{account-name}.blob.core.windows.net/{container-name}/{disk-name}.vhd"]))
+        errors.append(
+            not_supported(f"{path}.diskURI", uri, ["https://{account-name}.blob.core.windows.net/{container-name}/{disk-name}.vhd"])
+        )
 
 
 def _image(source: Object, path: str, errors: Errors) -> None:

@@ -108,12 +108,7 @@ class PodTopologySpread(Plugin):
         namespace = cycle.shape.namespace
 
         def test(likeness: Likeness) -> bool:
-            return (
-                not likeness.deleting
-                and likeness.namespace == namespace
-                and not selector.is_empty
-                and selector.matches(likeness.labels)
-            )
+            return not likeness.deleting and likeness.namespace == namespace and not selector.is_empty and selector.matches(likeness.labels)
 
         return cycle.table.counters.counter(("spread", namespace, selector), test)
 

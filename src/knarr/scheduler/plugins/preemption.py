@@ -84,7 +84,12 @@ class Budgets:
             wanted = selector((budget.get("spec") or {}).get("selector"))
             if not wanted.is_empty and not wanted.nothing:
                 status = budget.get("status") or {}
-                entry = (budget["metadata"].get("namespace", ""), wanted, status.get("disruptedPods") or {}, status.get("disruptionsAllowed") or 0)
+                entry = (
+                    budget["metadata"].get("namespace", ""),
+                    wanted,
+                    status.get("disruptedPods") or {},
+                    status.get("disruptionsAllowed") or 0,
+                )
                 self._items.append(entry)
 
     def split(self, victims: Sequence[PodInfo]) -> tuple[list[PodInfo], list[PodInfo]]:
@@ -218,9 +223,7 @@ class _Trial:
         if not potential:
             return [NO_VICTIMS]
         others = [
-            p
-            for p in self._nominator.pods_for(info.name)
-            if p.uid != self._pod.uid and p.priority >= priority and p.uid not in info.pods
+            p for p in self._nominator.pods_for(info.name) if p.uid != self._pod.uid and p.priority >= priority and p.uid not in info.pods
         ]
         removed = list(potential)
         try:
