@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import hmac
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +74,10 @@ class Issuer:
 class ServiceAccountTokens:
     """Checks tokens of our issuer and legacy tokens."""
 
-    def __init__(self, issuer: Issuer, api_audiences: tuple[str, ...], stores: TokenStores) -> None:
+    def __init__(self, issuer: Issuer, api_audiences: tuple[str, ...], stores: TokenStores, used: Callable[[Object], None] | None = None) -> None:
+        """Args: used: called with the Secret of a legacy token, each time one is shown."""
         self._issuer = issuer
+        self._used = used
         self._api_audiences = api_audiences
         self._stores = stores
         # Signatures do not change; checking one costs 100 microseconds, so the claims of good ones are kept.
@@ -198,6 +200,8 @@ class ServiceAccountTokens:
             raise TokenRefused(f"ServiceAccount {namespace}/{name} has been deleted")
         if account["metadata"].get("uid") != uid:
             raise TokenRefused(f"ServiceAccount UID ({account['metadata'].get('uid')}) does not match claim ({uid})")
+        if self._used is not None:
+            self._used(secret)
         if (secret["metadata"].get("labels") or {}).get("kubernetes.io/legacy-token-invalid-since"):
             raise TokenRefused(f"the token in secret {namespace}/{secret_name} for service account {namespace}/{name} has been marked invalid. "
                                "Use tokens from the TokenRequest API or manually created secret-based tokens, or remove the "

@@ -14,6 +14,7 @@ from knarr.apiserver.auth.authenticate import RequestAuthenticator
 from knarr.apiserver.auth.authorizers import AlwaysAllow, AlwaysDeny, AsyncAuthorizer, SyncAuthorizer, UnionAuthorizer
 from knarr.apiserver.auth.bootstrap import BootstrapPolicy, node_rules
 from knarr.apiserver.auth.escalation import Escalation
+from knarr.apiserver.auth.legacytokens import LegacyTokenUse
 from knarr.apiserver.auth.node import NodeAuthorizer
 from knarr.apiserver.auth.openid import DISCOVERY_PATH, KEYS_PATH, OpenIDMetadata
 from knarr.apiserver.auth.podrefs import NodeReferences
@@ -50,6 +51,7 @@ class APIServerAuth:
         audiences = tuple(config.api_audiences) or (config.service_account_issuer,)
         stores = TokenStores(store("", "serviceaccounts"), store("", "secrets"), store("", "pods"), store("", "nodes"))
         issuer = _issuer(services)
+        self._legacy_use = LegacyTokenUse(stores.secrets, store("", "configmaps"), services.tasks)
         tokens: list[TokenAuthenticator] = []
         if config.token_file:
             tokens.append(TokenFile(config.token_file))
@@ -69,7 +71,7 @@ class APIServerAuth:
             request_header = RequestHeader(CABundle(config.requestheader_client_ca), tuple(config.requestheader_allowed_names))
         self.authenticator = RequestAuthenticator(
             client_ca=CABundle(config.client_ca) if config.client_ca else None, request_header=request_header,
-            service_accounts=ServiceAccountTokens(issuer, audiences, stores), tokens=tokens,
+            service_accounts=ServiceAccountTokens(issuer, audiences, stores, self._legacy_use.note), tokens=tokens,
             anonymous_paths=config.anonymous_paths, api_audiences=audiences,
         )  # fmt: skip
         roles, role_bindings = store(RBAC_GROUP, "roles"), store(RBAC_GROUP, "rolebindings")
@@ -130,6 +132,7 @@ class APIServerAuth:
 
     async def start(self) -> None:
         self.references.start()
+        await self._legacy_use.start()
         if self._policy is not None:
             await self._policy.start()
 
