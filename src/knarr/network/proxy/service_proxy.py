@@ -86,6 +86,7 @@ class ServiceProxy:
         self._loaded = asyncio.Event()
         self._handling = False
         self._lost = False
+        self._busy = True
         self._watch = TableWatch(table, self._table_lost, wanted=lambda: self.synced, netns=netns)
         self.commits = 0
 
@@ -93,6 +94,11 @@ class ServiceProxy:
     def synced(self) -> bool:
         """Whether the first complete load is in the kernel."""
         return self._loaded.is_set()
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything seen so far is in the kernel, stale flows included."""
+        return not (self._busy or self._dirty or self._wake.is_set())
 
     async def wait_synced(self) -> None:
         """Wait for the first complete load."""
@@ -225,7 +231,9 @@ class ServiceProxy:
     async def _follow(self) -> None:
         backoff = Backoff(0.2, 30.0)
         while True:
+            self._busy = False
             await self._wake.wait()
+            self._busy = True
             self._wake.clear()
             # One turn of the loop lets the rest of a burst in.
             await asyncio.sleep(0)
