@@ -32,6 +32,7 @@ LEFT_OUT = {
     "resize-deferred": "played alone below: it depends on the node's size",
     "resize-infeasible": "played alone below",
     "pod-admission-outofcpu": "played alone below",
+    "delete-during-image-backoff": "the recorded kubelet looked once more between failure and deletion",
     "annotation-update-generation": "needs an image from a registry",
 }
 IMAGES = ("docker.io/library/busybox:latest", "rec.invalid/none:1", "UPPER/INVALID:::x")
