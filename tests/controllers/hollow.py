@@ -168,7 +168,9 @@ class HollowNode:
                 if candidate["spec"].get("storageClassName") == class_name and not candidate["spec"].get("claimRef"):
                     meta.set_annotation(candidate, "pv.kubernetes.io/bound-by-controller", "yes")
                     candidate["spec"]["claimRef"] = meta.object_reference(claim)
-                    await self.client.update(PERSISTENT_VOLUMES, candidate)
+                    # The binder may be at it; then it is for the next try.
+                    with contextlib.suppress(StatusError):
+                        await self.client.update(PERSISTENT_VOLUMES, candidate)
                     break
 
     async def _bind(self, pod: Object) -> None:
