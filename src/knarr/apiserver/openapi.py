@@ -8,10 +8,14 @@ Source: kube-openapi handler, handler3.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
+import orjson
+
 from knarr.api import errors
+from knarr.api.types import Object
+from knarr.apiserver.attributes import UserInfo
 from knarr.apiserver.call import GZIP_BYTES, audit_id, gzipped
 from knarr.http.server import Headers, Request
 
@@ -22,7 +26,9 @@ if TYPE_CHECKING:
 V2_PROTOBUF = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf"
 # The name that is asked for is no valid media type, so answers carry another.
 V2_PROTOBUF_ANSWER = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf"
+AGGREGATOR = UserInfo("system:aggregator", groups=("system:masters", "system:authenticated"))
 T = TypeVar("T")
+PassOn = Callable[[Request, str, UserInfo], Awaitable[bool]]
 
 
 class OpenAPI:
@@ -32,6 +38,12 @@ class OpenAPI:
         self._server = server
         self._documents: OpenAPIDocuments | None = None
         self._busy = asyncio.Lock()
+        self._foreign: Mapping[str, Object] = {}
+        self._pass_on: PassOn | None = None
+
+    def follow(self, published: Mapping[str, Object], pass_on: PassOn) -> None:
+        """Show the documents of extension servers too: `published` maps "apis/GROUP/VERSION" to their entry of the index."""
+        self._foreign, self._pass_on = published, pass_on
 
     @property
     def documents(self) -> OpenAPIDocuments:
@@ -53,9 +65,14 @@ class OpenAPI:
             document = await self._off_loop(self.documents.v2_protobuf if binary else self.documents.v2)
             self._respond(request, document.body, document.hash, V2_PROTOBUF_ANSWER if binary else "application/json")
         elif path == "/openapi/v3":
-            self._respond(request, await self._off_loop(self.documents.v3_index), "")
+            index = await self._off_loop(self.documents.v3_index)
+            if self._foreign:
+                index = orjson.dumps({"paths": {**orjson.loads(index)["paths"], **self._foreign}})
+            self._respond(request, index, "")
         elif path.startswith("/openapi/v3/"):
             key = path[len("/openapi/v3/"):]
+            if key in self._foreign and self._pass_on is not None and await self._pass_on(request, key.removeprefix("apis/"), AGGREGATOR):
+                return
             found = await self._off_loop(lambda: self.documents.v3(key))
             if found is None:
                 raise errors.route_not_found()

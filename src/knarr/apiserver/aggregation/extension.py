@@ -47,6 +47,7 @@ class Extensions:
         self._clients: dict[str, HTTPClient] = {}
         self._dirty: dict[str, None] = {}
         self._wakeup = asyncio.Event()
+        self._published: dict[str, Object] = {}
 
     async def start(self) -> None:
         """Follow the APIServices."""
@@ -55,6 +56,7 @@ class Extensions:
             if (obj.get("spec") or {}).get("service"):
                 self._dirty[obj["metadata"]["name"]] = None
         self._server.delegates.append(self.handle)
+        self._server.openapi.follow(self._published, self.handle)
         self._server.tasks.spawn_eternal(self._run(), "api-services")
         self._wakeup.set()
 
@@ -218,6 +220,7 @@ class Extensions:
             self._take(obj["metadata"]["name"], group, version, orjson.loads(answer.body))
         except (ValueError, KeyError) as error:
             return "False", "FailedDiscoveryCheck", f"unreadable discovery: {error}"
+        await self._take_schema(client, f"apis/{group}/{version}", headers)
         return "True", "Passed", "all checks passed"
 
     def _take(self, name: str, group: str, version: str, document: Object) -> None:
@@ -225,8 +228,20 @@ class Extensions:
         discovery = self._server.discovery
         discovery.set_foreign(group, version, document.get("resources") or [])
 
+    async def _take_schema(self, client: HTTPClient, path: str, headers: dict[str, str]) -> None:
+        """Take over where the server shows its OpenAPI document. A server without one is none the worse for it."""
+        try:
+            answer = await client.request("GET", "/openapi/v3", {**headers, "Accept": "application/json"}, timeout_seconds=5)
+            entry = orjson.loads(answer.body)["paths"].get(path) if answer.status == 200 else None
+        except (HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("no OpenAPI of an extension server", path=path, error=repr(error))
+            return
+        if entry is not None:
+            self._published[path] = entry
+
     def _forget(self, name: str) -> None:
         version, _, group = name.partition(".")
+        self._published.pop(f"apis/{group}/{version}", None)
         self._server.discovery.drop_foreign(group, version)
 
 
