@@ -24,7 +24,7 @@ class Row:
         text = f"{self.name}: {number(self.median)} {self.unit} ({number(min(self.values))} to {number(max(self.values))}, {len(self.values)} runs)"
         if self.reference:
             theirs = statistics.median(self.reference)
-            text += f", reference {number(theirs)}, ratio {self.median / theirs:.2f}"
+            text += f", reference {number(theirs)}" + (f", ratio {self.median / theirs:.2f}" if theirs else "")
         return text + (f"  {self.note}" if self.note else "")
 
     def as_dict(self) -> dict[str, Any]:
