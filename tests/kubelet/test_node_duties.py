@@ -1,0 +1,71 @@
+"""What a node does beside running pods: it shuts down in order, rotates logs, refuses what it cannot hold."""
+
+from __future__ import annotations
+
+import asyncio
+
+from knarr.api.resources import LEASES, NODES
+from tests.kubelet.conftest import Bench, condition
+
+
+async def test_a_shutdown_ends_pods_within_their_time_and_says_why(bench: Bench) -> None:
+    await bench.stop()
+    bench.options = {"shutdown_grace_period_seconds": 4.0, "shutdown_grace_period_critical_seconds": 1.0}
+    await bench.start()
+    await bench.run("p", "trap 'exit 0' TERM; sleep 1000 & wait", restartPolicy="Always")
+    await bench.until_ready("p")
+    assert bench.kubelet is not None
+    bench.kubelet.shutdown.request()
+    pod = await bench.until("p", lambda p: p if p and p["status"]["phase"] in ("Failed", "Succeeded") else None)
+    assert (pod["status"]["reason"], pod["status"]["message"]) == ("Terminated", "Pod was terminated in response to imminent node shutdown.")
+    assert condition(pod, "DisruptionTarget") == "True"
+    await bench.run("late", "true")
+    assert (await bench.until_phase("late", "Failed"))["status"]["reason"] == "NodeShutdown"
+    async with asyncio.timeout(5):
+        while True:
+            node = await bench.client.get(NODES, bench.node_name)
+            ready = next(c for c in node["status"]["conditions"] if c["type"] == "Ready")
+            if ready["status"] == "False":
+                break
+            await asyncio.sleep(0.05)
+    assert ready["message"] == "node is shutting down"
+
+
+async def test_a_full_log_is_rotated_and_goes_on(bench: Bench) -> None:
+    await bench.stop()
+    bench.options = {"container_log_max_size_bytes": 20_000, "container_log_max_files": 3}
+    await bench.start()
+    await bench.run("p", "i=0; while :; do i=$((i+1)); echo line $i of a log that grows; sleep 0.001; done", restartPolicy="Always")
+    pod = await bench.until_ready("p")
+    folder = bench.folder / "logs" / f"test_p_{pod['metadata']['uid']}" / "c"
+    assert bench.kubelet is not None
+    for _ in range(2):
+        async with asyncio.timeout(20):
+            while (folder / "0.log").stat().st_size < 21_000:
+                await asyncio.sleep(0.02)
+        await bench.kubelet.garbage.rotate_logs()
+        await asyncio.sleep(1.1)
+    names = sorted(f.name for f in folder.iterdir())
+    assert names[0] == "0.log"
+    assert len(names) <= 3
+    assert (folder / "0.log").stat().st_size < 21_000 * 5
+
+
+async def test_a_node_registers_and_renews_its_lease(bench: Bench) -> None:
+    node = await bench.client.get(NODES, bench.node_name)
+    assert condition(node, "Ready") == "True"
+    assert node["metadata"]["labels"]["kubernetes.io/hostname"] == bench.node_name
+    assert {"cpu", "memory", "pods", "ephemeral-storage"} <= set(node["status"]["capacity"])
+    assert node["status"]["nodeInfo"]["kubeletVersion"] == "v1.35.0"
+    async with asyncio.timeout(5):
+        while not (leases := (await bench.client.list(LEASES, "kube-node-lease"))["items"]):
+            await asyncio.sleep(0.05)
+    assert leases[0]["spec"]["holderIdentity"] == bench.node_name
+    assert leases[0]["metadata"]["ownerReferences"][0]["uid"] == node["metadata"]["uid"]
+
+
+async def test_a_pod_that_does_not_fit_is_refused_with_the_numbers(bench: Bench) -> None:
+    await bench.run("big", "true", container={"resources": {"requests": {"cpu": "1000"}}})
+    pod = await bench.until_phase("big", "Failed")
+    assert pod["status"]["reason"] == "OutOfcpu"
+    assert pod["status"]["message"].startswith("Pod was rejected: Node didn't have enough resource: cpu, requested: 1000000, used: 0,")
