@@ -13,9 +13,9 @@ from tests.host_state import HostState
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    before = HostState.take()
     made = Cluster("e2e", tmp_path_factory.mktemp("e2e"))
-    made.knarr("delete", check=False)
+    made.knarr("delete", check=False)  # what a run that was killed may have left
+    before = HostState.take()
     made.up()
     made.knarr("image", "load", str(images.archive()))
     yield made
