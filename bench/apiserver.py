@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import uvloop
-from knarr.apiserver.server import APIServer
 
 from knarr.apiserver.config import APIServerConfig
+from knarr.apiserver.server import APIServer
 
 
 async def serve(folder: Path, port: int) -> None:

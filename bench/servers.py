@@ -122,7 +122,7 @@ def _credentials(folder: Path) -> None:
 @contextlib.contextmanager
 def _process(command: list[str], log: Path) -> Iterator[int]:
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "PYTHONPATH": os.getcwd()})
+        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.path.join(os.getcwd(), "src")])})
     try:
         yield process.pid
     finally:

@@ -21,11 +21,12 @@ T = TypeVar("T")
 class Tasks:
     """A closable owner of independent named tasks."""
 
-    __slots__ = ("_closed", "_tasks")
+    __slots__ = ("_closed", "_loop", "_tasks")
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def spawn(self, coro: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Start a task; its failure is logged, others go on.
@@ -36,7 +37,11 @@ class Tasks:
         if self._closed:
             coro.close()
             raise RuntimeError("tasks owner is closed")
-        task = asyncio.get_running_loop().create_task(coro, name=name)
+        loop = self._loop
+        if loop is None:
+            # Asked for once: Python 3.11 makes a system call each time, and the API server spawns a task per request.
+            loop = self._loop = asyncio.get_running_loop()
+        task = loop.create_task(coro, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._done)
         return task

@@ -70,6 +70,10 @@ class Resource:
         if not self.list_kind:
             set_field(self, "list_kind", self.kind + "List")
 
+    def __hash__(self) -> int:
+        # Group, version and plural name it; the generated hash would go through every field, several times a request.
+        return hash((self.group, self.version, self.plural))
+
     @property
     def gv(self) -> str:
         """The same as `api_version`: "v1", "apps/v1"."""

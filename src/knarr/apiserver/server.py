@@ -58,7 +58,9 @@ class APIServer:
         self.auth: Auth | None = None
         self.admission: AdmissionChain | None = None
         self.connects: dict[ResourceKey, ConnectHandler] = {}
-        self.metrics = Metrics(asyncio.get_running_loop().time)
+        self.loop = asyncio.get_running_loop()
+        """Kept because asking for it is a system call in Python 3.11."""
+        self.metrics = Metrics(self.loop.time)
         self.flow = FlowControl(self)
         self.audit: Audit | None = Audit(config) if config.audit_policy else None
         self.discovery = Discovery(self)

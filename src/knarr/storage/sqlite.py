@@ -98,6 +98,7 @@ class SQLiteStore:
         return self._compacted
 
     async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._writer_thread = ThreadPoolExecutor(1, "store-writer")
         self._readers = ThreadPoolExecutor(READERS, "store-reader")
         try:
@@ -241,7 +242,7 @@ class SQLiteStore:
             pending.value_bytes += len(value)
             if lease_seconds:
                 pending.leases.append((key, revision, expires_at))
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         future: asyncio.Future[Put] = loop.create_future()
         pending.futures.append(future)
         if self._committing is None and not self._flush_planned:
