@@ -134,7 +134,8 @@ class EventRecorder:
             event["metadata"]["annotations"] = annotations
         if sum(map(len, self._lanes)) >= _UNSENT_EVENTS:
             self._dropped += 1
-            log.warning("event dropped, too many unsent", reason=reason, dropped=self._dropped)
+            if self._dropped.bit_count() == 1:  # 1, 2, 4, 8 …: a flood of events must not become a flood of lines
+                log.warning("events dropped, too many unsent", reason=reason, dropped=self._dropped)
             return
         reference = event.get("involvedObject") or event.get("regarding") or {}
         number = hash((reference.get("uid"), reference.get("name"))) % _LANES

@@ -150,7 +150,8 @@ class _ClientConnection(asyncio.Protocol):
     def eof_received(self) -> bool:
         if self.raw is not None:
             self.raw.feed_eof()
-            return True
+            # TLS knows no half-closed connection, and asking for one is logged each time.
+            return self.transport is not None and self.transport.get_extra_info("ssl_object") is None
         return False
 
     def data_received(self, data: bytes) -> None:

@@ -321,7 +321,7 @@ class _Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         if self.raw is not None:
             self.raw.feed_eof()
-            return True
+            return not self.server.ssl_context  # TLS knows no half-closed connection
         # A client that has sent its request and closed its direction still wants the answer, but a stream's reader has gone.
         return self.current is not None and self.stream is None and not self.server.ssl_context
 
