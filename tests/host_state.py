@@ -63,6 +63,8 @@ def _processes() -> list[str]:
         try:
             command = (entry / "cmdline").read_text().replace("\0", " ").strip()
             name = (entry / "comm").read_text().strip()
+            if (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX":
+                continue  # it has ended; only the machine's init has yet to take note
         except OSError:
             continue
         if name.startswith("knarr") or name == "conmon" or "/var/lib/knarr" in command or "/run/knarr" in command:
