@@ -9,7 +9,7 @@ Source: client-go rest/request.go, rest/with_retry.go, dynamic/simple.go.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -73,6 +73,18 @@ class Client:
                 self._retired.append(self._http)
                 self._http = self._connect()
             self._headers_changed()
+
+    def use_certificate(self, certificate: bytes, key: bytes) -> None:
+        """Authenticate with this PEM pair from now on; what is under way on old connections ends as it began (see `close_retired`)."""
+        self._credentials.certificate = (certificate, key)
+        self._retired.append(self._http)
+        self._http = self._connect()
+
+    async def close_retired(self) -> None:
+        """Close connections made with earlier certificates; watches on them resume on new ones."""
+        retired, self._retired = self._retired, []
+        for http in retired:
+            await http.close()
 
     async def close(self) -> None:
         """Close all connections; requests in progress fail."""
@@ -279,7 +291,7 @@ class Client:
         allow_bookmarks: bool = True,
         timeout_seconds: int | None = None,
         accept: str = "",
-    ) -> AsyncIterator[tuple[str, Object]]:
+    ) -> AsyncGenerator[tuple[str, Object], None]:
         """Yield (type, object) per event: ADDED, MODIFIED, DELETED, BOOKMARK; ends when the server ends it.
 
         Args:

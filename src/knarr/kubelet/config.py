@@ -56,6 +56,12 @@ class KubeletConfig:
     serving_cert: str = ""
     """PEM file; without one the server is not started."""
     serving_key: str = ""
+    server_tls_bootstrap: bool = False
+    """Ask the cluster for the serving certificate and keep it fresh; serving_cert and serving_key are then one file, which may not exist yet."""
+    client_cert_file: str = ""
+    """PEM file with the client certificate and its key, for rotate_certificates."""
+    rotate_certificates: bool = False
+    """Ask the cluster for a new client certificate before the present one ends."""
     client_ca: str = ""
     """PEM bundle that client certificates must chain to."""
     anonymous_auth: bool = False
@@ -69,6 +75,8 @@ class KubeletConfig:
     """0 means no limit."""
     max_pods: int = 110
     register_node: bool = True
+    reappear: bool = True
+    """Make the Node object anew when somebody deleted it. Upstream's kubelet does so only when it is started again."""
     node_labels: dict[str, str] = field(default_factory=dict)
     node_taints: tuple[dict[str, str], ...] = ()
     provider_id: str = ""

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import os
 import ssl
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
@@ -21,7 +21,7 @@ from knarr.api.types import Object
 from knarr.client.events import EventRecorder
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
-from knarr.kubelet import admission, machine, podutil
+from knarr.kubelet import admission, certificates, machine, podutil
 from knarr.kubelet.cgroups import Cgroups
 from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.eviction import Eviction
@@ -83,6 +83,9 @@ class Kubelet:
         self.eviction.reclaim = self.garbage.free_images
         self.shutdown = NodeShutdown(self.node, self.workers, self.reporter)
         self.server = KubeletServer(self)
+        self.on_client_certificate: list[Callable[[bytes, bytes], None]] = [client.use_certificate]
+        """Called with (certificate, key) when the client certificate was rotated; who shares it adds himself."""
+        self._tls: ssl.SSLContext | None = None
 
     def _wire(self, runtime: RuntimeService, images: ImageService) -> Node:
         config, client = self.config, self.client
@@ -200,21 +203,56 @@ class Kubelet:
                     ("plugins", self.plugins.run()),
                     ("devices", self.devices.run()),
                     ("pods", self._run_pods()),
+                    *self._certificate_loops(),
                 ):
                     group.create_task(loop, name=f"kubelet-{name}")
         finally:
             await self._close()
 
     async def _start_server(self) -> None:
-        if not self.config.serving_cert:
+        config = self.config
+        if not config.serving_cert or (config.server_tls_bootstrap and certificates.load(config.serving_cert) is None):
             return
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.config.serving_cert, self.config.serving_key)
+        self._tls = context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(config.serving_cert, config.serving_key)
         context.set_alpn_protocols(["http/1.1"])
-        if self.config.client_ca:
-            context.load_verify_locations(self.config.client_ca)
+        if config.client_ca:
+            context.load_verify_locations(config.client_ca)
             context.verify_mode = ssl.CERT_OPTIONAL
-        await self.server.listen(self.config.bind_address, self.config.port, context)
+        await self.server.listen(config.bind_address, config.port, context)
+
+    def _certificate_loops(self) -> list[tuple[str, Coroutine[None, None, None]]]:
+        """What keeps this node's certificates fresh, as far as configured."""
+        config, loops = self.config, []
+        if config.rotate_certificates:
+
+            def use(certificate: bytes, key: bytes) -> None:
+                for listener in self.on_client_certificate:
+                    listener(certificate, key)
+
+            template = certificates.Template(config.node_name)
+            loops.append(("client-certificate", certificates.Rotation(self.client, config.client_cert_file, lambda: template, use).run()))
+        if config.server_tls_bootstrap:
+            serving = certificates.Rotation(self.client, config.serving_cert, self._serving_template, self._use_serving)
+            self._node.add_handler(lambda _: serving.changed(), lambda _old, _new: serving.changed())
+            loops.append(("serving-certificate", serving.run()))
+        return loops
+
+    def _serving_template(self) -> certificates.Template | None:
+        node = self._node.get(None, self.config.node_name)
+        if node is None:
+            return None
+        addresses = (node.get("status") or {}).get("addresses") or []
+        names = tuple(a["address"] for a in addresses if a["type"] in ("Hostname", "InternalDNS", "ExternalDNS"))
+        ips = tuple(a["address"] for a in addresses if a["type"] in ("InternalIP", "ExternalIP"))
+        return certificates.Template(self.config.node_name, dns=names, ips=ips) if ips else None
+
+    def _use_serving(self, certificate: bytes, key: bytes) -> None:
+        if self._tls is not None:
+            # New connections get the new certificate; those that exist go on.
+            self._tls.load_cert_chain(self.config.serving_cert, self.config.serving_key)
+        else:
+            self.tasks.spawn(self._start_server(), "serve")
 
     async def _run_pods(self) -> None:
         await self.reporter.register()

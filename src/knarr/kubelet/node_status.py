@@ -152,8 +152,8 @@ class NodeReporter:
                 await self.report()
             except errors.StatusError as e:
                 log.warning("node status not stored", error=str(e))
-                if errors.is_not_found(e):
-                    # Somebody deleted our Node; upstream's kubelet comes back only after a restart, a cluster of one wants it back.
+                if errors.is_not_found(e) and self._config.reappear:
+                    # Somebody deleted our Node; a cluster of one wants it back.
                     await self.register()
                     continue
             except UNREACHABLE as e:
