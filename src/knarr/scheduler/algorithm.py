@@ -77,7 +77,7 @@ class Algorithm:
         table = self.handle.table
         cycle = Cycle(table, pod)
         order = table.order
-        diagnosis = Diagnosis(nodes=len(order))
+        diagnosis = Diagnosis(nodes=len(order), cycle=cycle)
         names = profile.run_pre_filters(cycle, diagnosis)
         if diagnosis.pre_filter is not None:
             return cycle, diagnosis, order[:0]

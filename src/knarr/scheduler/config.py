@@ -5,6 +5,7 @@ Source: kube-scheduler config v1 (kubescheduler.config.k8s.io/v1).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +79,8 @@ class SchedulerConfig:
     """Longest wait."""
     binders: int = 64
     """Bindings under way at the same time."""
+    feature_gates: dict[str, bool] = field(default_factory=dict)
+    """Gates of upstream by name that are not at their default."""
     random_seed: int | None = None
     """Makes tie breaks repeatable; None: random."""
 
@@ -104,16 +107,21 @@ def _profile(document: dict[str, Any]) -> ProfileConfig:
     )
 
 
-def _seconds(value: Any, default: float) -> float:
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
+
+
+def seconds(value: Any, default: float) -> float:
+    """Read a duration as configurations write it ("1m30s"), or a plain number of seconds. Raises ValueError."""
     if value is None:
         return default
     if isinstance(value, int | float):
         return float(value)
     text = str(value)
-    for suffix, factor in (("ms", 0.001), ("s", 1.0), ("m", 60.0)):
-        if text.endswith(suffix):
-            return float(text[: -len(suffix)]) * factor
-    raise ValueError(f"not a duration: {text!r}")
+    parts = _PART.findall(text)
+    if "".join(number + unit for number, unit in parts) != text or not parts:
+        raise ValueError(f"not a duration: {text!r}")
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
 
 
 def _extender(document: dict[str, Any]) -> ExtenderConfig:
@@ -127,7 +135,7 @@ def _extender(document: dict[str, Any]) -> ExtenderConfig:
         node_cache_capable=bool(document.get("nodeCacheCapable")),
         managed_resources=frozenset(r["name"] for r in document.get("managedResources") or ()),
         ignorable=bool(document.get("ignorable")),
-        http_timeout_seconds=_seconds(document.get("httpTimeout"), 5.0),
+        http_timeout_seconds=seconds(document.get("httpTimeout"), 5.0),
     )
 
 

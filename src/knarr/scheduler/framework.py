@@ -95,6 +95,8 @@ class Diagnosis:
     pending_plugins: set[str] = field(default_factory=set)
     post_filter_message: str = ""
     nodes: int = 0
+    cycle: Cycle | None = None
+    """What the plugins worked out, for their post_filter."""
 
     def add(self, rejection: Rejection) -> None:
         self.rejections.append(rejection)
@@ -193,6 +195,10 @@ class Plugin:
         """None when all rows pass, otherwise (mask of the rows that pass, the rejection of the others)."""
         return None
 
+    def post_filter(self, cycle: Cycle) -> str:
+        """No node was found: do what may help later; gives what to tell about it. (Preemption is run apart from this.)"""
+        return ""
+
     def score(self, cycle: Cycle, rows: Rows) -> npt.NDArray[Any] | None:
         """Raw scores of feasible rows; None when the plugin makes no difference between them."""
         return None
@@ -267,6 +273,7 @@ class Profile:
         self.pre_filters = at("preFilter", "pre_filter")
         self.filters = at("filter", "filter")
         self.scores = tuple(p for p in at("score", "score") if weights.get(p.name, 1))
+        self.post_filters = at("postFilter", "post_filter")
         self.reserves = at("reserve", "reserve")
         self.permits = at("permit", "permit")
         self.pre_binds = at("preBind", "pre_bind")
@@ -324,6 +331,16 @@ class Profile:
                 if not rows.size:
                     break
         return rows
+
+    def reserve(self, cycle: Cycle, node_name: str) -> Refusal | None:
+        """Reserve with all plugins and ask for their permission; the caller undoes it after a refusal or a PluginError."""
+        for plugin in self.reserves:
+            if (refusal := plugin.reserve(cycle, node_name)) is not None:
+                return refusal
+        for plugin in self.permits:
+            if (refusal := plugin.permit(cycle, node_name)) is not None:
+                return refusal
+        return None
 
     def run_scores(self, cycle: Cycle, rows: Rows) -> Ints:
         """Give the weighted sum of all scores per row."""

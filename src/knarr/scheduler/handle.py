@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
 
+from knarr.scheduler.dra.claims import Claims
+from knarr.scheduler.dra.devices import Slices
 from knarr.scheduler.nodes import NodeTable
 from knarr.scheduler.objects import Object, Objects
 from knarr.scheduler.podinfo import PodInfo, Shapes
 from knarr.scheduler.volumes import NodeVolumes, Volumes
 
-__all__ = ["Handle", "Object", "Objects", "VolumeWriter"]
+__all__ = ["ClaimWriter", "Handle", "Object", "Objects", "VolumeWriter"]
 
 
 class VolumeWriter(Protocol):
@@ -19,15 +22,35 @@ class VolumeWriter(Protocol):
     async def bind(self, pod: PodInfo, node_name: str, chosen: NodeVolumes, timeout_seconds: float) -> None: ...
 
 
+class ClaimWriter(Protocol):
+    """Writes allocations and reservations of resource claims to the API."""
+
+    async def bind(self, pod: PodInfo, claim: Object, allocation: Object | None) -> Object: ...
+
+    async def release(self, pod: PodInfo, claim: Object) -> None: ...
+
+    async def deallocate(self, claim: Object) -> None: ...
+
+
+def _nowhere(key: str, call: Callable[..., Awaitable[None]], *args: Any) -> None:
+    """Without an API nothing is written."""
+
+
 class Handle:
     """Shared by all plugins of a scheduler."""
 
-    def __init__(self, *, randomness: random.Random | None = None) -> None:
+    def __init__(self, *, randomness: random.Random | None = None, feature_gates: Mapping[str, bool] | None = None) -> None:
         self.table = NodeTable()
         self.objects = Objects()
         self.shapes = Shapes()
         self.volumes = Volumes(self.objects)
         self.volume_writer: VolumeWriter | None = None
+        self.claims = Claims()
+        self.slices = Slices()
+        self.claim_writer: ClaimWriter | None = None
+        self.feature_gates: Mapping[str, bool] = feature_gates or {}
+        self.submit: Callable[..., None] = _nowhere
+        """(key, call, *args): have an API call made beside the scheduling loop, see Dispatcher.submit."""
         self.random = randomness or random.Random()
         self._preempting: dict[str, tuple[str, str] | None] = {}
 

@@ -102,6 +102,29 @@ class EventHandlers:
             resources.VOLUME_ATTACHMENTS,
         ):
             self._watch(informers, resource, None, None)
+        claims, slices = self._handle.claims, self._handle.slices
+        self._watch(informers, resources.DEVICE_CLASSES, None, None)
+        self._watch_own(informers, resources.RESOURCE_CLAIMS, claims.set, claims.remove)
+        self._watch_own(informers, resources.RESOURCE_SLICES, slices.set, slices.remove)
+
+    def _watch_own(self, informers: Informers, resource: Resource, put: Callable[[Object], None], take: Callable[[Object], None]) -> None:
+        """Objects that have a holder of their own."""
+        queue = self._queue
+        added, updated, deleted = (ClusterEvent(resource.kind, action) for action in (Action.ADD, Action.UPDATE_OTHER, Action.DELETE))
+
+        def on_add(obj: Object) -> None:
+            put(obj)
+            queue.move(added, None, obj)
+
+        def on_update(old: Object, new: Object) -> None:
+            put(new)
+            queue.move(updated, old, new)
+
+        def on_delete(obj: Object) -> None:
+            take(obj)
+            queue.move(deleted, obj, None)
+
+        informers.get(resource).add_handler(on_add, on_update, on_delete)
 
     def _watch(
         self,

@@ -213,7 +213,7 @@ class Shapes:
 class PodInfo:
     """One pod: its object, its shape and its place."""
 
-    __slots__ = ("claims", "deleting", "disks", "name", "namespace", "node_name", "pod", "row", "shape", "uid")
+    __slots__ = ("claims", "deleting", "disks", "name", "namespace", "node_name", "pod", "resource_claims", "row", "shape", "uid")
 
     def __init__(self, pod: Pod, shapes: Shapes) -> None:
         self.shape = shapes.of(pod)
@@ -231,6 +231,7 @@ class PodInfo:
         self.deleting = "deletionTimestamp" in metadata
         self.claims: tuple[tuple[str, bool], ...] = ()
         self.disks: tuple[dict[str, Any], ...] = ()
+        self.resource_claims = bool(spec.get("resourceClaims"))
         volumes = spec.get("volumes")
         if volumes:
             self._read_volumes(volumes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from knarr.scheduler.config import ProfileConfig
 from knarr.scheduler.framework import Plugin, Profile
 from knarr.scheduler.handle import Handle
+from knarr.scheduler.plugins.dynamic_resources import DynamicResources
 from knarr.scheduler.plugins.image_locality import ImageLocality
 from knarr.scheduler.plugins.inter_pod_affinity import InterPodAffinity
 from knarr.scheduler.plugins.node_affinity import NodeAffinity
@@ -40,6 +41,7 @@ PLUGINS: dict[str, type[Plugin]] = {
         VolumeZone,
         PodTopologySpread,
         InterPodAffinity,
+        DynamicResources,
         DefaultPreemption,
         NodeResourcesBalancedAllocation,
         ImageLocality,

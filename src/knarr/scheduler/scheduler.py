@@ -28,6 +28,7 @@ from knarr.scheduler import queue
 from knarr.scheduler.algorithm import Algorithm, Found
 from knarr.scheduler.config import SchedulerConfig
 from knarr.scheduler.dispatcher import Dispatcher
+from knarr.scheduler.dra.writer import ClaimWriter
 from knarr.scheduler.events import ASSIGNED_POD_DELETE
 from knarr.scheduler.extender import Extenders
 from knarr.scheduler.framework import Cycle, Diagnosis, PluginError, Profile, Refusal, Rejection
@@ -62,7 +63,7 @@ class Scheduler:
         self.client = client
         self._own_informers = informers is None
         self.informers = informers or Informers(client)
-        self.handle = Handle(randomness=random.Random(self.config.random_seed))
+        self.handle = Handle(randomness=random.Random(self.config.random_seed), feature_gates=self.config.feature_gates)
         self.profiles: dict[str, Profile] = {p.scheduler_name: build_profile(p, self.handle) for p in self.config.profiles}
         self.metrics = Metrics()
         self.diagnoses = Diagnoses()
@@ -84,6 +85,8 @@ class Scheduler:
         self.recorders = {name: EventRecorder(self.client, name, api="events.k8s.io/v1") for name in self.profiles}
         self.extenders = Extenders(config.extenders, self.handle.table) if config.extenders else None
         self.volume_writer = self.handle.volume_writer = APIVolumeWriter(self.client, self.handle)
+        self.handle.claim_writer = ClaimWriter(self.client, self.handle.claims)
+        self.handle.submit = self.dispatcher.submit
         self.status = StatusWriter(self.client, self.handle, self.queue, self.dispatcher, self.recorders)
         self.handlers = EventHandlers(self)
 
@@ -211,11 +214,18 @@ class Scheduler:
         self._refuse(queued, result, candidates)
 
     def _candidates(self, profile: Profile, info: PodInfo, diagnosis: Diagnosis) -> Decision | list[Candidate]:
-        plugin = profile.plugin("DefaultPreemption") if profile.post_filter_enabled else None
-        if not isinstance(plugin, DefaultPreemption) or not diagnosis.nodes:
+        if not diagnosis.nodes or diagnosis.cycle is None:
             return Decision(None, "")
+        cycle = diagnosis.cycle
+        told = [message for plugin in profile.post_filters if (message := plugin.post_filter(cycle))]
+        plugin = profile.plugin("DefaultPreemption") if profile.post_filter_enabled else None
+        if not isinstance(plugin, DefaultPreemption):
+            return Decision(None, ", ".join(told))
         self.metrics.preemption_attempts.inc()
-        return plugin.find(profile, info, diagnosis, self.queue.nominator)
+        found = plugin.find(profile, info, diagnosis, self.queue.nominator)
+        if isinstance(found, Decision) and found.message:
+            found.message = ", ".join([*told, found.message])
+        return found
 
     # A node was found.
 
@@ -223,13 +233,16 @@ class Scheduler:
         info, name = queued.info, found.node_name
         self.handlers.assume(info, name)
         self.queue.nominator.remove(info.uid)
-        for point in ("reserve", "permit"):
-            for plugin in profile.reserves if point == "reserve" else profile.permits:
-                refusal = plugin.reserve(found.cycle, name) if point == "reserve" else plugin.permit(found.cycle, name)
-                if refusal is not None:
-                    self._unreserve(profile, found.cycle, info, name)
-                    self._refuse(queued, _refused_late(found, refusal), Decision(None, ""))
-                    return
+        try:
+            refusal = profile.reserve(found.cycle, name)
+        except PluginError as error:
+            self._unreserve(profile, found.cycle, info, name)
+            self._error(queued, error)
+            return
+        if refusal is not None:
+            self._unreserve(profile, found.cycle, info, name)
+            self._refuse(queued, _refused_late(found, refusal), Decision(None, ""))
+            return
         self.diagnoses.forget(info.uid)
         self.dispatcher.submit(info.uid, self._bind, profile, queued, found)
 
