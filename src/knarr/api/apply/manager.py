@@ -7,12 +7,12 @@ Source: structured-merge-diff merge/update.go; apimachinery util/managedfields/i
 structuredmerge.go, managedfieldsupdater.go, skipnonapplied.go, stripmeta.go, lastapplied*.go), KEP-555.
 """
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import orjson
 
+from knarr.aiokits import clock
 from knarr.api import errors
 from knarr.api.apply import fieldset as fs
 from knarr.api.apply import managed, walk
@@ -35,10 +35,6 @@ _STRIPPED = fs.of_paths(
 
 Filter = Callable[[FieldSet], FieldSet]
 Converter = Callable[[Object, str], Object | None]
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 class FieldManager:
@@ -92,14 +88,14 @@ class FieldManager:
             fields = self._shapes.get(key)
             if fields is not None:
                 meta["managedFields"] = [{
-                    "manager": manager or "unknown", "operation": UPDATE, "apiVersion": self._api_version, "time": now or _now(),
+                    "manager": manager or "unknown", "operation": UPDATE, "apiVersion": self._api_version, "time": now or clock.now_rfc3339(),
                     "fieldsType": "FieldsV1", "fieldsV1": fields,
                 }]
                 return
         try:
             managers = self._managers_for_update(live, given)
             live_or_empty = live if live is not None else self._empty()
-            managers = self._update_as(live_or_empty, new, managers, manager or "unknown", now or _now())
+            managers = self._update_as(live_or_empty, new, managers, manager or "unknown", now or clock.now_rfc3339())
         except (ValueError, walk.TypeMismatch, RecursionError):
             return
         if managers:
@@ -160,7 +156,7 @@ class FieldManager:
         Raises:
           StatusError: 400 wrong version or kind, managedFields in the patch; 409 conflicts; 500 schema violations.
         """
-        now = now or _now()
+        now = now or clock.now_rfc3339()
         self._check_identity(patch)
         exists = live is not None
         before = live if live is not None else self._empty()

@@ -16,18 +16,19 @@ MOST_SHAPES = 1024
 def shape(value: Any, listed: bool = False) -> Any:
     """Return a hashable that is equal for objects whose creation sets the same fields."""
     kind = value.__class__
+    if kind is dict and not listed:
+        # In C: keys in order and classes of values (None is not the same as a value), then the shapes of what is nested.
+        classes = tuple(map(type, value.values()))
+        if dict in classes or list in classes:
+            return (tuple(value), classes, *[shape(each) for each in value.values() if each.__class__ is dict or each.__class__ is list])
+        return (tuple(value), classes)
     if kind is dict:
         out: list[Any] = []
         for key, each in value.items():
             inner = each.__class__
             out.append(key)
-            if inner is dict or inner is list:
-                out.append(shape(each, listed))
-            elif listed:
-                # 1 and True are equal, yet not the same field value.
-                out.append((inner, each))
-            else:
-                out.append(each is None)
+            # 1 and True are equal, yet not the same field value.
+            out.append(shape(each, True) if inner is dict or inner is list else (inner, each))
         return tuple(out)
     if kind is list:
         return (list, *[shape(each, True) for each in value])

@@ -120,11 +120,13 @@ def validate_managed_fields(entries: list[Object] | None, path: str, errors: Err
         if entry.get("fieldsType") and entry["fieldsType"] != "FieldsV1":
             errors.append(invalid_value(f"{own}.fieldsType", entry["fieldsType"], "must be `FieldsV1`"))
         validate_field_manager(entry.get("manager") or "", f"{own}.manager", errors)
-        if len(entry.get("subresource") or "") > 256:
+        if "subresource" in entry and len(entry["subresource"] or "") > 256:
             errors.append(too_long(f"{own}.subresource", 256))
 
 
 def validate_field_manager(manager: str, path: str, errors: Errors) -> None:
+    if len(manager) <= 32 and manager.isprintable():
+        return  # 32 characters are 128 bytes at most
     if len(manager.encode()) > 128:
         errors.append(too_long(path, 128))
     for index, character in enumerate(manager):
@@ -137,14 +139,16 @@ def _common(metadata: Object, namespaced: bool, errors: Errors, path: str) -> No
     if namespaced:
         if not namespace:
             errors.append(required(f"{path}.namespace"))
-        else:
-            add(errors, f"{path}.namespace", namespace, dns_label(namespace))
+        elif found := dns_label(namespace):
+            add(errors, f"{path}.namespace", namespace, found)
     elif namespace:
         errors.append(field_forbidden(f"{path}.namespace", "not allowed on this type"))
-    if metadata.get("generation", 0) < 0:
+    if "generation" in metadata and metadata["generation"] < 0:
         errors.append(invalid_value(f"{path}.generation", metadata["generation"], NEGATIVE))
-    validate_labels(metadata.get("labels"), f"{path}.labels", errors)
-    validate_annotations(metadata.get("annotations"), f"{path}.annotations", errors)
+    if "labels" in metadata:
+        validate_labels(metadata["labels"], f"{path}.labels", errors)
+    if "annotations" in metadata:
+        validate_annotations(metadata["annotations"], f"{path}.annotations", errors)
     if "ownerReferences" in metadata:
         validate_owner_references(metadata["ownerReferences"], f"{path}.ownerReferences", errors)
     if "finalizers" in metadata:
@@ -162,8 +166,8 @@ def validate_object_meta(
         add(errors, f"{path}.generateName", generate_name, rule(mask_trailing_dash(generate_name)))
     if not name:
         errors.append(required(f"{path}.name", "name or generateName is required"))
-    else:
-        add(errors, f"{path}.name", name, rule(name))
+    elif found := rule(name):
+        add(errors, f"{path}.name", name, found)
     _common(metadata, namespaced, errors, path)
     if core_finalizers and "finalizers" in metadata:
         validate_core_finalizers(metadata["finalizers"], f"{path}.finalizers", errors)
@@ -171,6 +175,12 @@ def validate_object_meta(
 
 def validate_generic_meta(metadata: Object, namespaced: bool, errors: Errors, path: str = "metadata") -> None:
     """The check of every kind: whatever the kind's own rule says, a name must fit into a URL path."""
+    validate_path_names(metadata, errors, path)
+    _common(metadata, namespaced, errors, path)
+
+
+def validate_path_names(metadata: Object, errors: Errors, path: str = "metadata") -> None:
+    """The part of validate_generic_meta that no kind's own rule makes superfluous."""
     generate_name, name = metadata.get("generateName") or "", metadata.get("name") or ""
     if generate_name:
         add(errors, f"{path}.generateName", generate_name, path_segment_prefix(generate_name))
@@ -178,7 +188,6 @@ def validate_generic_meta(metadata: Object, namespaced: bool, errors: Errors, pa
         errors.append(required(f"{path}.name", "name or generateName is required"))
     else:
         add(errors, f"{path}.name", name, path_segment(name))
-    _common(metadata, namespaced, errors, path)
 
 
 def validate_object_meta_update(new: Object, old: Object, errors: Errors, path: str = "metadata") -> None:

@@ -18,6 +18,7 @@ from knarr.api.validation.metadata import (
     validate_generic_meta,
     validate_object_meta,
     validate_object_meta_update,
+    validate_path_names,
 )
 from knarr.api.validation.strings import Rule, dns_subdomain, path_segment
 
@@ -59,7 +60,8 @@ def create_errors(resource: Resource, obj: Object) -> list[FieldError]:
     if kind.create is not None:
         kind.create(obj, errors)
     if not errors:
-        validate_generic_meta(metadata, resource.namespaced, errors)
+        # Everything else that the generic check asks has just been found right.
+        validate_path_names(metadata, errors)
     return errors
 
 

@@ -210,11 +210,13 @@ def env_name(value: str) -> Messages:
 
 def path_segment(value: str) -> Messages:
     """Names that may stand in a URL path; all object names must."""
+    if "/" not in value and "%" not in value and value != "." and value != "..":
+        return ()
     if value == ".":
         return ("may not be '.'",)
     if value == "..":
         return ("may not be '..'",)
-    return tuple(f"may not contain '{c}'" for c in "/%" if c in value)
+    return path_segment_prefix(value)
 
 
 def path_segment_prefix(value: str) -> Messages:
