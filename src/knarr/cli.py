@@ -57,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     up.add_argument("--oci-runtime", default=None, metavar="runc|crun|unix:///SOCKET", help="program that makes containers, or the socket of containerd or CRI-O")
     up.add_argument("--apiserver-arg", action="append", default=[], metavar="NAME=VALUE", help="option of kube-apiserver, e.g. oidc-issuer-url=URL")
     up.add_argument("--controllers", default=None, help="controllers to run, e.g. *,-deployment")
+    up.add_argument("--tls-san", action="append", default=[], metavar="NAME|ADDRESS", help="further name of the API server for its certificate, e.g. one that other machines join by")
+    up.add_argument("--cluster-signing-duration", default=None, metavar="DURATION", help="longest life of certificates the cluster signs, e.g. 8760h0m0s")
     up.add_argument("--no-kubeconfig", action="store_true", help="leave the user's kubeconfig alone")
     verb("down", run_down, "stop the cluster; its data stays")
     verb("delete", run_delete, "stop the cluster and remove its data")
@@ -78,7 +80,32 @@ def build_parser() -> argparse.ArgumentParser:
     _add_port(verbs)
     _add_image(verbs)
     _add_node(verbs)
+    _add_token(verbs)
+    _add_join(verb("join", run_join, "make this machine a node of a cluster that runs elsewhere"))
     return parser
+
+
+def _add_join(join: argparse.ArgumentParser) -> None:
+    join.add_argument("server", metavar="HOST:PORT", help="the API server")
+    join.add_argument("--token", required=True, help="what `knarr token create` printed")
+    join.add_argument("--discovery-token-ca-cert-hash", action="append", default=[], metavar="sha256:HEX", help="the authority that is believed")
+    join.add_argument("--discovery-token-unsafe-skip-ca-verification", action="store_true", help="believe any authority that knows the token")
+    join.add_argument("--node-name", default="", help="the node's name (default: this machine's host name)")
+    join.add_argument("--oci-runtime", default="runc", metavar="runc|crun|unix:///SOCKET", help="program that makes containers, or the socket of containerd or CRI-O")
+
+
+def _add_token(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    token = verbs.add_parser("token", help="tokens with which other machines join")
+    actions = token.add_subparsers(metavar="ACTION", required=True)
+    for name, text in (("create", "make a token and print the command that joins with it"), ("ls", "list tokens"), ("rm", "delete a token")):
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("--name", default=os.environ.get("KNARR_NAME", "default"), help="which cluster (default: $KNARR_NAME, or default)")
+        action.add_argument("--data-dir", default=None, help="where its state is kept")
+        action.set_defaults(run=run_token, action=name)
+        if name == "create":
+            action.add_argument("--ttl", default="24h", help="how long it lasts; 0 never ends (default: 24h)")
+        if name == "rm":
+            action.add_argument("token")
 
 
 def _add_port(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -152,14 +179,64 @@ def run_up(options: argparse.Namespace) -> int:
                 oci_runtime=options.oci_runtime,
                 controllers=options.controllers,
                 apiserver_arguments=tuple(options.apiserver_arg),
+                tls_names=tuple(options.tls_san),
+                signing_seconds=_duration(options.cluster_signing_duration),
                 kubeconfig=not options.no_kubeconfig,
             ),
             progress,
         )
     finally:
         progress.clear()
-    print(f"ready: kubectl --context {config.context} get nodes", file=sys.stderr)
+    print(f"node {config.nodes[0].name} is Ready" if config.joined else f"ready: kubectl --context {config.context} get nodes", file=sys.stderr)
     return 0
+
+
+def _duration(text: str | None) -> float | None:
+    from knarr.api import times
+    from knarr.cluster.lifecycle import CommandError
+
+    if text is None:
+        return None
+    try:
+        return times.parse_duration(text) / 1e9
+    except ValueError as error:
+        raise CommandError(f"{text!r} is not a duration such as 8760h or 30m") from error
+
+
+def run_join(options: argparse.Namespace) -> int:
+    from knarr.cluster import join
+    from knarr.cluster.progress import Progress
+
+    progress = Progress()
+    try:
+        config = join.join(
+            join.JoinOptions(
+                server=options.server,
+                token=options.token,
+                hashes=tuple(options.discovery_token_ca_cert_hash),
+                any_authority=options.discovery_token_unsafe_skip_ca_verification,
+                node_name=options.node_name,
+                name=options.name,
+                data_dir=options.data_dir,
+                oci_runtime=options.oci_runtime,
+            ),
+            progress,
+        )
+    finally:
+        progress.clear()
+    print(f"node {config.nodes[0].name} is Ready", file=sys.stderr)
+    return 0
+
+
+def run_token(options: argparse.Namespace) -> int:
+    from knarr.cluster import lifecycle, tokens
+
+    config = lifecycle.existing(options.name, options.data_dir)
+    if options.action == "create":
+        return tokens.create(config, options.ttl)
+    if options.action == "rm":
+        return tokens.remove(config, options.token)
+    return tokens.show(config)
 
 
 def run_down(options: argparse.Namespace) -> int:

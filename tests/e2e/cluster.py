@@ -31,7 +31,7 @@ class Cluster:
     def knarr(self, *arguments: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run one knarr command on this cluster."""
         verb, *rest = arguments
-        command = [sys.executable, "-m", "knarr", verb, *([rest.pop(0)] if verb == "image" else []), "--name", self.name, *rest]
+        command = [sys.executable, "-m", "knarr", verb, *([rest.pop(0)] if verb in ("image", "node", "token") else []), "--name", self.name, *rest]
         result = subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=timeout)
         if check and result.returncode != 0:
             raise AssertionError(f"{' '.join(command)}: exit {result.returncode}\n{result.stdout}{result.stderr}\n{self.logs()}")

@@ -58,11 +58,12 @@ async def _ensure_role(client: Client, name: str, rules: list[dict[str, Any]], s
         "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name},
         "subjects": [{"apiGroup": "rbac.authorization.k8s.io", **subject}],
     }
-    await _apply(client, CLUSTER_ROLES, role)
-    await _apply(client, CLUSTER_ROLE_BINDINGS, binding)
+    await apply(client, CLUSTER_ROLES, role)
+    await apply(client, CLUSTER_ROLE_BINDINGS, binding)
 
 
-async def _apply(client: Client, resource: Resource, wanted: Object) -> None:
+async def apply(client: Client, resource: Resource, wanted: Object) -> None:
+    """Make an object, or give an existing one the wanted fields beside its metadata; tries until the API server takes it."""
     name, namespace = wanted["metadata"]["name"], wanted["metadata"].get("namespace")
     while True:
         try:

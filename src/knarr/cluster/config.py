@@ -67,6 +67,16 @@ class ClusterConfig:
     controllers: str = "*"
     apiserver_arguments: list[str] = field(default_factory=list)
     """NAME=VALUE options of the API server beyond what the cluster itself decides."""
+    server: str = ""
+    """Address of the API server (https://HOST:PORT) when this machine joined a cluster that runs elsewhere; "" when it runs here."""
+    tls_names: list[str] = field(default_factory=list)
+    """Further names and addresses under which the API server is reached, for its certificate."""
+    signing_seconds: float = 365 * 24 * 3600.0
+    """Longest life of certificates that the cluster signs."""
+    balancer_range: str = ""
+    """Of the cluster joined; "" decides by the slot."""
+    tunnel_id: int = 0
+    """VXLAN id of the cluster joined; 0 decides by the slot."""
     nodes: list[NodeConfig] = field(default_factory=list)
 
     @property
@@ -97,7 +107,21 @@ class ClusterConfig:
     @property
     def balancer_cidr(self) -> str:
         """Addresses of LoadBalancer Services; this machine reaches them."""
-        return f"172.29.{128 + self.slot}.0/24"
+        return self.balancer_range or f"172.29.{128 + self.slot}.0/24"
+
+    @property
+    def tunnel(self) -> int:
+        """VXLAN id, the same on all machines of a cluster."""
+        return self.tunnel_id or 4040 + self.slot
+
+    @property
+    def joined(self) -> bool:
+        """Whether the control plane is on another machine."""
+        return bool(self.server)
+
+    def client_certificate(self, node_name: str) -> Path:
+        """Where a node that joined keeps its client certificate with its key."""
+        return self.data / "nodes" / node_name / "pki" / "kubelet-client-current.pem"
 
     @property
     def dns_ip(self) -> str:

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -181,11 +182,11 @@ def remove_namespace(node: NodeConfig) -> None:
 def interface_names(config: ClusterConfig) -> list[str]:
     """Interfaces of this cluster: the pod network's, by the names it was given, and every one that bears the cluster's mark."""
     found = []
-    for entry in Path("/sys/class/net").iterdir():
+    for _, name in socket.if_nameindex():  # the kernel's own answer, since sysfs may show another network namespace
         with contextlib.suppress(OSError):
-            own = entry.name == f"knarr{config.slot}" or entry.name.startswith(f"kp{config.slot}-")
-            if own or (entry / "ifalias").read_text().strip() == f"knarr:{config.name}":
-                found.append(entry.name)
+            own = name == f"knarr{config.slot}" or name.startswith(f"kp{config.slot}-")
+            if own or Path("/sys/class/net", name, "ifalias").read_text().strip() == f"knarr:{config.name}":
+                found.append(name)
     return found
 
 

@@ -48,6 +48,9 @@ class UpOptions:
     controllers: str | None = None
     apiserver_arguments: tuple[str, ...] = ()
     """Empty keeps what the cluster has."""
+    tls_names: tuple[str, ...] = ()
+    """Further names of the API server; empty keeps what the cluster has."""
+    signing_seconds: float | None = None
     kubeconfig: bool = True
     """Merge the context into the user's kubeconfig."""
 
@@ -59,6 +62,12 @@ def existing(name: str, data_dir: str | None = None) -> ClusterConfig:
         known = ", ".join(other.name for other in cluster_config.known_clusters()) or "none"
         raise CommandError(f"there is no cluster {name!r} here (known: {known}); `knarr up` makes one")
     return config
+
+
+def need_control_plane(config: ClusterConfig) -> None:
+    """Raises CommandError on a machine that joined a cluster: the command belongs to the other one."""
+    if config.joined:
+        raise CommandError(f"the control plane of cluster {config.name!r} is at {config.server}; run this there")
 
 
 def is_running(config: ClusterConfig) -> bool:
@@ -88,6 +97,10 @@ def up(options: UpOptions, progress: Progress) -> ClusterConfig:
         config.controllers = options.controllers
     if options.apiserver_arguments:
         config.apiserver_arguments = _checked(options.apiserver_arguments)
+    if options.tls_names:
+        config.tls_names = list(options.tls_names)
+    if options.signing_seconds is not None:
+        config.signing_seconds = options.signing_seconds
     if is_running(config):
         progress.done(f"cluster {config.name} is running already")
         return config
@@ -97,11 +110,12 @@ def up(options: UpOptions, progress: Progress) -> ClusterConfig:
     if findings:
         raise CommandError("\n".join(str(finding) for finding in findings))
     config.save()
-    progress.step("certificates")
-    keys = make_pki(config)
-    if options.kubeconfig:
-        merge_kubeconfig(config, keys)
-    progress.step("starting the API server")
+    if not config.joined:
+        progress.step("certificates")
+        keys = make_pki(config)
+        if options.kubeconfig:
+            merge_kubeconfig(config, keys)
+        progress.step("starting the API server")
     reader = _fork_supervisor(config)
     _wait_ready(config, reader, progress)
     return config
@@ -118,21 +132,16 @@ def _checked(arguments: Sequence[str]) -> list[str]:
 
 def make_pki(config: ClusterConfig) -> pki.ClusterPKI:
     """The cluster's certificates, with every name and address of the API server."""
+    need_control_plane(config)
     domain = config.cluster_domain
     names = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", f"kubernetes.default.svc.{domain}", "localhost", socket.gethostname().lower()]
     own = addresses.primary_address()
-    return pki.ensure(config.pki, list(dict.fromkeys([*names, "127.0.0.1", *([own] if own else []), config.address(1), nodes.gateway(config)])))
+    return pki.ensure(config.pki, list(dict.fromkeys([*names, "127.0.0.1", *([own] if own else []), config.address(1), nodes.gateway(config), *config.tls_names])))
 
 
 def _fork_supervisor(config: ClusterConfig) -> int:
     """Start the supervisor, detached from this terminal; returns the reading end of its ready pipe."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(("0.0.0.0", config.api_port))
-    except OSError as error:
-        raise CommandError(f"port {config.api_port} is taken by {preflight.port_holder(config.api_port)}; stop that process, or use --name") from error
-    listener.listen(1024)
+    listener = None if config.joined else _listen(config)
     reader, writer = os.pipe2(os.O_CLOEXEC)
     config.logs.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
@@ -145,11 +154,23 @@ def _fork_supervisor(config: ClusterConfig) -> int:
         _become_supervisor(config, listener, writer)
     os.wait()
     os.close(writer)
-    listener.close()
+    if listener is not None:
+        listener.close()
     return reader
 
 
-def _become_supervisor(config: ClusterConfig, listener: socket.socket, writer: int) -> None:
+def _listen(config: ClusterConfig) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("0.0.0.0", config.api_port))
+    except OSError as error:
+        raise CommandError(f"port {config.api_port} is taken by {preflight.port_holder(config.api_port)}; stop that process, or use --name") from error
+    listener.listen(1024)
+    return listener
+
+
+def _become_supervisor(config: ClusterConfig, listener: socket.socket | None, writer: int) -> None:
     """The detached process; never returns."""
     code = 1
     try:
@@ -174,7 +195,7 @@ def _become_supervisor(config: ClusterConfig, listener: socket.socket, writer: i
 
 
 def _wait_ready(config: ClusterConfig, reader: int, progress: Progress) -> None:
-    awaited = [READY_API, *(f"{READY_NODE} {node.name}" for node in config.nodes if not node.stopped), READY_DNS]
+    awaited = [*([] if config.joined else [READY_API]), *(f"{READY_NODE} {node.name}" for node in config.nodes if not node.stopped), READY_DNS]
     texts = {READY_API: f"API server answers on https://127.0.0.1:{config.api_port}", READY_DNS: "DNS resolves"}
     deadline = time.monotonic() + UP_SECONDS
     buffer = b""
@@ -212,6 +233,7 @@ def admin_client(config: ClusterConfig) -> Client:
     from knarr.client.rest import Client
     from knarr.cluster.processes import common
 
+    need_control_plane(config)
     return Client(common.client_config(config, common.pair(config, "admin"), "knarr"))
 
 

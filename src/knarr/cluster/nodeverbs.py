@@ -10,7 +10,7 @@ import signal
 
 from knarr.cluster import host, nodes, supervisor
 from knarr.cluster.config import ClusterConfig, NodeConfig
-from knarr.cluster.lifecycle import CommandError, admin_client, is_running
+from knarr.cluster.lifecycle import CommandError, admin_client, is_running, need_control_plane
 from knarr.cluster.progress import Progress
 
 STOP_SECONDS = 15.0
@@ -39,6 +39,7 @@ def show(config: ClusterConfig) -> int:
 
 def add(config: ClusterConfig, name: str | None, taints: list[str], labels: list[str], progress: Progress) -> int:
     """Make a node and start it."""
+    need_control_plane(config)
     _need_running(config)
     node = nodes.add_node(config, name)
     node.labels = dict(_pair(label) for label in labels)
@@ -113,8 +114,13 @@ def start(config: ClusterConfig, name: str, progress: Progress) -> int:
 
 
 def remove(config: ClusterConfig, name: str, progress: Progress) -> int:
-    """Take a node out of the cluster: its processes, its data and its Node object."""
+    """Take a node out of the cluster: its processes, its data and its Node object; of a machine that joined, the Node object alone."""
     _need_running(config)
+    if all(node.name != name for node in config.nodes):
+        if not _delete_object(config, name):
+            find(config, name)
+        progress.done(f"node {name} is gone; `knarr delete` on its machine removes what is left there")
+        return 0
     node = find(config, name)
     if not node.netns:
         raise CommandError(f"node {name} is this machine; `knarr delete` removes the whole cluster")
@@ -130,20 +136,23 @@ def remove(config: ClusterConfig, name: str, progress: Progress) -> int:
     return 0
 
 
-def _delete_object(config: ClusterConfig, name: str) -> None:
+def _delete_object(config: ClusterConfig, name: str) -> bool:
+    """Whether there was one."""
     import asyncio
 
     from knarr.api.errors import is_not_found
     from knarr.api.resources import NODES
 
-    async def delete() -> None:
+    async def delete() -> bool:
         client = admin_client(config)
         try:
             await client.delete(NODES, name)
         except Exception as error:
             if not is_not_found(error):
                 raise
+            return False
         finally:
             await client.close()
+        return True
 
-    asyncio.run(delete())
+    return asyncio.run(delete())

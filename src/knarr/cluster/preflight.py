@@ -110,7 +110,8 @@ def _cgroups() -> list[Finding]:
 
 def _ports(config: ClusterConfig) -> list[Finding]:
     findings = []
-    for port, use in ((config.api_port, "the API server"), (config.kubelet_port, "the kubelet")):
+    wanted = [(config.kubelet_port, "the kubelet")] if config.joined else [(config.api_port, "the API server"), (config.kubelet_port, "the kubelet")]
+    for port, use in wanted:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

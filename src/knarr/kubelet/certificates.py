@@ -198,6 +198,8 @@ class Rotation:
         self._fraction = fraction
         self._wake = asyncio.Event()
         self._due: tuple[bytes, float] | None = None
+        """The certificate and when to replace it."""
+        self._fresh = b""
 
     def changed(self) -> None:
         """What the certificate shall say may have changed."""
@@ -234,12 +236,17 @@ class Rotation:
         if template.serving and not covers(certificate, template.dns, template.ips):
             return 0.0
         if self._due is None or self._due[0] != pair[0]:
-            self._due = (pair[0], rotation_time(certificate, self._fraction()))
+            due = rotation_time(certificate, self._fraction())
+            if self._fresh == pair[0]:
+                # Signers date certificates back a little; one of a very short life is not replaced at once for that.
+                due = max(due, (clock.now() + certificate.not_valid_after_utc.timestamp()) / 2)
+            self._due = (pair[0], due)
         return self._due[1] - clock.now()
 
     async def _renew(self, template: Template) -> None:
         certificate, key = await ask(self._client, template)
         store(self._path, certificate, key)
+        self._fresh = certificate.rstrip() + b"\n"
         log.info("certificate renewed", file=self._path, until=parse(certificate).not_valid_after_utc.isoformat())
         self._installed(certificate, key)
 

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import os
 import ssl
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
@@ -50,6 +50,13 @@ from knarr.runtime.cri import ImageService, RuntimeFault, RuntimeService
 log = get_logger(__name__)
 
 _RETRY_SECONDS = 1.0
+_RETIRE_SECONDS = 30.0
+"""What requests under way may still take when the client certificate changed."""
+
+
+async def _retire(client: Client) -> None:
+    await asyncio.sleep(_RETIRE_SECONDS)
+    await client.close_retired()
 
 
 class Kubelet:
@@ -83,8 +90,8 @@ class Kubelet:
         self.eviction.reclaim = self.garbage.free_images
         self.shutdown = NodeShutdown(self.node, self.workers, self.reporter)
         self.server = KubeletServer(self)
-        self.on_client_certificate: list[Callable[[bytes, bytes], None]] = [client.use_certificate]
-        """Called with (certificate, key) when the client certificate was rotated; who shares it adds himself."""
+        self.rotated_clients = [client]
+        """Clients that use this node's client certificate and get the next one when it is rotated."""
         self._tls: ssl.SSLContext | None = None
 
     def _wire(self, runtime: RuntimeService, images: ImageService) -> Node:
@@ -227,8 +234,9 @@ class Kubelet:
         if config.rotate_certificates:
 
             def use(certificate: bytes, key: bytes) -> None:
-                for listener in self.on_client_certificate:
-                    listener(certificate, key)
+                for client in self.rotated_clients:
+                    client.use_certificate(certificate, key)
+                    self.tasks.spawn(_retire(client), "retire-connections")
 
             template = certificates.Template(config.node_name)
             loops.append(("client-certificate", certificates.Rotation(self.client, config.client_cert_file, lambda: template, use).run()))

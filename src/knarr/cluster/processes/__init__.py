@@ -14,21 +14,25 @@ from knarr.cluster import supervisor
 from knarr.cluster.config import ClusterConfig, load
 
 
-def supervise(config: ClusterConfig, listener: socket.socket, announce_fd: int) -> None:
-    """Be the supervisor of a cluster until it is stopped."""
+def supervise(config: ClusterConfig, listener: socket.socket | None, announce_fd: int) -> None:
+    """Be the supervisor of a cluster until it is stopped; without a listener of a machine that joined one, which runs its node alone."""
     # What every component needs is imported before the forks, so that its pages are shared; what only one needs (numpy,
     # netlink) is imported by that one, at the same time as the others import theirs.
     import knarr.api.resources
     import knarr.client.informer
     import knarr.client.rest  # noqa: F401
-    from knarr.cluster.processes import apiserver, control, node
+    from knarr.cluster.processes import node
 
     boss = supervisor.Supervisor(config, announce_fd)
-    boss.add("apiserver", functools.partial(apiserver.main, config, listener))
+    if listener is not None:
+        from knarr.cluster.processes import apiserver, control
+
+        boss.add("apiserver", functools.partial(apiserver.main, config, listener))
     for entry in config.nodes:
         if not entry.stopped:
             boss.add(entry.name, functools.partial(node.main, config, entry))
-    boss.add("control", functools.partial(control.main, config))
+    if listener is not None:
+        boss.add("control", functools.partial(control.main, config))
 
     def start_node(arguments: dict[str, Any]) -> None:
         """Start a node that the command line has written into the configuration."""

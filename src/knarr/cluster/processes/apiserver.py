@@ -9,6 +9,8 @@ from knarr.cluster.config import ClusterConfig
 from knarr.cluster.processes import common
 from knarr.cluster.supervisor import Announce
 
+CLUSTER_INFO_PATH = "/api/v1/namespaces/kube-public/configmaps/cluster-info"
+
 
 def main(config: ClusterConfig, listener: socket.socket, announce: Announce) -> None:
     """Serve the API on the supervisor's socket until stopped."""
@@ -41,6 +43,8 @@ def main(config: ClusterConfig, listener: socket.socket, announce: Announce) -> 
         kubelet_ca=str(pki / "ca.crt"),
         cluster_domain=config.cluster_domain,
     )
+    # A machine that joins knows nobody yet; what it reads here is signed with its token.
+    settings.anonymous_paths = (*settings.anonymous_paths, CLUSTER_INFO_PATH)
 
     settings = applied(settings, config.apiserver_arguments)
 

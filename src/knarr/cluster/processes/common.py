@@ -38,12 +38,13 @@ def client_config(config: ClusterConfig, pair: KeyPair, component: str, *, host:
     Args:
       host: the API server's address as the component sees it.
     """
+    return certified(config, pair.certificate_pem(), pair.key_pem(), component, server=f"https://{host}:{config.api_port}")
+
+
+def certified(config: ClusterConfig, certificate: bytes, key: bytes, component: str, *, server: str) -> ClientConfig:
+    """The same with the pair itself (PEM) and the API server's whole address."""
     return ClientConfig(
-        server=f"https://{host}:{config.api_port}",
-        ca_data=(config.pki / "ca.crt").read_bytes(),
-        client_cert=pair.certificate_pem(),
-        client_key=pair.key_pem(),
-        user_agent=f"{component}/v1.35.0 knarr",
+        server=server, ca_data=(config.pki / "ca.crt").read_bytes(), client_cert=certificate, client_key=key, user_agent=f"{component}/v1.35.0 knarr"
     )
 
 

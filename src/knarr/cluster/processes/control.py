@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def main(config: ClusterConfig, announce: Announce) -> None:
     """Run the controllers and the scheduler until stopped."""
+    from knarr.cluster.servingcerts import ServingCertificateApprover
     from knarr.controllers.context import ControllersConfig
     from knarr.controllers.manager import ControllerManager
     from knarr.network.ingress import IngressController
@@ -29,13 +30,15 @@ def main(config: ClusterConfig, announce: Announce) -> None:
 
     pki = config.pki
     settings = ControllersConfig(
-        enabled=config.controllers,
+        # As kubeadm's clusters: what signs and clears bootstrap tokens is on, though upstream's own default leaves it off.
+        enabled=f"{config.controllers},bootstrapsigner,tokencleaner" if config.controllers == "*" else config.controllers,
         cluster_cidr=config.pod_cidr,
         service_cidr=config.service_cidr,
         service_account_key=(pki / "sa.key").read_bytes(),
         root_ca=(pki / "ca.crt").read_bytes(),
         ca_cert=(pki / "ca.crt").read_bytes(),
         ca_key=(pki / "ca.key").read_bytes(),
+        signing_seconds=config.signing_seconds,
     )
 
     async def control() -> None:
@@ -53,6 +56,7 @@ def main(config: ClusterConfig, announce: Announce) -> None:
             async with asyncio.TaskGroup() as group:
                 group.create_task(ControllerManager(controllers, settings).run(), name="controllers")
                 group.create_task(addons.ensure(controllers), name="addons")
+                group.create_task(ServingCertificateApprover(controllers, informers).run(), name="serving-certificates")
                 group.create_task(LoadBalancerController(controllers, informers, pool=(config.balancer_cidr,)).run(), name="load-balancer")
                 group.create_task(ingress.run(), name="ingress")
                 group.create_task(deciding.run(), name="scheduler")

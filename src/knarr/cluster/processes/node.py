@@ -20,6 +20,7 @@ from knarr.cluster import nodes, pki
 from knarr.cluster.config import ClusterConfig, NodeConfig
 from knarr.cluster.processes import common
 from knarr.cluster.supervisor import Announce
+from knarr.kubelet import certificates
 
 if TYPE_CHECKING:
     from knarr.kubelet.config import KubeletConfig
@@ -53,10 +54,36 @@ class Node:
         self.data = config.data / "nodes" / node.name
         self.state = config.state / node.name
         self.network_started = asyncio.Event()
-        self.api_host = nodes.gateway(config) if node.netns else "127.0.0.1"
+        self.server = config.server or f"https://{nodes.gateway(config) if node.netns else '127.0.0.1'}:{config.api_port}"
 
-    def client(self, pair: pki.KeyPair, component: str) -> Client:
-        return Client(common.client_config(self.config, pair, component, host=self.api_host))
+    def clients(self) -> tuple[Client, Client]:
+        """(the kubelet's, the network's); on a machine that joined both act as the node."""
+        if self.config.joined:
+            pair = certificates.load(self.config.client_certificate(self.node.name))
+            if pair is None:
+                raise RuntimeError(f"{self.config.client_certificate(self.node.name)} is missing; `knarr delete` and join again")
+            own = network = pair
+        else:
+            issued = self.authority().issue(self.data / "pki" / "kubelet-client", f"system:node:{self.node.name}", groups=["system:nodes"])
+            shared = common.pair(self.config, "network")
+            own, network = (issued.certificate_pem(), issued.key_pem()), (shared.certificate_pem(), shared.key_pem())
+        return (
+            Client(common.certified(self.config, *own, "kubelet", server=self.server)),
+            Client(common.certified(self.config, *network, "knarr-network", server=self.server)),
+        )
+
+    def authority(self) -> pki.Authority:
+        return pki.Authority(self.config.pki, "ca", "kubernetes")
+
+    def serving(self) -> pki.KeyPair:
+        """The kubelet's serving certificate; a machine that joined asks the cluster for its own and has it in one file."""
+        if self.config.joined:
+            path = self.data / "pki" / "kubelet-server-current.pem"
+            return pki.KeyPair(path, path)
+        names = [self.node.name, "localhost", "127.0.0.1", self.address]
+        return self.authority().issue(
+            self.data / "pki" / "kubelet-serving", f"system:node:{self.node.name}", groups=["system:nodes"], hosts=names, server=True
+        )
 
     def make_network(self) -> BridgeNetwork | PluginNetwork:
         from knarr.network import cni
@@ -102,16 +129,6 @@ class Node:
         from knarr.network.policy import PolicyEngine
         from knarr.network.proxy.service_proxy import ServiceProxy
 
-        authority = pki.Authority(self.config.pki, "ca", "kubernetes")
-        folder = self.data / "pki"
-        own = authority.issue(folder / "kubelet-client", f"system:node:{self.node.name}", groups=["system:nodes"])
-        serving = authority.issue(
-            folder / "kubelet-serving",
-            f"system:node:{self.node.name}",
-            groups=["system:nodes"],
-            hosts=[self.node.name, "localhost", "127.0.0.1", self.address],
-            server=True,
-        )
         network = self.make_network()
         if known := self.remembered_cidrs():
             # A process that follows a killed one goes on with its network at once, so that the node never shows NotReady.
@@ -121,8 +138,7 @@ class Node:
         await runtime.start()
         api = LocalAPI(socket_path(self.config, self.node.name), image_verbs(runtime))
         await api.start()
-        kubelet_client = self.client(own, "kubelet")
-        network_client = self.client(common.pair(self.config, "network"), "knarr-network")
+        kubelet_client, network_client = self.clients()
         informers = Informers(network_client)
         proxy = ServiceProxy(
             network_client,
@@ -137,7 +153,9 @@ class Node:
         network.on_attach = policy.admit
         try:
             async with asyncio.TaskGroup() as group:
-                kubelet = Kubelet(kubelet_client, runtime, runtime, self.kubelet_config(serving))
+                kubelet = Kubelet(kubelet_client, runtime, runtime, self.kubelet_config(self.serving()))
+                if self.config.joined:
+                    kubelet.rotated_clients.append(network_client)
                 group.create_task(kubelet.run(), name="kubelet")
                 group.create_task(self.follow_own_node(informers, network, runtime, kubelet.reporter.changed), name="own-node")
                 group.create_task(proxy.run(), name="proxy")
@@ -168,6 +186,10 @@ class Node:
             port=10250 if self.node.netns else config.kubelet_port,
             serving_cert=str(serving.certificate),
             serving_key=str(serving.key),
+            server_tls_bootstrap=config.joined,
+            client_cert_file=str(config.client_certificate(self.node.name)) if config.joined else "",
+            rotate_certificates=config.joined,
+            reappear=not config.joined,
             client_ca=str(config.pki / "ca.crt"),
             cgroup_root=f"/knarr{config.suffix}/{self.node.name}",
             node_labels=dict(self.node.labels),
@@ -231,7 +253,7 @@ class Node:
             return
         hops = {node.name: nodes.gateway(self.config) for node in self.config.nodes if not node.netns} if self.node.netns else {}
         device = f"kp{self.config.slot}-vx"
-        await NodeRoutes(informers, network, node_name=self.node.name, next_hops=hops, device=device, vni=4040 + self.config.slot).run()
+        await NodeRoutes(informers, network, node_name=self.node.name, next_hops=hops, device=device, vni=self.config.tunnel).run()
 
     async def report_ready(self, informers: Informers, proxy: ServiceProxy) -> None:
         """Tell `up` when the API shows this node Ready, and when a name resolves through the cluster's DNS address."""
