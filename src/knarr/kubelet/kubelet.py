@@ -31,6 +31,7 @@ from knarr.kubelet.node import Node
 from knarr.kubelet.node_status import NodeReporter
 from knarr.kubelet.objects import ReferencedObjects
 from knarr.kubelet.plugins.devices import DeviceManager
+from knarr.kubelet.plugins.dra import DynamicResources
 from knarr.kubelet.plugins.watcher import PluginWatcher
 from knarr.kubelet.pods import PodWorkers
 from knarr.kubelet.probes.manager import Probes
@@ -117,8 +118,12 @@ class Kubelet:
 
         self.csi = CSIVolumes(config, client)
         self.devices = DeviceManager(config.device_plugins_dir or os.path.join(config.root_dir, "device-plugins"), self._devices_changed)
+        self.dynamic = DynamicResources(
+            config.root_dir, client, config.node_name, lambda: [worker.uid for worker in self.workers.workers()]
+        )
         self.plugins = PluginWatcher(
-            config.plugins_dir or os.path.join(config.root_dir, "plugins_registry"), {"CSIPlugin": self.csi, "DevicePlugin": self.devices}
+            config.plugins_dir or os.path.join(config.root_dir, "plugins_registry"),
+            {"CSIPlugin": self.csi, "DevicePlugin": self.devices, "DRAPlugin": self.dynamic},
         )
         claims = Claims(client, self.csi)
         volumes = Volumes(config, payload_context, claims, image_manager, event, lambda: self.capacity.memory_allocatable_bytes)
@@ -143,6 +148,7 @@ class Kubelet:
             capacity=self.capacity,
             tasks=self.tasks,
             devices=self.devices,
+            dynamic=self.dynamic,
         )
         node.resize = Resizes(node)
         return node
@@ -209,6 +215,7 @@ class Kubelet:
                     ("shutdown", self.shutdown.run()),
                     ("plugins", self.plugins.run()),
                     ("devices", self.devices.run()),
+                    ("dynamic-resources", self.dynamic.run(self.ready)),
                     ("pods", self._run_pods()),
                     *self._certificate_loops(),
                 ):

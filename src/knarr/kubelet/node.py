@@ -19,6 +19,7 @@ from knarr.kubelet.env import EnvContext
 from knarr.kubelet.images import ImageManager
 from knarr.kubelet.objects import ReferencedObjects
 from knarr.kubelet.plugins.devices import DeviceManager
+from knarr.kubelet.plugins.dra import DynamicResources
 from knarr.kubelet.probes.manager import Probes
 from knarr.kubelet.status_manager import StatusManager
 from knarr.kubelet.tokens import Tokens
@@ -68,6 +69,7 @@ class Node:
     capacity: Capacity
     tasks: Tasks
     devices: DeviceManager
+    dynamic: DynamicResources
     resize: Resizes | None = None
     counters: dict[str, int] = field(default_factory=dict)
     """Metric name (with labels) to its count since the start."""

@@ -17,6 +17,7 @@ from knarr.kubelet.containers import ConfigError, ContainerContext, container_co
 from knarr.kubelet.images import ImageProblem
 from knarr.kubelet.observed import Observed
 from knarr.kubelet.plugins.devices import NotEnoughDevices
+from knarr.kubelet.plugins.dra import ClaimError
 from knarr.kubelet.plugins.wire import PluginError
 from knarr.kubelet.pod_worker import PodEnding, PodWorker
 from knarr.kubelet.userns import NoRangeLeft
@@ -140,12 +141,13 @@ async def _create_and_start(worker: PodWorker, spec: Object, image: Image, sandb
         )
         granted = await node.devices.allocate(pod, spec)
         context.devices, context.device_mounts, context.device_env = granted.devices, granted.mounts, granted.env
-        context.device_annotations, context.cdi_devices = granted.annotations, granted.cdi_devices
+        context.device_annotations = granted.annotations
+        context.cdi_devices = [*granted.cdi_devices, *node.dynamic.cdi_devices(pod, spec)]
         target = _target(worker, spec, observed)
         config = await worker.interruptible(
             container_config(pod, spec, image, _attempt(worker, name, observed), context, target_id=target)
         )
-    except (ConfigError, OSError, NoRangeLeft, NotEnoughDevices, PluginError) as e:
+    except (ConfigError, OSError, NoRangeLeft, NotEnoughDevices, PluginError, ClaimError) as e:
         node.container_event(pod, name, "Warning", "Failed", f"Error: {e}")
         _failed(worker, observed, name, "CreateContainerConfigError", str(e))
         return False

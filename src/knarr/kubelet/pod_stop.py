@@ -18,6 +18,7 @@ from knarr.kubelet import hooks, podutil, sandboxes
 from knarr.kubelet.containers import GRACE_ANNOTATION, PRE_STOP_ANNOTATION
 from knarr.kubelet.lifecycle import Kill, stop_order
 from knarr.kubelet.observed import Observed
+from knarr.kubelet.plugins.dra import ClaimError
 from knarr.kubelet.pod_worker import PodWorker
 from knarr.runtime.cri import ContainerState, ContainerStatus, NotFound, RuntimeFault
 
@@ -204,6 +205,11 @@ async def terminate(worker: PodWorker) -> None:
     if running:
         node.event(pod, "Warning", "FailedKillPod", f"error killing pod: containers still running: {running}")
         raise RuntimeFault(f"containers still running after they were stopped: {running}")
+    try:
+        # Before the end is told: whoever hears of it may give the claims to others.
+        await node.dynamic.unprepare(worker.uid)
+    except ClaimError as e:
+        raise RuntimeFault(f"unprepare dynamic resources: {e}") from e
     if not worker.orphan:
         pod_sync.publish(worker, observed, terminal=True, may_run=False)
 

@@ -19,6 +19,7 @@ from knarr.kubelet import identity, lifecycle, pod_start, pod_stop, podutil, san
 from knarr.kubelet.durations import go_duration
 from knarr.kubelet.lifecycle import Plan, ProbeView
 from knarr.kubelet.observed import Observed, observe
+from knarr.kubelet.plugins.dra import ClaimError
 from knarr.kubelet.pod_worker import PodWorker
 from knarr.kubelet.resources import pod_cgroup_limits
 from knarr.kubelet.userns import NoRangeLeft
@@ -255,6 +256,14 @@ def mappings_of(worker: PodWorker) -> list[IDMapping] | None:
 
 async def _create_sandbox(worker: PodWorker, plan: Plan) -> str | None:
     node, pod = worker.node, worker.pod
+    try:
+        if pod["spec"].get("resourceClaims"):
+            await worker.interruptible(node.dynamic.prepare(pod))
+    except ClaimError as e:
+        message = f"Failed to prepare dynamic resources: prepare dynamic resources: {e}"
+        node.event(pod, "Warning", "FailedPrepareDynamicResources", message)
+        worker.wake_after(_FAILED_RETRY_SECONDS)
+        return None
     try:
         handler = _runtime_handler(worker)
         parent = node.cgroups.pod_path(pod) if node.config.cgroups_per_qos else node.config.cgroup_root

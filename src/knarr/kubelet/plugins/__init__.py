@@ -1,1 +1,1 @@
-"""Plugins that register with the kubelet over sockets: CSI drivers and device plugins."""
+"""Plugins that register with the kubelet over sockets: CSI drivers, device plugins, drivers of dynamic resources."""

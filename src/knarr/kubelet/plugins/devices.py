@@ -136,7 +136,7 @@ class DeviceManager:
             raise PluginError(f"device plugin versions {versions} are not supported")
         await self._add(name, endpoint, {})
 
-    async def deregister(self, name: str) -> None:
+    async def deregister(self, name: str, endpoint: str = "") -> None:
         """The plugin is gone: its devices are unhealthy until it comes back."""
         resource = self._resources.get(name)
         if resource is not None:

@@ -29,20 +29,21 @@ class Handler(Protocol):
     async def register(self, name: str, endpoint: str, versions: list[str]) -> None:
         """Start using a plugin. Raises PluginError when it cannot be used."""
 
-    async def deregister(self, name: str) -> None: ...
+    async def deregister(self, name: str, endpoint: str = "") -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
     kind: str
     name: str
+    endpoint: str
 
 
 class PluginWatcher:
     """The registration folder."""
 
     def __init__(self, folder: str, handlers: dict[str, Handler]) -> None:
-        """`handlers` by plugin type: "CSIPlugin", "DevicePlugin"."""
+        """`handlers` by plugin type: "CSIPlugin", "DevicePlugin", "DRAPlugin"."""
         self._folder = folder
         self._handlers = handlers
         self._known: dict[str, _Known] = {}
@@ -97,8 +98,9 @@ class PluginWatcher:
                 error = f"no handler registered for plugin type: {kind} at socket {path}"
             else:
                 try:
-                    await handler.register(name, info.get("endpoint") or path, info.get("supported_versions") or [])
-                    self._known[path] = _Known(kind, name)
+                    endpoint = info.get("endpoint") or path
+                    await handler.register(name, endpoint, info.get("supported_versions") or [])
+                    self._known[path] = _Known(kind, name, endpoint)
                     log.info("plugin registered", type=kind, name=name)
                 except PluginError as e:
                     error = str(e)
@@ -114,4 +116,4 @@ class PluginWatcher:
         known = self._known.pop(path, None)
         if known is not None:
             log.info("plugin gone", type=known.kind, name=known.name)
-            await self._handlers[known.kind].deregister(known.name)
+            await self._handlers[known.kind].deregister(known.name, known.endpoint)

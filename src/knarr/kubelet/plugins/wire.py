@@ -1,8 +1,8 @@
 """The protobuf messages of the plugin protocols, by a table, and one call over a plugin's socket.
 
-Callers: watcher, csi, devices. Messages are plain dicts with the names of the .proto files; unset fields are absent. grpcio is
+Callers: watcher, csi, devices, dra. Messages are plain dicts with the names of the .proto files; unset fields are absent. grpcio is
 imported at the first call: a node without plugins never pays for it.
-Source: CSI spec v1 csi.proto, kubelet pluginregistration/v1 and deviceplugin/v1beta1 api.proto.
+Source: CSI spec v1 csi.proto, kubelet pluginregistration/v1, deviceplugin/v1beta1, dra/v1 and dra/v1beta1 api.proto.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 Message = dict[str, Any]
 Field = tuple[str, str]
-"""(name, type); the type is a scalar, "map", a message's name, or one of these with "[]"."""
+"""(name, type); the type is a scalar, "map" (of strings), "map:MESSAGE", a message's name, or a type with "[]"."""
 
 _CAPABILITY: dict[int, Field] = {1: ("block", "Empty"), 2: ("mount", "MountVolume"), 3: ("access_mode", "AccessMode")}
 MESSAGES: dict[str, dict[int, Field]] = {
@@ -83,6 +83,19 @@ MESSAGES: dict[str, dict[int, Field]] = {
     },
     "AllocateResponse": {1: ("container_responses", "ContainerAllocateResponse[]")},
     "PreStartContainerRequest": {1: ("devices_ids", "string[]")},
+    "Claim": {1: ("namespace", "string"), 2: ("uid", "string"), 3: ("name", "string")},
+    "PreparedDevice": {
+        1: ("request_names", "string[]"),
+        2: ("pool_name", "string"),
+        3: ("device_name", "string"),
+        4: ("cdi_device_ids", "string[]"),
+    },
+    "NodePrepareResourcesRequest": {1: ("claims", "Claim[]")},
+    "NodePrepareResourceResponse": {1: ("devices", "PreparedDevice[]"), 2: ("error", "string")},
+    "NodePrepareResourcesResponse": {1: ("claims", "map:NodePrepareResourceResponse")},
+    "NodeUnprepareResourcesRequest": {1: ("claims", "Claim[]")},
+    "NodeUnprepareResourceResponse": {1: ("error", "string")},
+    "NodeUnprepareResourcesResponse": {1: ("claims", "map:NodeUnprepareResourceResponse")},
 }
 
 
@@ -117,6 +130,10 @@ def encode(kind: str, message: Message) -> bytes:
             continue
         if field == "map":
             out += [_tagged(number, _tagged(1, k.encode()) + _tagged(2, v.encode())) for k, v in value.items()]
+            continue
+        if field.startswith("map:"):
+            inner = field.removeprefix("map:")
+            out += [_tagged(number, _tagged(1, k.encode()) + _tagged(2, encode(inner, v))) for k, v in value.items()]
             continue
         for one in value if field.endswith("[]") else [value]:
             inner = field.removesuffix("[]")
@@ -173,8 +190,12 @@ def _take(out: Message, entry: Field | None, raw: int, chunk: bytes) -> None:
         return
     name, field = entry
     if field == "map":
-        pair = _pair(chunk)
-        out.setdefault(name, {})[pair[0]] = pair[1]
+        key, text = _pair(chunk)
+        out.setdefault(name, {})[key] = text.decode(errors="replace")
+        return
+    if field.startswith("map:"):
+        key, data = _pair(chunk)
+        out.setdefault(name, {})[key] = decode(field.removeprefix("map:"), data)
         return
     inner = field.removesuffix("[]")
     value: Any
@@ -192,7 +213,7 @@ def _take(out: Message, entry: Field | None, raw: int, chunk: bytes) -> None:
         out[name] = value
 
 
-def _pair(chunk: bytes) -> tuple[str, str]:
+def _pair(chunk: bytes) -> tuple[str, bytes]:
     parts = {1: b"", 2: b""}
     position = 0
     while position < len(chunk):
@@ -200,7 +221,7 @@ def _pair(chunk: bytes) -> tuple[str, str]:
         length, position = _read_varint(chunk, position)
         parts[tag >> 3] = chunk[position : position + length]
         position += length
-    return parts[1].decode(errors="replace"), parts[2].decode(errors="replace")
+    return parts[1].decode(errors="replace"), parts[2]
 
 
 class Plugin:

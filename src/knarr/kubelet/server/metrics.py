@@ -175,6 +175,9 @@ async def _own(kubelet: Kubelet, page: Page) -> None:
         families.setdefault(metric.partition("{")[0], []).append((metric, value))
     for name, counts in families.items():
         page.add_raw(name, "counter", "Counted since the kubelet's start.", counts or [(name, 0)])
+    claims = list(kubelet.dynamic.metrics().items())
+    if claims:
+        page.add_raw("kubelet_dra_resource_claims_in_use", "gauge", "Claims that are prepared on this node, by driver.", claims)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     page.add("process_cpu_seconds_total", "counter", "Total user and system CPU time spent in seconds.", [({}, usage.ru_utime + usage.ru_stime)])
     with open("/proc/self/statm", encoding="ascii") as file:

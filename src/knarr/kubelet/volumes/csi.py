@@ -83,7 +83,7 @@ class CSIVolumes:
             await old.plugin.close()
         self._drivers[name] = _Driver(name, plugin, capabilities, info.get("node_id", ""))
 
-    async def deregister(self, name: str) -> None:
+    async def deregister(self, name: str, endpoint: str = "") -> None:
         """The driver's socket is gone."""
         driver = self._drivers.pop(name, None)
         if driver is not None:
