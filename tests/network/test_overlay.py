@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,16 +65,47 @@ class Node:
         self.place.close()
 
 
-@pytest.fixture
-async def pair(tmp_path):
+async def wired(folder: Path) -> list[Node]:
+    """Two hosts on a wire, without pods or ways yet."""
     label = f"kno{os.getpid()}"
-    nodes = [Node(number, label, tmp_path) for number in (1, 2)]
+    nodes = [Node(number, label, folder) for number in (1, 2)]
     target = os.open(nodes[1].place.path, os.O_RDONLY)
     with netns.open_netlink(nodes[0].place.path) as netlink:
         netlink.send(rtnl.add_veth("lan0", peer="lan0", peer_netns=target, mtu=1500))
     os.close(target)
     for node in nodes:
         node.wire()
+    return nodes
+
+
+@asynccontextmanager
+async def wired_pair(folder: Path, mode: Any) -> AsyncIterator[list[Node]]:
+    """Two hosts on a wire whose pods, one each, reach each other."""
+    nodes = await wired(folder)
+    routes = [node.routes(mode) for node in nodes]
+    try:
+        async with Tasks() as tasks:
+            for number, node in enumerate(nodes):
+                await node.network.start()
+                await node.pod()
+                tasks.spawn(routes[number].run(), f"routes {number}")
+            await asyncio.sleep(0.05)
+            for node in nodes:
+                node.informers.put(NODES, *(other.object() for other in nodes))
+            async with asyncio.timeout(10):
+                while not all(len(way._applied) == 1 for way in routes):
+                    await asyncio.sleep(0.02)
+            yield nodes
+        for way in routes:
+            await way.cleanup()
+    finally:
+        for node in nodes:
+            await node.close()
+
+
+@pytest.fixture
+async def pair(tmp_path):
+    nodes = await wired(tmp_path)
     yield nodes
     for node in nodes:
         await node.close()

@@ -1,0 +1,125 @@
+"""Rows of the network: throughput and new connections against a bare bridge and a bare VXLAN, and what size costs.
+
+They need root and iperf3, wrk and HAProxy. Services, policies and pod rules are all in place on our side, as on a node of a
+cluster; the reference has nothing in the way of a packet but the kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+from tests.network.test_overlay import wired_pair
+from tests.network.world import Place, World, endpoint_slice, ready, service
+
+from bench import network_scale
+from bench.network_world import (
+    NODE_PORT,
+    PORT,
+    WEB_PORT,
+    Pair,
+    alternately,
+    bare_bridge,
+    bare_vxlan,
+    connections,
+    forget_connections,
+    gigabits,
+    web_server,
+)
+from bench.row import Row
+from knarr.network.policy.state import PolicyState
+from knarr.network.policy.table import PolicyTable
+from knarr.network.proxy.model import Rendered, render_service
+from knarr.network.proxy.table import ProxyTable
+from knarr.network.proxy.topology import NodeView
+
+_ONE_NODE = ("network-pod-pod", "network-pod-service", "network-host-nodeport")
+_CONNECT = tuple(name.replace("network-", "network-connect-") for name in _ONE_NODE)
+ROWS = (*_ONE_NODE, *_CONNECT, "network-vxlan", "network-connect-vxlan", *network_scale.ROWS)
+CLUSTER_IP = "10.96.0.70"
+
+
+def measure(names: list[str], options: argparse.Namespace) -> Iterator[Row]:
+    if any(name in (*_ONE_NODE, *_CONNECT) for name in names):
+        yield from asyncio.run(_in_world(lambda world: _one_node(world, names, options)))
+    if any(name.endswith("vxlan") for name in names):
+        yield from asyncio.run(_two_nodes(names, options))
+    yield from network_scale.measure([name for name in names if name in network_scale.ROWS], options)
+
+
+async def _in_world(work: Callable[[World], Awaitable[list[Row]]]) -> list[Row]:
+    async with World() as world:
+        return await work(world)
+
+
+async def _one_node(world: World, names: list[str], options: argparse.Namespace) -> list[Row]:
+    client, server = await world.pod("client"), await world.pod("server")
+    proxy, policy = ProxyTable("knt", world.cluster_cidrs, netns=world.node.path), PolicyTable("knt-policy", netns=world.node.path)
+    proxy.load({"web": _published(server)})
+    policy.load(PolicyState("here").wanted())
+    try:
+        return await asyncio.to_thread(_against_bridge, world, client, server, names, options)
+    finally:
+        for table in (proxy, policy):
+            table.remove()
+            table.close()
+
+
+def _published(server: Place) -> Rendered:
+    ports = [("load", "TCP", PORT), ("web", "TCP", WEB_PORT)]
+    svc = service("web", CLUSTER_IP, ports, type="NodePort", node_ports={PORT: NODE_PORT, WEB_PORT: NODE_PORT + 1})
+    return render_service(svc, [endpoint_slice("web", ports, [ready(server.ip)])], NodeView("here"))
+
+
+def _against_bridge(world: World, client: Place, server: Place, names: list[str], options: argparse.Namespace) -> list[Row]:
+    rows = []
+    with bare_bridge(world.network.mtu) as (host, a, b), web_server(server), web_server(b):
+        plain, from_host = Pair(a, b, b.ip), Pair(host, b, b.ip)
+        ways = {
+            "pod-pod": (Pair(client, server, server.ip), plain),
+            "pod-service": (Pair(client, server, CLUSTER_IP), plain),
+            "host-nodeport": (Pair(world.node, server, world.node.ip, NODE_PORT, NODE_PORT + 1), from_host),
+        }
+        for way, (ours, bare) in ways.items():
+            rows += _compare(way, ours, bare, world.node, names, options, "a bare bridge")
+    return rows
+
+
+def _compare(way: str, ours: Pair, bare: Pair, node: Place, names: list[str], options: argparse.Namespace, against: str) -> list[Row]:
+    rows, seconds, repeat = [], 1, max(3, int(options.repeat * options.seconds / 2))
+    if f"network-{way}" in names:
+        mine, theirs = alternately(lambda: gigabits(ours, seconds), lambda: gigabits(bare, seconds), repeat)
+        rows.append(Row(f"network-{way}", "Gbit/s", mine, theirs, note=f"one TCP stream; reference: {against}"))
+    if f"network-connect-{way}" in names:
+
+        def fresh() -> float:
+            forget_connections(node)
+            return connections(ours, seconds)
+
+        mine, theirs = alternately(fresh, lambda: connections(bare, seconds), repeat)
+        rows.append(Row(f"network-connect-{way}", "1/s", mine, theirs, note=f"connection, request, answer, end; reference: {against}"))
+    return rows
+
+
+async def _two_nodes(names: list[str], options: argparse.Namespace) -> list[Row]:
+    with tempfile.TemporaryDirectory(prefix="knb-") as folder:
+        async with wired_pair(Path(folder), "vxlan") as (one, two):
+            policies = [PolicyTable("knt-policy", netns=node.place.path) for node in (one, two)]
+            proxies = [ProxyTable("knt", ["10.79.0.0/16"], netns=node.place.path) for node in (one, two)]
+            for policy, proxy in zip(policies, proxies, strict=True):
+                policy.load(PolicyState("here").wanted())
+                proxy.load({})
+            try:
+                return await asyncio.to_thread(_against_vxlan, one.place, Pair(one.pod_place, two.pod_place, two.pod_place.ip), names, options)
+            finally:
+                for policy, proxy in zip(policies, proxies, strict=True):
+                    policy.close()
+                    proxy.close()
+
+
+def _against_vxlan(node: Place, ours: Pair, names: list[str], options: argparse.Namespace) -> list[Row]:
+    with bare_vxlan() as (a, b), web_server(ours.server), web_server(b):
+        return _compare("vxlan", ours, Pair(a, b, b.ip), node, names, options, "bridges joined by a bare VXLAN")
