@@ -69,3 +69,19 @@ async def test_a_pod_that_does_not_fit_is_refused_with_the_numbers(bench: Bench)
     pod = await bench.until_phase("big", "Failed")
     assert pod["status"]["reason"] == "OutOfcpu"
     assert pod["status"]["message"].startswith("Pod was rejected: Node didn't have enough resource: cpu, requested: 1000000, used: 0,")
+
+
+async def test_resources_that_others_advertise_on_the_node_can_be_allocated_until_they_are_taken_back(bench: Bench) -> None:
+    async def patched(value: str | None) -> None:
+        patch = {"status": {"capacity": {"example.com/fake": value}}}
+        await bench.client.patch(NODES, bench.node_name, None, patch, type="merge", subresource="status")
+
+    async def offers(value: str | None) -> None:
+        async with asyncio.timeout(10):
+            while (await bench.client.get(NODES, bench.node_name))["status"]["allocatable"].get("example.com/fake") != value:
+                await asyncio.sleep(0.02)
+
+    await patched("1k")
+    await offers("1k")
+    await patched(None)
+    await offers(None)

@@ -87,6 +87,8 @@ class Kubelet:
         self.static_pods = StaticPods(self.node, self.workers)
         self.eviction = Eviction(self.node, self.workers, lambda: self.reporter.changed())
         self.reporter = NodeReporter(config, client, runtime, images, self._record, self.capacity, self.eviction.pressure)
+        self.reporter.live = lambda: self._node.get(None, config.node_name)
+        self._node.add_handler(self.reporter.node_changed, lambda _old, new: self.reporter.node_changed(new))
         self.garbage = GarbageCollector(self.node, self.workers, self.reporter.reference)
         self.eviction.reclaim = self.garbage.free_images
         self.shutdown = NodeShutdown(self.node, self.workers, self.reporter)

@@ -74,6 +74,8 @@ class NodeReporter:
         self.shutting_down = False
         self.volumes_in_use: Callable[[], list[str]] = lambda: []
         self.not_ready_reason: Callable[[], str | None] = lambda: None
+        self.live: Callable[[], Object | None] = lambda: None
+        """The node object as the API server shows it."""
         self.node: Object | None = None
         """The node object as last read or written."""
         self._events_seen: dict[str, str] = {}
@@ -204,10 +206,28 @@ class NodeReporter:
             "runtimeHandlers": [{"name": "", "features": {"recursiveReadOnlyMounts": True, "userNamespaces": True}}],
             "features": {"supplementalGroupsPolicy": True},
         }
+        status["allocatable"].update(self._advertised())
         in_use = self.volumes_in_use()
         if in_use or old.get("volumesInUse"):
             status["volumesInUse"] = in_use
         return status
+
+    def _advertised(self) -> dict[str, str | None]:
+        """Resources that somebody else wrote into the node's capacity can be allocated; None takes back those that are gone."""
+        live = ((self.live() or {}).get("status")) or {}
+        own, others = self._capacity.capacity, live.get("capacity") or {}
+        found: dict[str, str | None] = {name: amount for name, amount in others.items() if name not in own}
+        for name in live.get("allocatable") or {}:
+            if name not in others and name not in own and "/" in name:
+                found[name] = None
+        return found
+
+    def node_changed(self, node: Object) -> None:
+        """The API server shows another version of our Node."""
+        status = node.get("status") or {}
+        allocatable = status.get("allocatable") or {}
+        if any(allocatable.get(name) != amount for name, amount in self._advertised().items()):
+            self.changed()
 
     async def _image_list(self) -> list[Object]:
         try:
