@@ -99,6 +99,11 @@ class Block(NamedTuple):
     version: int
     ranges: tuple[tuple[int, int], ...]
 
+    def holds(self, address: str) -> bool:
+        """Whether an address lies in it."""
+        parsed = ip_address(address)
+        return parsed.version == self.version and any(first <= int(parsed) <= last for first, last in self.ranges)
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -257,10 +262,7 @@ def _peers_match(rule: Rule, other: PolicyPod | str, namespace_labels: Mapping[s
         if isinstance(peer, Peers):
             if isinstance(other, PolicyPod) and peer.matches(other, namespace_labels.get(other.namespace)):
                 return True
-        elif any(
-            ip_address(address).version == peer.version and any(first <= int(ip_address(address)) <= last for first, last in peer.ranges)
-            for address in addresses
-        ):
+        elif any(map(peer.holds, addresses)):
             return True
     return False
 

@@ -174,7 +174,8 @@ class PolicyState:
                 for peer in rule.peers or ():
                     if isinstance(peer, Peers):
                         self._use(peer, difference)
-                if rule.peers is None and direction == "egress" and any(port.name for port in rule.ports or ()):
+                named = direction == "egress" and any(port.name for port in rule.ports or ())
+                if named and (rule.peers is None or any(isinstance(peer, Block) for peer in rule.peers)):
                     self._use(EVERYBODY, difference)
 
     def _use(self, peer: Peers, difference: int) -> None:
@@ -283,9 +284,9 @@ class PolicyState:
             if set_name is not None:
                 for condition in conditions:
                     yield Match(set_name, condition)
-            # A name means a port of the pod that is reached, so it needs the peers' own numbers.
+            # A name means a port of the pod that is reached, so it needs the peers' own numbers; in a block, those of the pods in it.
             for port in named:
-                if not isinstance(peer, Block):
+                if not isinstance(peer, Block) or peer.version == version:
                     yield Match(self._define_ports(peer or EVERYBODY, port, version), None, True)
 
     def _set_name(self, peer: Peers | Block | None, version: int) -> str | None:
@@ -297,7 +298,7 @@ class PolicyState:
         self._definitions[name] = (peer, None, version)
         return name
 
-    def _define_ports(self, peer: Peers, port: Port, version: int) -> str:
+    def _define_ports(self, peer: Peers | Block, port: Port, version: int) -> str:
         name = _name(f"ports{version}-", peer.id, port.name, port.protocol)
         self._definitions[name] = (peer, port, version)
         return name
@@ -305,16 +306,17 @@ class PolicyState:
     def _set(self, name: str) -> PeerSet:
         peer, port, version = self._definitions[name]
         known = self._built.get(name)
-        if known is not None and peer.id not in self._dirty_peers:
+        members = EVERYBODY.id if isinstance(peer, Block) else peer.id
+        if known is not None and members not in self._dirty_peers:
             return known
-        if isinstance(peer, Block):
+        if isinstance(peer, Block) and port is None:
             return PeerSet(name, version, "ranges", set(), peer.ranges)
         elements: set[bytes] = set()
-        for key in self._members.get(peer.id, ()):
+        for key in self._members.get(members, ()):
             pod = self.pods[key]
             number = pod.named_port(port.name, port.protocol) if port is not None else None
             for address in pod.ips:
-                if (":" in address) != (version == 6):
+                if (":" in address) != (version == 6) or (isinstance(peer, Block) and not peer.holds(address)):
                     continue
                 if port is None:
                     elements.add(host_element(address))
