@@ -62,8 +62,12 @@ async def _ensure_role(client: Client, name: str, rules: list[dict[str, Any]], s
     await apply(client, CLUSTER_ROLE_BINDINGS, binding)
 
 
-async def apply(client: Client, resource: Resource, wanted: Object) -> None:
-    """Make an object, or give an existing one the wanted fields beside its metadata; tries until the API server takes it."""
+async def apply(client: Client, resource: Resource, wanted: Object, *, fixed: bool = False) -> None:
+    """Make an object, or give an existing one the wanted fields beside its metadata; tries until the API server takes it.
+
+    Args:
+      fixed: leave an existing one as it is.
+    """
     name, namespace = wanted["metadata"]["name"], wanted["metadata"].get("namespace")
     while True:
         try:
@@ -73,6 +77,8 @@ async def apply(client: Client, resource: Resource, wanted: Object) -> None:
             except StatusError as error:
                 if error.reason != "AlreadyExists":
                     raise
+            if fixed:
+                return
             current = await client.get(resource, name, namespace)
             if any(current.get(field) != wanted[field] for field in wanted if field not in ("apiVersion", "kind", "metadata")):
                 await client.update(resource, {**wanted, "metadata": {**wanted["metadata"], "resourceVersion": current["metadata"]["resourceVersion"]}})

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
-from knarr.cluster import addons, addresses
+from knarr.cluster import addons, addresses, nodes, pki
 from knarr.cluster.config import ClusterConfig
 from knarr.cluster.localapi import Answer, LocalAPI, Say, socket_path
 from knarr.cluster.processes import common
 from knarr.cluster.supervisor import Announce
 
 if TYPE_CHECKING:
+    from knarr.cluster.usage.server import UsageServer
     from knarr.scheduler.scheduler import Scheduler
 
 
@@ -28,16 +29,16 @@ def main(config: ClusterConfig, announce: Announce) -> None:
     from knarr.scheduler.config import SchedulerConfig
     from knarr.scheduler.scheduler import Scheduler
 
-    pki = config.pki
+    folder = config.pki
     settings = ControllersConfig(
         # As kubeadm's clusters: what signs and clears bootstrap tokens is on, though upstream's own default leaves it off.
         enabled=f"{config.controllers},bootstrapsigner,tokencleaner" if config.controllers == "*" else config.controllers,
         cluster_cidr=config.pod_cidr,
         service_cidr=config.service_cidr,
-        service_account_key=(pki / "sa.key").read_bytes(),
-        root_ca=(pki / "ca.crt").read_bytes(),
-        ca_cert=(pki / "ca.crt").read_bytes(),
-        ca_key=(pki / "ca.key").read_bytes(),
+        service_account_key=(folder / "sa.key").read_bytes(),
+        root_ca=(folder / "ca.crt").read_bytes(),
+        ca_cert=(folder / "ca.crt").read_bytes(),
+        ca_key=(folder / "ca.key").read_bytes(),
         signing_seconds=config.signing_seconds,
     )
 
@@ -52,21 +53,44 @@ def main(config: ClusterConfig, announce: Announce) -> None:
         deciding = Scheduler(scheduler, SchedulerConfig())
         api = LocalAPI(socket_path(config, "control"), scheduler_verbs(deciding))
         await api.start()
+        usage = usage_server(config, controllers)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(ControllerManager(controllers, settings).run(), name="controllers")
                 group.create_task(addons.ensure(controllers), name="addons")
+                group.create_task(serve_usage(config, controllers, usage), name="resource-metrics")
                 group.create_task(ServingCertificateApprover(controllers, informers).run(), name="serving-certificates")
                 group.create_task(LoadBalancerController(controllers, informers, pool=(config.balancer_cidr,)).run(), name="load-balancer")
                 group.create_task(ingress.run(), name="ingress")
                 group.create_task(deciding.run(), name="scheduler")
         finally:
+            await usage.close()
             await api.close()
             await informers.close()
             await controllers.close()
             await scheduler.close()
 
     common.run(control)
+
+
+def usage_server(config: ClusterConfig, client: Client) -> UsageServer:
+    """What answers for metrics.k8s.io, not listening yet."""
+    from knarr.cluster.usage.collector import Collector, kubelet_reader
+    from knarr.cluster.usage.registration import HOST
+    from knarr.cluster.usage.server import UsageServer
+
+    serving = pki.Authority(config.pki, "ca", "kubernetes").issue(config.pki / "metrics", "knarr-metrics", hosts=[HOST], server=True, client=False)
+    proxy_ca = config.pki / "front-proxy-ca.crt"
+    return UsageServer(client, Collector(kubelet_reader(client)), certificate=str(serving.certificate), key=str(serving.key), proxy_ca=str(proxy_ca))
+
+
+async def serve_usage(config: ClusterConfig, client: Client, server: UsageServer) -> None:
+    """Listen on the machine's address, since endpoints cannot be loopback ones, and lead the API server there."""
+    from knarr.cluster.usage.registration import register
+
+    address = nodes.node_address(config, config.nodes[0])
+    port = await server.listen(address)
+    await register(client, address, port, (config.pki / "ca.crt").read_bytes())
 
 
 def scheduler_verbs(scheduler: Scheduler) -> Answer:
