@@ -95,7 +95,7 @@ def test_yaml_bombs_are_refused_and_duplicates_named() -> None:
     with pytest.raises(yamldoc.YAMLError):
         yamldoc.load("[" * 5000)
     assert yamldoc.load("\na: 1\nb:\n  c: 1\n  c: 2", strict=True) == (
-        {"a": 1, "b": {"c": 2}}, 'yaml: unmarshal errors:\n  line 5: key "c" already set in map')
+        {"a": 1, "b": {"c": 2}}, 'line 5: key "c" already set in map')
     assert yamldoc.load("x: &x {a: 1}\nz: {<<: *x, b: 2}")[0]["z"] == {"a": 1, "b": 2}
 
 

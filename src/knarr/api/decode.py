@@ -197,6 +197,13 @@ def _identity(obj: Object, api_version: str, kind: str, body: bytes) -> tuple[st
     return obj["apiVersion"], obj["kind"]
 
 
+_GO_SCHEMES = {
+    "apiextensions.k8s.io": "k8s.io/apiextensions-apiserver/pkg/apiserver/apiserver.go:55",
+    "apiregistration.k8s.io": "k8s.io/kube-aggregator/pkg/apiserver/scheme/scheme.go:28",
+}
+"""Group -> what its registry of types is called in messages; one for all others."""
+
+
 def _refuse_kind(given_version: str, given_kind: str, api_version: str, kind: str) -> None:
     """A body of another type: meta options are registered everywhere, any other difference is an error."""
     if given_kind == kind and kind in typeinfo._META_KINDS:
@@ -205,9 +212,8 @@ def _refuse_kind(given_version: str, given_kind: str, api_version: str, kind: st
     try:
         typeinfo.message_name(given_version, given_kind)
     except KeyError:
-        text = f"no kind {go_quote(given_kind)} is registered for version {go_quote(given_version)} in scheme " + (
-            '"k8s.io/kubernetes/pkg/api/legacyscheme/scheme.go:30"'
-        )
+        scheme = _GO_SCHEMES.get(api_version.rpartition("/")[0], "pkg/api/legacyscheme/scheme.go:30")
+        text = f"no kind {go_quote(given_kind)} is registered for version {go_quote(given_version)} in scheme {go_quote(scheme)}"
         raise bad_request(f"{given_kind} in version {go_quote(version)} cannot be handled as a {kind}: {text}") from None
     if given_kind == kind:
         raise bad_request(
@@ -283,7 +289,10 @@ def _decode_custom(resource: Resource, body: bytes, kind_of_body: str, field_val
             findings = explain.Findings()
             explain.explain_untyped(explain.parse_with_duplicates(body), findings)
             warnings.extend(findings.strict)
-    warnings.extend(check_metadata(obj))
+    try:
+        warnings.extend(check_metadata(obj))
+    except StatusError as error:
+        raise bad_request(_cannot_handle(given_kind, given_version, resource.kind, error.message)) from None
     if warnings and field_validation == STRICT:
         raise bad_request(_cannot_handle(given_kind, given_version, resource.kind, f"strict decoding error: {', '.join(warnings)}"))
     return obj, warnings
@@ -327,7 +336,7 @@ def check_metadata(obj: Object, path: str = "metadata") -> list[str]:
     except typeinfo.Mismatch:
         holder = {"metadata": orjson.loads(original)}
         findings = explain.explain(holder, _META + "PartialObjectMetadata")
-        raise bad_request(findings.type_error) from None
+        raise bad_request(findings.type_error.replace("ObjectMeta.metadata.", "ObjectMeta.")) from None
     obj["metadata"] = pruned if pruned is not typeinfo.DROP else {}
     if not state.unknown:
         return []

@@ -71,6 +71,20 @@ def go_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
+def go_map(value: Any) -> str:
+    """A JSON value as Go's %v shows it."""
+    match value:
+        case dict():
+            return f"map[{' '.join(f'{k}:{go_map(v)}' for k, v in sorted(value.items()))}]"
+        case list():
+            return f"[{' '.join(go_map(v) for v in value)}]"
+        case None:
+            return "<nil>"
+        case bool():
+            return "true" if value else "false"
+    return str(value)
+
+
 @dataclass(frozen=True, slots=True)
 class FieldError:
     """One broken rule of one field.
@@ -163,6 +177,7 @@ class StatusError(Exception):
         self.reason = reason
         self.message = message
         self.details: Object = details or {}
+        self._shows_details = details is not None
         self.headers: list[tuple[str, str]] = headers or []
         self.extra_metadata: Object = {}
 
@@ -173,7 +188,7 @@ class StatusError(Exception):
             status["message"] = self.message
         if self.reason:
             status["reason"] = self.reason
-        if self.details:
+        if self.details or self._shows_details:
             status["details"] = self.details
         status["code"] = self.code
         return status
@@ -311,6 +326,13 @@ def method_not_allowed() -> StatusError:
     return StatusError(405, "MethodNotAllowed", "the server does not allow this method on the requested resource", {})
 
 
+def rejected_by_router(code: int, available: Iterable[str] = ()) -> StatusError:
+    """406 or 415 of a route whose media types do not match at all, which is found out before the resource is asked."""
+    if code == 415:
+        return StatusError(415, "UnsupportedMediaType", "415: Unsupported Media Type", {})
+    return StatusError(406, "NotAcceptable", f"406: Not Acceptable\n\nAvailable representations: {', '.join(available)}", {})
+
+
 def unsupported_media_type(accepted: Iterable[str]) -> StatusError:
     """415; accepted are the media types that would do."""
     message = f"the body of the request was in an unknown format - accepted media types include: {', '.join(accepted)}"
@@ -321,6 +343,12 @@ def not_acceptable(accepted: Iterable[str]) -> StatusError:
     """406; accepted are the media types that would do."""
     message = f"only the following media types are accepted: {', '.join(accepted)}"
     return StatusError(406, "NotAcceptable", message)
+
+
+def not_that_shape(asked: str, is_list: bool, go_type: str) -> StatusError:
+    """406 for metadata of a list asked as of one object, or the other way round."""
+    what = "a list" if is_list else "not a list"
+    return StatusError(406, "NotAcceptable", f"you requested {asked}, but the requested object is {what} (*{go_type})")
 
 
 def gone(message: str) -> StatusError:

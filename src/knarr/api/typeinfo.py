@@ -40,7 +40,7 @@ _WITHOUT_TYPE_META = {"PodTemplateSpec", "JobTemplateSpec", "PersistentVolumeCla
 GATED_OFF: dict[str, frozenset[str]] = {
     "k8s.io.api.core.v1." + name: frozenset(fields.split())
     for name, fields in {
-        "TypedObjectReference": "namespace", "VolumeProjection": "clusterTrustBundle podCertificate", "EnvVarSource": "fileKeyRef",
+        "VolumeProjection": "clusterTrustBundle podCertificate", "EnvVarSource": "fileKeyRef",
         "Container": "restartPolicyRules", "EphemeralContainerCommon": "restartPolicyRules", "EphemeralContainer": "restartPolicyRules",
         "ContainerStatus": "allocatedResourcesStatus stopSignal", "Lifecycle": "stopSignal", "PodSpec": "hostnameOverride",
         "PodStatus": "extendedResourceClaimStatus",

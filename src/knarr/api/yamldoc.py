@@ -184,7 +184,7 @@ def load(text: bytes | str, *, strict: bool = False) -> tuple[Any, str]:
     value = builder.build(node, 0)
     duplicates = ""
     if strict and builder.duplicates:
-        duplicates = "yaml: unmarshal errors:\n  " + "\n  ".join(builder.duplicates)
+        duplicates = "\n  ".join(builder.duplicates)
     return value, duplicates
 
 

@@ -30,7 +30,7 @@ GZIP_THREAD_BYTES = 512 * 1024
 TRUE = frozenset({"1", "t", "T", "true", "TRUE", "True"})
 FALSE = frozenset({"0", "f", "F", "false", "FALSE", "False"})
 INCLUDE_OBJECT = ("", "None", "Metadata", "Object")
-FIELD_VALIDATION = ("", "Ignore", "Warn", "Strict")
+FIELD_VALIDATION = ("", "Ignore", "Strict", "Warn")
 
 
 class Call:
@@ -108,7 +108,7 @@ class Call:
                 found.append(errors.too_long("fieldManager", 128))
             for index, character in enumerate(manager):
                 if not character.isprintable():
-                    found.append(errors.invalid_value("fieldManager", manager, f"invalid character {character!a} (at position {index})"))
+                    found.append(errors.invalid_value("fieldManager", manager, f"invalid character U+{ord(character):04X} (at position {index})"))
                     break
             self.field_manager = manager
         validation = self.parameter("fieldValidation")

@@ -20,6 +20,11 @@ from knarr.apiserver.negotiation import JSON, PROTOBUF, YAML
 from knarr.apiserver.store import ResourceStore
 from knarr.apiserver.watching import VIEW
 
+_GO_FOLDERS = {
+    ("", "replicationcontrollers"): "controllers", ("", "endpoints"): "services/endpoints", ("", "nodes"): "minions",
+    ("", "services"): "services/specs", ("networking.k8s.io", "ingresses"): "ingress",
+}  # fmt: skip
+
 if TYPE_CHECKING:
     from knarr.apiserver.crd.webhook import WebhookConverter
     from knarr.apiserver.registry.base import Strategy
@@ -58,6 +63,14 @@ class Endpoint:
         """Converts between versions when that needs waiting (custom resources with a conversion webhook)."""
         self.warnings: tuple[str, ...] = ()
         """Sent with every answer (deprecated versions)."""
+
+    @property
+    def go_key(self) -> str:
+        """Where upstream keeps the objects in etcd, which its messages tell; ends with a slash."""
+        resource = self.resource
+        if resource.custom or resource.group in ("apiextensions.k8s.io", "apiregistration.k8s.io"):
+            return f"/registry/{resource.group}/{resource.plural}/"
+        return f"/registry/{_GO_FOLDERS.get((resource.group, resource.plural), resource.plural)}/"
 
     @property
     def live_store(self) -> ResourceStore:
@@ -124,7 +137,11 @@ class Endpoint:
         return found
 
     def _choose(self, accept: str, includes: str, *, many: bool, watch: bool) -> tuple[Form, bool, bool]:
-        for clause in negotiation.parse_accept(accept):
+        clauses = negotiation.parse_accept(accept)
+        if not clauses and not self.resource.custom:
+            watched = (f"{JSON};stream=watch", f"{PROTOBUF};stream=watch") if many or watch else ()
+            raise errors.rejected_by_router(406, (*negotiation.SUPPORTED, *watched))
+        for clause in clauses:
             if clause.media_type == PROTOBUF and ((self.resource.custom and not clause.as_kind) or not self._protobuf):
                 continue
             if clause.media_type == YAML and watch:
@@ -141,12 +158,19 @@ class Endpoint:
             if kind == wanted:
                 form = self.partial_form(clause.as_version, clause.media_type == PROTOBUF)
                 return form, clause.media_type == YAML, clause.pretty
+            if kind in ("PartialObjectMetadata", "PartialObjectMetadataList"):
+                raise errors.not_that_shape(kind, many, self._go_type(many))
         raise errors.not_acceptable(self.media_types(watch))
 
+    def _go_type(self, many: bool) -> str:
+        """Return the type that upstream names in its answers."""
+        if self.resource.custom:
+            return "unstructured.UnstructuredList" if many else "unstructured.Unstructured"
+        group = "core" if self.resource.group in ("", "events.k8s.io") else self.resource.group.partition(".")[0]
+        return f"{group}.{self.resource.kind}{'List' if many else ''}"
+
     def media_types(self, watch: bool = False) -> list[str]:
-        types = [JSON] if watch else [JSON, YAML]
-        if watch:
-            types = [JSON]
+        types = [f"{JSON};stream=watch" if self._protobuf and not self.resource.custom else JSON] if watch else [JSON, YAML]
         if not self.resource.custom and self._protobuf:
             types.append(f"{PROTOBUF};stream=watch" if watch else PROTOBUF)
         return types

@@ -50,9 +50,9 @@ class Kind:
                 self._fields[key] = found
         return found
 
-    def with_atomic_map(self) -> "Kind":
+    def with_atomic_map(self, atomic: bool = True) -> "Kind":
         made = _copy(self)
-        made.atomic_map = True
+        made.atomic_map = atomic
         return made
 
 
@@ -150,6 +150,9 @@ def _builtin_field(name: str, key: str) -> Kind | None:
         return map_kind(inner, one.map_type == "atomic")
     if one.map_type == "atomic" and not inner.atomic_map:
         return inner.with_atomic_map()
+    if one.map_type == "granular" and inner.atomic_map:
+        # The field says otherwise than its type.
+        return inner.with_atomic_map(False)
     return inner
 
 

@@ -7,11 +7,11 @@ Values are plain JSON values and the classes of `values`. Pure; knows nothing of
 """
 
 from knarr.api.cel.environment import PER_CALL_LIMIT, TOTAL_LIMIT, Environment, Program, base
-from knarr.api.cel.errors import CELError, CompileError, CostExceeded, EvalError
+from knarr.api.cel.errors import CELError, CompileError, CostExceeded, EvalError, ResultTypeError
 from knarr.api.cel.evaluator import Budget
 from knarr.api.cel.types import BOOL, DYN, INT, STRING, ObjectType, Type
 
 __all__ = [
     "BOOL", "DYN", "INT", "PER_CALL_LIMIT", "STRING", "TOTAL_LIMIT", "Budget", "CELError", "CompileError", "CostExceeded", "Environment",
-    "EvalError", "ObjectType", "Program", "Type", "base",
+    "EvalError", "ObjectType", "Program", "ResultTypeError", "Type", "base",
 ]

@@ -14,7 +14,7 @@ from knarr.api.cel import extensions, stdlib
 from knarr.api.cel import types as T
 from knarr.api.cel.ast import Node
 from knarr.api.cel.checker import check
-from knarr.api.cel.errors import CompileError, EvalError, Issue
+from knarr.api.cel.errors import CompileError, EvalError, Issue, ResultTypeError
 from knarr.api.cel.evaluator import Budget, Code, Compiler
 from knarr.api.cel.parser import parse
 from knarr.api.cel.types import Overload, Type
@@ -87,8 +87,7 @@ class Environment:
         if isinstance(result, tuple) and result and isinstance(result[0], str) and result[0] not in ("list", "map", "optional", "type"):
             wanted = result
         if T.DYN not in wanted and found != T.DYN and found not in wanted:
-            shown = " or ".join(T.shown(kind) for kind in wanted)
-            raise CompileError(source, [Issue(0, f"must evaluate to {shown}")])
+            raise ResultTypeError(source, T.shown(found), [T.shown(kind) for kind in wanted])
         compiler = Compiler(self.functions, {name: kind for name, kind in variables.items() if not name.endswith("{}")}, self.structs)
         return Program(source, node, found, compiler.compile(node))
 

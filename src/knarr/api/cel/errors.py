@@ -40,6 +40,21 @@ def _shown(source: str, issue: Issue) -> str:
     return f"ERROR: <input>:{line}:{column + 1}: {issue.message}\n | {text}\n | {'.' * column}^"
 
 
+class ResultTypeError(CompileError):
+    """The expression is sound, but its result has a type that its place does not take; `found` and `wanted` as messages show types."""
+
+    def __init__(self, source: str, found: str, wanted: list[str]) -> None:
+        self.found = found
+        self.wanted = wanted
+        super().__init__(source, [Issue(0, f"must evaluate to {' or '.join(wanted)}")])
+
+    @property
+    def reason(self) -> str:
+        """In the words of admission policies."""
+        wanted = self.wanted[0] if len(self.wanted) == 1 else f"one of [{' '.join(self.wanted)}]"
+        return f"must evaluate to {wanted} but got {self.found}"
+
+
 class EvalError(CELError):
     """A run-time error; inside && and || it may be outvoted by the other side."""
 

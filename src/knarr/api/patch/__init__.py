@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from knarr.api import decode, explain, typeinfo
-from knarr.api.errors import FieldError, StatusError, bad_request, invalid, too_large, unsupported_media_type
+from knarr.api.errors import FieldError, StatusError, bad_request, go_map, invalid, rejected_by_router, too_large, unsupported_media_type
 from knarr.api.meta import deep_copy
 from knarr.api.patch import json_patch, merge_patch, strategic
 from knarr.api.scheme import Resource
@@ -37,13 +37,13 @@ def patch_type(content_type: str, *, custom: bool = False) -> str:
     plain = content_type.partition(";")[0].strip().lower()
     known = [JSON_PATCH, MERGE_PATCH, *(() if custom else (STRATEGIC_MERGE_PATCH,)), APPLY_PATCH]
     if plain not in known:
-        raise unsupported_media_type(known)
+        raise unsupported_media_type(known) if custom else rejected_by_router(415)
     return plain
 
 
 def rejected_by_patch() -> StatusError:
     """422 without details, which upstream answers when a JSON patch cannot be applied."""
-    return StatusError(422, "Invalid", "the server rejected our request due to an error in our request")
+    return StatusError(422, "Invalid", "the server rejected our request due to an error in our request", {})
 
 
 def apply_patch(
@@ -172,7 +172,7 @@ def _strategic(api_version: str, kind: str, current: Object, body: bytes, field_
         word = explain._json_word(patch)
         raise bad_request(f"json: cannot unmarshal {word} into Go value of type map[string]interface {{}}")
     warnings = _duplicates(body) if strict else []
-    shown = _go_map(patch)
+    shown = go_map(patch)
     try:
         patched = strategic.apply(deep_copy(current), patch or {}, api_version, kind)
     except strategic.StrategicPatchError as error:
@@ -230,19 +230,18 @@ def _invalid_patch(shown: str, why: str) -> StatusError:
     return invalid("", "", [FieldError("FieldValueInvalid", "patch", why, shown)])
 
 
+_METADATA_ORDER = (
+    "name", "generateName", "namespace", "selfLink", "uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp",
+    "deletionGracePeriodSeconds", "labels", "annotations", "ownerReferences", "finalizers", "managedFields",
+)
+
+
 def _json_text(value: Any) -> str:
+    """A patched object as upstream's messages show it: the top in the order of names, metadata in that of its fields."""
+    if isinstance(value, dict):
+        value = dict(sorted(value.items()))
+        metadata = value.get("metadata")
+        if isinstance(metadata, dict):
+            known = {key: metadata[key] for key in _METADATA_ORDER if key in metadata}
+            value["metadata"] = {**known, **metadata}
     return orjson.dumps(value).decode()
-
-
-def _go_map(value: Any) -> str:
-    """A patch as Go's %+v shows a map."""
-    match value:
-        case dict():
-            return f"map[{' '.join(f'{k}:{_go_map(v)}' for k, v in sorted(value.items()))}]"
-        case list():
-            return f"[{' '.join(_go_map(v) for v in value)}]"
-        case None:
-            return "<nil>"
-        case bool():
-            return "true" if value else "false"
-    return str(value)

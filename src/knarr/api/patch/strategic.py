@@ -9,6 +9,7 @@ Source: apimachinery util/strategicpatch/patch.go, util/mergepatch/errors.go.
 from typing import Any
 
 from knarr.api import schema
+from knarr.api.errors import go_map
 from knarr.api.types import Object
 
 _PATCH = "$patch"
@@ -47,7 +48,7 @@ def _go_kind(value: Any) -> str:
 
 
 def _no_merge_key(item: Any, merge_key: str) -> StrategicPatchError:
-    return StrategicPatchError(f"map: {item} does not contain declared merge key: {merge_key}")
+    return StrategicPatchError(f"map: {go_map(item)} does not contain declared merge key: {merge_key}")
 
 
 def _field(ref: str, key: str) -> schema.FieldSchema:
@@ -73,7 +74,7 @@ def _merge_map(original: Object, patch: Object, ref: str) -> Object:
             return patch
         if directive == "delete":
             return {}
-        raise StrategicPatchError(f"unknown patch type: {directive} in map: {patch}")
+        raise StrategicPatchError(f"unknown patch type: {directive} in map: {go_map(patch)}")
     _retain_keys(original, patch)
     _set_orders(original, patch, ref)
     for patch_key, value in patch.items():
@@ -233,7 +234,7 @@ def _check_order(given: list[Any], order: list[Any], merge_key: str) -> None:
         while position < len(order) and not _same_key(item, order[position], merge_key):
             position += 1
         if position >= len(order):
-            raise StrategicPatchError(f"The order in patch list:\n{given}\n doesn't match {_SET_ORDER} list:\n{order}\n")
+            raise StrategicPatchError(f"The order in patch list:\n{go_map(given)}\n doesn't match {_SET_ORDER} list:\n{go_map(order)}\n")
         position += 1
 
 
@@ -294,7 +295,7 @@ def _special_elements(original: list[Any], patch: list[Any], merge_key: str) -> 
         elif directive == "merge":
             raise StrategicPatchError("merging lists cannot yet be specified in the patch")
         else:
-            raise StrategicPatchError(f"unknown patch type: {directive} in map: {item}")
+            raise StrategicPatchError(f"unknown patch type: {directive} in map: {go_map(item)}")
     return (plain, []) if replace else (original, plain)
 
 

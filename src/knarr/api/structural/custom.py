@@ -53,8 +53,7 @@ class Scaler:
         replicas = _at(obj, self.replicas_path)
         if replicas is None:
             dotted = "." + ".".join(self.replicas_path)
-            meta = obj.get("metadata") or {}
-            raise errors.internal(f'the spec replicas field "{dotted}" does not exist in {meta.get("namespace") or ""}/{meta.get("name")}')
+            raise errors.internal(f'the spec replicas field "{dotted}" does not exist')
         selector = _at(obj, self.selector_path) if self.selector_path else None
         current = _at(obj, self.status_path)
         return int(replicas), int(current) if isinstance(current, int | float) else 0, selector if isinstance(selector, str) else ""

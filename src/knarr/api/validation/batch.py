@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from zoneinfo import ZoneInfo
 
-from knarr.api.errors import OMIT_VALUE, duplicate, go_quote, invalid_value, not_supported, required, too_long, too_many
+from knarr.api.errors import OMIT_VALUE, duplicate, invalid_value, not_supported, required, too_long, too_many
 from knarr.api.validation.apps import NOT_MATCHING, matches
 from knarr.api.validation.cron import CronError, parse_schedule
+from knarr.api.validation.jobstatus import intervals, update_job_status
 from knarr.api.validation.metadata import Errors, Object, add, immutable, nonnegative, validate_label_selector
 from knarr.api.validation.pod import validate_pod_template
 from knarr.api.validation.strings import dns_label, dns_subdomain, http_path, label_key_errors
@@ -108,40 +109,9 @@ def _exit_codes(codes: Object, containers: set[str], path: str, errors: Errors) 
             errors.append(invalid_value(own, value, "must not be 0 for the In operator"))
         if value in seen:
             errors.append(duplicate(own, value))
-        elif index and value < values[index - 1]:
-            errors.append(invalid_value(f"{path}.values", values, "must be ordered"))
         seen.add(value)
-
-
-def _intervals(text: str, completions: int) -> int:
-    """How many indexes "1,3-5" names.
-
-    Raises:
-      ValueError: not ascending intervals below completions; the message is upstream's.
-    """
-    total, last = 0, -1
-    for part in text.split(","):
-        limits = part.split("-")
-        if len(limits) > 2:
-            raise ValueError(
-                f"the fragment \"{part}\" violates the requirement that an index interval can have at most two parts separated by '-'"
-            )
-        try:
-            first = int(limits[0])
-            end = int(limits[-1])
-        except ValueError:
-            raise ValueError(
-                "cannot convert string to integer for index: " + go_quote(limits[0] if not limits[0].isdigit() else limits[-1])
-            ) from None
-        if first >= completions or end >= completions:
-            raise ValueError(f'too large index: "{limits[0] if first >= completions else limits[1]}"')
-        if len(limits) == 2 and first >= end:
-            raise ValueError(f"non-increasing order, previous: {first}, current: {end}")
-        if last >= first:
-            raise ValueError(f"non-increasing order, previous: {last}, current: {first}")
-        last = end
-        total += end - first + 1
-    return total
+    if values != sorted(values):
+        errors.append(invalid_value(f"{path}.values", values, "must be ordered"))
 
 
 def _success_policy(spec: Object, path: str, errors: Errors) -> None:
@@ -159,7 +129,7 @@ def _success_policy(spec: Object, path: str, errors: Errors) -> None:
             if len(indexes) > 64 * 1024:
                 errors.append(too_long(f"{own}.succeededIndexes", 64 * 1024))
             try:
-                total = _intervals(indexes, completions or 0) if indexes else 0
+                total = intervals(indexes, completions or 0) if indexes else 0
             except ValueError as error:
                 errors.append(invalid_value(f"{own}.succeededIndexes", indexes, f"error parsing succeededIndexes: {error}"))
         if count is not None:
@@ -293,9 +263,11 @@ def _never_started(job: Object) -> bool:
 
 def update_job(new: Object, old: Object, errors: Errors, subresource: str) -> None:
     if subresource == "status":
-        _update_status(new, old, errors)
+        update_job_status(new, old, errors)
         return
     spec, before = new.get("spec") or {}, old.get("spec") or {}
+    # Upstream checks the whole Job, then the update, which checks the spec again: causes may come twice.
+    create_job(new, errors)
     _selected_spec(spec, errors)
     if spec.get("completionMode") != "Indexed":
         immutable(errors, "spec.completions", spec.get("completions"), before.get("completions"))
@@ -309,48 +281,6 @@ def update_job(new: Object, old: Object, errors: Errors, subresource: str) -> No
     immutable(errors, "spec.template", template, old_template)
     for key in ("completionMode", "podFailurePolicy", "backoffLimitPerIndex", "managedBy", "successPolicy"):
         immutable(errors, f"spec.{key}", spec.get(key), before.get(key))
-
-
-def _true(job: Object, kind: str) -> bool:
-    return any(c.get("type") == kind and c.get("status") == "True" for c in (job.get("status") or {}).get("conditions") or ())
-
-
-def _update_status(new: Object, old: Object, errors: Errors) -> None:
-    status, before = new.get("status") or {}, old.get("status") or {}
-    for key in ("active", "succeeded", "failed", "ready", "terminating"):
-        nonnegative(errors, f"status.{key}", status.get(key))
-    path = "status.conditions"
-    complete, failed, met = _true(new, "Complete"), _true(new, "Failed"), _true(new, "SuccessCriteriaMet")
-    if complete and failed:
-        errors.append(invalid_value(path, OMIT_VALUE, "cannot set Complete=True and Failed=true conditions"))
-    if complete and _true(new, "FailureTarget"):
-        errors.append(invalid_value(path, OMIT_VALUE, "cannot set Complete=True and FailureTarget=true conditions"))
-    if met and failed:
-        errors.append(invalid_value(path, OMIT_VALUE, "cannot set SuccessCriteriaMet=True and Failed=true conditions"))
-    if met and _true(new, "FailureTarget"):
-        errors.append(invalid_value(path, OMIT_VALUE, "cannot set SuccessCriteriaMet=True and FailureTarget=true conditions"))
-    if (complete or failed) and (status.get("active") or 0) > 0:
-        errors.append(invalid_value("status.active", status["active"], "active>0 is invalid for finished job"))
-    if status.get("completionTime") is not None:
-        if not complete:
-            message = "cannot set completionTime when there is no Complete=True condition"
-            errors.append(invalid_value("status.completionTime", status["completionTime"], message))
-        elif before.get("completionTime") is not None and before["completionTime"] != status["completionTime"]:
-            errors.append(invalid_value("status.completionTime", status["completionTime"], "field is immutable"))
-    elif complete:
-        errors.append(required("status.completionTime", "completionTime is required for Complete jobs"))
-    if status.get("startTime") is None and (complete or failed):
-        errors.append(required("status.startTime", "startTime is required for finished job"))
-    for kind in ("Failed", "Complete", "FailureTarget"):
-        if _true(old, kind) and not _true(new, kind):
-            errors.append(invalid_value(path, OMIT_VALUE, f"cannot disable the terminal {kind}=True condition"))
-    for key in ("failed", "succeeded"):
-        if (status.get(key) or 0) < (before.get(key) or 0) and (
-            key == "failed" or (new.get("spec") or {}).get("completionMode") != "Indexed"
-        ):
-            errors.append(invalid_value(f"status.{key}", status.get(key) or 0, f"cannot decrease the {key} counter"))
-    if _true(old, "SuccessCriteriaMet") and not met:
-        errors.append(invalid_value(path, OMIT_VALUE, "cannot disable the SuccessCriteriaMet=True condition"))
 
 
 _ZONE_PART = re.compile(r"[A-Za-z._0-9+-]{1,14}")

@@ -161,7 +161,10 @@ def _selectors(selectors: list[Object], path: str, errors: Errors) -> None:
         try:
             cel.base().compile(expression, {"device": cel.DYN}, result=cel.BOOL)
         except cel.CompileError as error:
-            errors.append(invalid_value(f"{own}.expression", expression, f"compilation failed: {error}"))
+            message = f"compilation failed: {error}"
+            if isinstance(error, cel.ResultTypeError):
+                message = f"must evaluate to bool or the unknown type, not {error.found}"
+            errors.append(invalid_value(f"{own}.expression", expression, message))
 
 
 def _constraint(constraint: Object, path: str, errors: Errors) -> None:
@@ -214,7 +217,7 @@ def _qualified(name: str, path: str, errors: Errors) -> None:
             invalid_value(
                 path,
                 identifier,
-                "a valid C identifier must start with alphabetic character or '_', followed by a string of alphanumeric characters or '_' (e.g. 'my_name',  or 'MY_NAME',  or 'MyName')",
+                "a valid C identifier must start with alphabetic character or '_', followed by a string of alphanumeric characters or '_' (e.g. 'my_name',  or 'MY_NAME',  or 'MyName', regex used for validation is '[A-Za-z_][A-Za-z0-9_]*')",
             )
         )
 

@@ -204,7 +204,7 @@ def _policy_port(port: Object, path: str, errors: Errors) -> None:
         add(errors, f"{path}.port", value, port_number(value))
         if end is not None:
             if end < value:
-                errors.append(invalid_value(f"{path}.endPort", end, "must be greater than or equal to `port`"))
+                errors.append(invalid_value(f"{path}.endPort", value, "must be greater than or equal to `port`"))
             add(errors, f"{path}.endPort", end, port_number(end))
     elif value is not None:
         if end is not None:
@@ -322,7 +322,7 @@ def create_service_cidr(obj: Object, errors: Errors) -> None:
         _strict_cidr(text, f"{path}[{index}]", errors)
     if len(ranges) > 1 and len({":" in text for text in ranges}) < 2:
         errors.append(
-            invalid_value(path, obj.get("spec"), "may specify no more than one IP for each IP family, i.e 192.168.0.0/24 and 2001:db8::/96")
+            invalid_value(path, ranges, "may specify no more than one IP for each IP family, i.e 192.168.0.0/24 and 2001:db8::/64")
         )
 
 

@@ -46,7 +46,7 @@ def create_cluster_role(obj: Object, errors: Errors) -> None:
             before = len(errors)
             validate_label_selector(selector, f"{path}[{index}]", errors)
             if len(errors) > before:
-                errors.append(invalid_value(f"{path}[{index}]", selector, "invalid label selector."))
+                errors.append(invalid_value(f"{path}[{index}]", None, "invalid label selector."))
 
 
 def _binding(obj: Object, errors: Errors, *, namespaced: bool) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from knarr.api.errors import duplicate, field_forbidden, invalid_value, not_supported, required
 from knarr.api.validation.metadata import Errors, Object, add, validate_label_selector
-from knarr.api.validation.strings import POSITIVE, dns_label, dns_subdomain, label_key_errors, label_value_errors
+from knarr.api.validation.strings import dns_label, dns_subdomain, label_key_errors, label_value_errors
 
 EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 
@@ -171,7 +171,7 @@ def validate_spread_constraints(constraints: list[Object], path: str, errors: Er
         own = f"{path}[{index}]"
         skew, key, action = constraint.get("maxSkew") or 0, constraint.get("topologyKey") or "", constraint.get("whenUnsatisfiable") or ""
         if skew <= 0:
-            errors.append(invalid_value(f"{own}.maxSkew", skew, POSITIVE))
+            errors.append(invalid_value(f"{own}.maxSkew", skew, "must be greater than zero"))
         if not key:
             errors.append(required(f"{own}.topologyKey", "can not be empty"))
         if action not in ("DoNotSchedule", "ScheduleAnyway"):
@@ -183,7 +183,7 @@ def validate_spread_constraints(constraints: list[Object], path: str, errors: Er
         domains = constraint.get("minDomains")
         if domains is not None:
             if domains <= 0:
-                errors.append(invalid_value(f"{own}.minDomains", domains, POSITIVE))
+                errors.append(invalid_value(f"{own}.minDomains", domains, "must be greater than zero"))
             if action != "DoNotSchedule":
                 message = f"can only use minDomains if whenUnsatisfiable=DoNotSchedule, not {action}"
                 errors.append(invalid_value(f"{own}.minDomains", domains, message))
@@ -193,17 +193,5 @@ def validate_spread_constraints(constraints: list[Object], path: str, errors: Er
                 errors.append(not_supported(f"{own}.{name}", policy, ["Honor", "Ignore"]))
         selector = constraint.get("labelSelector")
         if constraint.get("matchLabelKeys"):
-            _spread_keys(constraint["matchLabelKeys"], selector, f"{own}.matchLabelKeys", errors)
+            _match_keys({"matchLabelKeys": constraint["matchLabelKeys"], "labelSelector": selector}, own, errors)
         validate_label_selector(selector, f"{own}.labelSelector", errors)
-
-
-def _spread_keys(keys: list[str], selector: Object | None, path: str, errors: Errors) -> None:
-    known: set[str] = set()
-    if selector is None:
-        errors.append(field_forbidden(path, "must not be specified when labelSelector is not set"))
-    else:
-        known = set(selector.get("matchLabels") or {}) | {e.get("key") or "" for e in selector.get("matchExpressions") or ()}
-    for index, key in enumerate(keys):
-        add(errors, f"{path}[{index}]", key, label_key_errors(key))
-        if key in known:
-            errors.append(invalid_value(f"{path}[{index}]", key, "exists in both matchLabelKeys and labelSelector"))

@@ -18,7 +18,6 @@ from knarr.apiserver.admission.always_pull_images import AlwaysPullImages
 from knarr.apiserver.admission.certificates import CertificateApproval, CertificateSigning, CertificateSubjectRestriction
 from knarr.apiserver.admission.conditions import Conditions
 from knarr.apiserver.admission.default_toleration_seconds import DefaultTolerationSeconds
-from knarr.apiserver.admission.expression_check import ExpressionCheck
 from knarr.apiserver.admission.extended_resource_toleration import ExtendedResourceToleration
 from knarr.apiserver.admission.external_ips import DenyServiceExternalIPs
 from knarr.apiserver.admission.ingress_class import DefaultIngressClass
@@ -208,7 +207,6 @@ def _plugins(services: Services) -> list[Plugin]:
         plugins.append(MutatingWebhooks(
             store(GROUP, "mutatingwebhookconfigurations"), matcher, client, conditions, versions.equivalents, versions.complete,
         ))  # fmt: skip
-        validating.append(ExpressionCheck())
         validating.append(ValidatingAdmissionPolicies(
             store(GROUP, "validatingadmissionpolicies"), store(GROUP, "validatingadmissionpolicybindings"), namespaces, auth.authorizer,
             versions.equivalents, versions.find_store,

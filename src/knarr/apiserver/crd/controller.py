@@ -16,7 +16,10 @@ import orjson
 from knarr.aiokits import clock
 from knarr.aiokits.log import get_logger
 from knarr.api import errors
+from knarr.api.apply import manager_for
+from knarr.api.meta import deep_copy
 from knarr.api.openapi.documents import CustomAPI
+from knarr.api.resources import CUSTOM_RESOURCE_DEFINITIONS
 from knarr.api.types import Object
 from knarr.apiserver.admission.webhook_client import WebhookClient
 from knarr.apiserver.crd import naming, serving
@@ -102,10 +105,12 @@ class CustomResources:
         now = clock.now_rfc3339()
 
         def change(crd: Object) -> Object | None:
+            before = deep_copy(crd)
             others = [other for other in self._store.list_nowait() if other["metadata"]["name"] != name]
             naming.accept_names(crd, others, now)
             naming.establish(crd, now)
             naming.approve(crd, now)
+            manager_for(CUSTOM_RESOURCE_DEFINITIONS, "status").update(before, crd, "kube-apiserver", now=now)
             return crd
 
         try:

@@ -16,7 +16,7 @@ from typing import Any
 
 from knarr.api import cel, errors
 from knarr.api.cel import types as T
-from knarr.api.cel.errors import CompileError, CostExceeded, EvalError
+from knarr.api.cel.errors import CompileError, CostExceeded, EvalError, ResultTypeError
 from knarr.api.cel.values import Optional, parse_duration, parse_timestamp
 from knarr.api.errors import OMIT_VALUE, FieldError
 from knarr.api.types import Object
@@ -320,9 +320,12 @@ def _compile_errors(node: _Node, path: str, found: list[FieldError], uncorrelate
     for index, rule in enumerate(node.rules):
         own = f"{path}.x-kubernetes-validations[{index}]"
         if rule.broken is not None:
-            found.append(errors.invalid_value(f"{own}.rule", rule.shown, f"compilation failed: {rule.broken}"))
+            wrong = isinstance(rule.broken, ResultTypeError)
+            message = "cel expression must evaluate to a bool" if wrong else f"compilation failed: {rule.broken}"
+            found.append(errors.invalid_value(f"{own}.rule", rule.shown, message))
         if rule.broken_message is not None:
-            message = f"messageExpression compilation failed: {rule.broken_message}"
+            wrong = isinstance(rule.broken_message, ResultTypeError)
+            message = "messageExpression must evaluate to a string" if wrong else f"messageExpression compilation failed: {rule.broken_message}"
             found.append(errors.invalid_value(f"{own}.messageExpression", rule.shown, message))
         if not rule.uses_old and rule.given.get("optionalOldSelf") is not None:
             message = "may not be set if oldSelf is not used in rule"

@@ -17,6 +17,7 @@ from knarr.api.structural import CustomSchema
 from knarr.api.types import Object
 from knarr.apiserver.crd.rules import Rules
 from knarr.apiserver.crd.webhook import WebhookConverter
+from knarr.apiserver.discovery import version_priority
 from knarr.apiserver.endpoint import Endpoint
 from knarr.apiserver.forms import RowFunction
 from knarr.apiserver.registry.base import Strategy
@@ -143,6 +144,16 @@ def schema_of(crd: Object, version: Object) -> CustomSchema:
     )
 
 
+def _deprecation(crd: Object, version: Object, resource: Resource) -> str:
+    """The warning of a deprecated version that brings none: it names the best newer version that is served."""
+    text = f"{resource.api_version} {resource.kind} is deprecated"
+    better = [
+        other["name"] for other in crd["spec"]["versions"]
+        if other.get("served") and not other.get("deprecated") and version_priority(other["name"]) < version_priority(version["name"])
+    ]  # fmt: skip
+    return f"{text}; use {resource.group}/{min(better, key=version_priority)} {resource.kind}" if better else text
+
+
 def endpoint_of(crd: Object, version: Object, store: ResourceStore, converter: WebhookConverter | None) -> Endpoint:
     """Make the endpoint of one served version."""
     schema = schema_of(crd, version)
@@ -165,5 +176,5 @@ def endpoint_of(crd: Object, version: Object, store: ResourceStore, converter: W
     )
     endpoint.converter = converter
     if version.get("deprecated"):
-        endpoint.warnings = (version.get("deprecationWarning") or f"{resource.api_version} {resource.kind} is deprecated",)
+        endpoint.warnings = (version.get("deprecationWarning") or _deprecation(crd, version, resource),)
     return endpoint

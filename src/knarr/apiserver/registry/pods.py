@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from knarr.aiokits import clock
 from knarr.api import quantity
 from knarr.api.types import Object
 from knarr.api.warnings.pods import take_apparmor_annotations
@@ -82,7 +83,7 @@ class Pod(Strategy):
         obj["status"] = {"phase": "Pending", "qosClass": qos_class(spec)}
         if spec.get("schedulingGates") and not spec.get("nodeName"):
             obj["status"]["conditions"] = [{
-                "type": "PodScheduled", "status": "False", "lastProbeTime": None, "lastTransitionTime": None,
+                "type": "PodScheduled", "status": "False", "lastProbeTime": None, "lastTransitionTime": clock.now_rfc3339(),
                 "reason": "SchedulingGated", "message": "Scheduling is blocked due to non-empty scheduling gates",
             }]
         _merge_label_selectors(obj)

@@ -137,10 +137,29 @@ class LimitRange(CreateOnUpdate):
             metadata["name"] = metadata["uid"]
 
 
+HOSTNAME = "kubernetes.io/hostname"
+
+
 class EndpointSlice(Plain):
     """The generation counts changes of endpoints, ports, labels and annotations."""
 
     has_generation = True
+
+    def prepare_create(self, call: Call, obj: Object) -> None:
+        super().prepare_create(call, obj)
+        for endpoint in obj.get("endpoints") or []:
+            endpoint.pop("deprecatedTopology", None)
+
+    def prepare_update(self, call: Call, obj: Object, old: Object) -> None:
+        super().prepare_update(call, obj, old)
+        if obj.get("endpoints") == old.get("endpoints"):
+            return
+        # v1 takes no topology; a node named there before the change is still the endpoint's node.
+        known = {(e.get("deprecatedTopology") or {}).get(HOSTNAME) for e in old.get("endpoints") or []}
+        for endpoint in obj.get("endpoints") or []:
+            node = (endpoint.pop("deprecatedTopology", None) or {}).get(HOSTNAME)
+            if node and endpoint.get("nodeName") is None and node in known:
+                endpoint["nodeName"] = node
 
     def changed(self, obj: Object, old: Object) -> bool:
         mine, theirs = obj["metadata"], old["metadata"]
@@ -150,8 +169,22 @@ class EndpointSlice(Plain):
         )  # fmt: skip
 
 
-class AdmissionConfiguration(Plain):
-    """Webhook configurations and policies: generation, updates need a resourceVersion."""
+class _CompilesExpressions(Strategy):
+    """Expressions in it must compile."""
+
+    def validate_create(self, call: Call, obj: Object) -> list[FieldError]:
+        from knarr.apiserver.admission.expression_check import expression_errors
+
+        return expression_errors(call.endpoint.resource, obj, None)
+
+    def validate_update(self, call: Call, obj: Object, old: Object) -> list[FieldError]:
+        from knarr.apiserver.admission.expression_check import expression_errors
+
+        return expression_errors(call.endpoint.resource, obj, old)
+
+
+class AdmissionConfiguration(_CompilesExpressions, Plain):
+    """Webhook configurations and policies: generation, updates need a resourceVersion, expressions must compile."""
 
     has_generation = True
     unconditional_update = False
@@ -175,7 +208,7 @@ class FlowControl(KeepsMetadataOnStatus):
     pass
 
 
-class AdmissionPolicy(KeepsMetadataOnStatus):
+class AdmissionPolicy(_CompilesExpressions, KeepsMetadataOnStatus):
     unconditional_update = False
 
 

@@ -27,7 +27,7 @@ async def bind(call: Call) -> None:
     check_namespace(call, metadata)
     name = call.info.name or metadata.get("name") or ""
     if metadata.get("name") and call.info.name and metadata["name"] != call.info.name:
-        raise errors.bad_request(f"name in URL does not match name in Binding object: {call.info.name} {metadata['name']}")
+        raise errors.bad_request("name in URL does not match name in Binding object")
     found = _validate(binding)
     if found:
         # Upstream returns these errors bare: an internal error without a reason.
@@ -63,7 +63,7 @@ async def _assign(call: Call, pods: ResourceStore, name: str, binding: Object) -
         metadata, spec = pod["metadata"], pod["spec"]
         if given.get("uid") and given["uid"] != metadata["uid"]:
             raise errors.conflict("pods", name, (
-                f"StorageError: invalid object, Code: 4, Key: {pods.cache.prefix}{call.namespace}/{name}, ResourceVersion: 0, "
+                f"StorageError: invalid object, Code: 4, Key: /registry/pods/{call.namespace}/{name}, ResourceVersion: 0, "
                 f"AdditionalErrorMsg: Precondition failed: UID in precondition: {given['uid']}, UID in object meta: {metadata['uid']}"))
         if metadata.get("deletionTimestamp"):
             raise errors.conflict("pods/binding", name, f"pod {name} is being deleted, cannot be assigned to a host")
@@ -84,7 +84,7 @@ async def _assign(call: Call, pods: ResourceStore, name: str, binding: Object) -
             raise errors.not_found("pods", name)
         change(pods.cache.private(pods.cache.objects[f"{call.namespace}/{name}"]))
         return
-    await pods.update(call.namespace, name, change)
+    await pods.change(call.namespace, name, change)
 
 
 def _scheduled(pod: Object) -> None:

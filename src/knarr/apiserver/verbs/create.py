@@ -15,6 +15,7 @@ from knarr.aiokits import clock
 from knarr.api import errors
 from knarr.api.errors import StatusError
 from knarr.api.meta import deep_copy
+from knarr.api.scheme import Resource
 from knarr.api.types import Object
 from knarr.apiserver import machinery
 from knarr.apiserver.attributes import AdmissionRequest
@@ -162,7 +163,7 @@ async def _try_create(call: Call, obj: Object) -> CachedObject | Object | None:
         machinery.fill_status(endpoint.resource, obj)
         found = machinery.validate_create(endpoint, obj) + strategy.validate_create(call, obj)
         if found:
-            raise errors.invalid(store.resource, obj["metadata"].get("name") or "", found)
+            raise errors.invalid(_group_kind(store.resource, obj), obj["metadata"].get("name") or "", found)
         call.warnings += machinery.warnings_of(endpoint, obj, None)
         strategy.canonicalize(obj)
         metadata = obj["metadata"]
@@ -171,9 +172,9 @@ async def _try_create(call: Call, obj: Object) -> CachedObject | Object | None:
             request.object = obj
             request.name = metadata["name"]
             await admission.validate(request)
-        given_version = metadata.pop("resourceVersion", None)
         if call.dry_run:
             return None if key in store.cache.objects else obj
+        given_version = metadata.pop("resourceVersion", None)
         if given_version:
             # Upstream's storage refuses it: after admission has had its say, and unnoticed by a dry run.
             raise StatusError(500, "", "resourceVersion should not be set on objects to be created")
@@ -191,6 +192,12 @@ async def _try_create(call: Call, obj: Object) -> CachedObject | Object | None:
             if not stored:
                 for undo in reversed(request.undo):
                     undo()
+
+
+def _group_kind(resource: Resource, obj: Object) -> Resource | str:
+    """What an object is called in errors: a custom one may claim another kind than its resource's."""
+    kind = obj.get("kind")
+    return f"{kind}.{resource.group}" if resource.custom and kind and kind != resource.kind else resource
 
 
 def admission_request(call: Call, operation: str, obj: Object | None, old: Object | None, subresource: str = "") -> AdmissionRequest:

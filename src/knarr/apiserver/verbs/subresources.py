@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from knarr.api import decode as decoding
 from knarr.api import errors, table
+from knarr.api.apply import manager_for
 from knarr.api.types import Object
 from knarr.apiserver.attributes import ResourceKey, ReviewRequest
 from knarr.apiserver.call import Call
@@ -101,6 +102,7 @@ async def review(call: Call) -> None:
     obj, warnings = decoding.decode(kind, body, call.request.headers.get("content-type", ""), call.field_validation or "Warn")
     call.warnings += warnings
     call.log_object = obj
+    manager_for(resource, info.subresource).update(None, obj, call.manager)
     answer: Object = await handler(ReviewRequest(call.user, info.namespace, info.name, obj, call.dry_run))
     respond_plain(call, 201, answer)
 

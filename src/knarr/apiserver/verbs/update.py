@@ -226,7 +226,7 @@ def _check_preconditions(call: Call, mode: UpdateMode, metadata: Object, old: Ob
     name = call.info.name
     uid = metadata.get("uid")
     if mode.uid_precondition and uid and uid != old.get("uid"):
-        key = f"{call.endpoint.live_store.cache.prefix}{call.namespace + '/' if call.namespace else ''}{name}"
+        key = f"{call.endpoint.go_key}{call.namespace + '/' if call.namespace else ''}{name}"
         raise errors.conflict(resource, name, (
             f"StorageError: invalid object, Code: 4, Key: {key}, ResourceVersion: 0, AdditionalErrorMsg: Precondition failed: "
             f"UID in precondition: {uid}, UID in object meta: {old.get('uid', '')}"))
@@ -239,7 +239,7 @@ def _check_preconditions(call: Call, mode: UpdateMode, metadata: Object, old: Ob
     elif version != old["resourceVersion"]:
         if not version.isdecimal():
             raise StatusError(500, "", (
-                f"resourceVersion: Invalid value: {errors.go_quote(version)}: strconv.ParseUint: parsing {errors.go_quote(version)}: invalid syntax"))
+                f"strconv.ParseUint: parsing {errors.go_quote(version)}: invalid syntax"))
         raise errors.conflict(resource, name, MODIFIED)
 
 
