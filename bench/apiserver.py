@@ -9,6 +9,7 @@ from pathlib import Path
 
 import uvloop
 
+from knarr.aiokits import collector
 from knarr.apiserver.config import APIServerConfig
 from knarr.apiserver.server import APIServer
 
@@ -29,4 +30,5 @@ async def serve(folder: Path, port: int) -> None:
 
 
 if __name__ == "__main__":
+    collector.relax()
     uvloop.run(serve(Path(sys.argv[1]), int(sys.argv[2])))

@@ -8,6 +8,7 @@ from pathlib import Path
 import uvloop
 
 from bench.servers import TOKEN
+from knarr.aiokits import collector
 from knarr.client.config import ClientConfig
 from knarr.client.rest import Client
 from knarr.scheduler.config import SchedulerConfig
@@ -21,4 +22,5 @@ async def main(url: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    collector.relax()
     uvloop.run(main(sys.argv[1], Path(sys.argv[2])))

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import uvloop
 
+from knarr.aiokits import collector
 from knarr.aiokits.log import get_logger
 from knarr.client.config import ClientConfig
 from knarr.cluster.config import ClusterConfig
@@ -29,6 +30,7 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
         except asyncio.CancelledError:
             log.info("stopped")
 
+    collector.relax()
     uvloop.run(guarded())
 
 
