@@ -10,6 +10,7 @@ it is slowed by `full`.
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -35,12 +36,16 @@ class Dispatcher:
         self._running = 0
         self._line: deque[tuple[str, Call, tuple[Any, ...]]] = deque()
         self._busy: dict[str, deque[tuple[str, Call, tuple[Any, ...]]]] = {}
+        self.idle = asyncio.Event()
+        """Set while no call is in line or under way."""
+        self.idle.set()
 
     def submit(self, key: str, call: Call, *args: Any) -> None:
         """Put a call in line; calls with the same key never overlap."""
         self._line.append((key, call, args))
         if self._running < self._limit:
             self._running += 1
+            self.idle.clear()
             self._tasks.spawn(self._work(), "scheduler-api-call")
 
     def __len__(self) -> int:
@@ -69,6 +74,8 @@ class Dispatcher:
                     del self._busy[key]
         finally:
             self._running -= 1
+            if not self._running:
+                self.idle.set()
 
     async def _run(self, entry: tuple[str, Call, tuple[Any, ...]]) -> None:
         try:

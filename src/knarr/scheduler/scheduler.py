@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from knarr.aiokits.log import get_logger
+from knarr.aiokits.tasks import Tasks
 from knarr.api.errors import StatusError
 from knarr.api.resources import PODS
 from knarr.client.events import EventRecorder
@@ -26,6 +27,7 @@ from knarr.client.rest import Client
 from knarr.http.errors import HTTPError
 from knarr.scheduler import queue
 from knarr.scheduler.algorithm import Algorithm, Found
+from knarr.scheduler.announcer import Announcer
 from knarr.scheduler.config import SchedulerConfig
 from knarr.scheduler.dispatcher import Dispatcher
 from knarr.scheduler.dra.writer import ClaimWriter
@@ -83,6 +85,7 @@ class Scheduler:
         self.algorithm = Algorithm(self.handle, self.queue.nominator, percentage_of_nodes_to_score=config.percentage_of_nodes_to_score)
         self.dispatcher = Dispatcher(config.binders)
         self.recorders = {name: EventRecorder(self.client, name, api="events.k8s.io/v1") for name in self.profiles}
+        self.announcer = Announcer(self.recorders.get, self.dispatcher)
         self.extenders = Extenders(config.extenders, self.handle.table) if config.extenders else None
         self.volume_writer = self.handle.volume_writer = APIVolumeWriter(self.client, self.handle)
         self.handle.claim_writer = ClaimWriter(self.client, self.handle.claims)
@@ -95,6 +98,8 @@ class Scheduler:
         self._start()
         self.handlers.register(self.informers)
         await self.informers.start()
+        tasks = Tasks()
+        tasks.spawn_eternal(self.announcer.run(), "scheduler-announcer")
         try:
             await self.informers.wait_synced()
             self.ready.set()
@@ -102,6 +107,7 @@ class Scheduler:
             await self._loop()
         finally:
             self.ready.clear()
+            await tasks.close()
             await self.dispatcher.close()
             for recorder in self.recorders.values():
                 await recorder.close()
@@ -277,7 +283,7 @@ class Scheduler:
         self.queue.done(info.uid)
         waited = asyncio.get_running_loop().time() - queued.added
         self.metrics.bound(profile.name, waited, queued.attempts)
-        self.record(info, "Normal", "Scheduled", f"Successfully assigned {info.key} to {name}", "Binding")
+        self.announcer.note(info, name)
 
     # No node was found, or something failed.
 
