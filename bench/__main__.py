@@ -13,10 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-from bench import cluster_rows, http_rows, machine, network_rows, scheduler_core_rows, scheduler_rows, watch_rows
+from bench import cluster_rows, http_rows, machine, network_rows, node_rows, scheduler_core_rows, scheduler_rows, watch_rows
 from bench.row import Row, table
 
-MODULES = (http_rows, watch_rows, scheduler_core_rows, scheduler_rows, network_rows, cluster_rows)
+MODULES = (http_rows, watch_rows, scheduler_core_rows, scheduler_rows, network_rows, cluster_rows, node_rows)
 
 
 def main() -> int:

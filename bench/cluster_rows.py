@@ -23,7 +23,7 @@ from knarr.client.config import ClientConfig
 from knarr.client.rest import Client
 
 ROWS = ("up-api-ready", "up-node-ready", "pod-start", "pod-start-50", "idle-memory", "idle-cpu")
-NAME = "bench"
+NAME = os.environ.get("KNARR_NAME") or "bench"
 IN_TURN, AT_ONCE = 20, 50
 IDLE_SECONDS = 60
 

@@ -152,8 +152,8 @@ class Play:
                 await client.delete_collection(PODS, self.namespace, grace_period_seconds=0)
 
     async def _settle(self) -> None:
-        """Events and statuses are on their way when the last condition holds."""
-        for _ in range(15):
+        """Events and statuses are on their way when the last condition holds; on a busy machine for a while."""
+        for _ in range(200):
             await asyncio.sleep(0.1)
             if not self.differences():
                 break

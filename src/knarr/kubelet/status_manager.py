@@ -1,8 +1,9 @@
 """Keeps the last status of every pod and brings it to the API server, at once and latest only.
 
 Callers: pod_sync (set, get), kubelet (on_api_update from the informer). One sender task per pod at most; while it waits for
-the API server newer statuses replace each other, so the queue per pod is one entry deep. A finished pod that is marked for
-deletion is deleted here, after its last status was stored.
+the API server newer statuses replace each other, so the queue per pod is one entry deep. What only says how far the making of a
+pod has come waits a moment: most pods run before it is over, and one write says it all. A finished pod that is marked for
+deletion is deleted here, once, after its last status was stored.
 Invariants: what other writers own (readiness gates, their conditions) is never overwritten; a terminal phase is not published
 while containers may still run. Source: pkg/kubelet/status/status_manager.go.
 """
@@ -43,6 +44,9 @@ _OWNED = (
 )
 _SENDERS = 8
 """Requests at a time: more would cost a TLS connection each and gain nothing on one API server."""
+_PATIENCE_SECONDS, _PATIENCE_EACH_SECONDS = 0.1, 0.02
+"""How long the progress of a starting pod waits: the first, and the more the more of them wait."""
+_MAKING = ("ContainerCreating", "PodInitializing")
 _TERMINATION_MESSAGES_BYTES = 12 * 1024
 """Room for the termination messages of all containers of a pod together."""
 
@@ -55,6 +59,10 @@ class _Record:
     may_run: bool = True
     dirty: bool = False
     sending: bool = False
+    deleted: bool = False
+    """The API server has been told to delete the pod."""
+    timer: asyncio.TimerHandle | None = None
+    """Sends a status that can wait."""
     echo: Object | None = None
     """The kubelet's part of the status as the API server answered it last."""
     echo_version: int = 0
@@ -72,8 +80,12 @@ class StatusManager:
         self._records: dict[str, _Record] = {}
         self._tasks = Tasks()
         self._slots = asyncio.Semaphore(_SENDERS)
+        self._patient = 0
+        """Statuses that wait for their timer."""
 
     async def close(self) -> None:
+        for record in self._records.values():
+            self._hurry(record)
         await self._tasks.close()
 
     def get(self, uid: str) -> Object | None:
@@ -83,7 +95,9 @@ class StatusManager:
 
     def forget(self, uid: str) -> None:
         """The pod is gone from the API server."""
-        self._records.pop(uid, None)
+        record = self._records.pop(uid, None)
+        if record is not None:
+            self._hurry(record)
 
     def set(self, pod: Object, status: Object, *, may_run: bool = True, finished: bool = False) -> None:
         """Take a new status; it is sent in the background unless nothing changed.
@@ -103,7 +117,19 @@ class StatusManager:
             return
         record.pod, record.status, record.may_run = pod, status, may_run
         record.finished = record.finished or finished
-        self._mark(uid, record)
+        if record.sending or not _can_wait(pod, old, status):
+            self._mark(uid, record)
+        elif record.timer is None:
+            delay = _PATIENCE_SECONDS + _PATIENCE_EACH_SECONDS * self._patient
+            self._patient += 1
+            record.timer = asyncio.get_running_loop().call_later(delay, self._mark, uid, record)
+
+    def _hurry(self, record: _Record) -> None:
+        """The status that waits is sent now, or needs no sending any more."""
+        if record.timer is not None:
+            record.timer.cancel()
+            record.timer = None
+            self._patient -= 1
 
     def on_api_update(self, pod: Object) -> None:
         """Send again when somebody else overwrote the kubelet's part of the status."""
@@ -120,6 +146,7 @@ class StatusManager:
             self._mark(uid, record)
 
     def _mark(self, uid: str, record: _Record) -> None:
+        self._hurry(record)
         record.dirty = True
         if not record.sending:
             record.sending = True
@@ -173,12 +200,21 @@ class StatusManager:
             record.echo_version = _version(api)
             record.answer = api
         if record.finished and not record.dirty and podutil.is_deleted(api) and not podutil.is_mirror(api):
-            if podutil.is_terminal_phase(podutil.phase(api)):
+            if podutil.is_terminal_phase(podutil.phase(api)) and not record.deleted:
                 await self._client.delete(PODS, meta["name"], meta.get("namespace"), grace_period_seconds=0, uid=meta["uid"])
+                record.deleted = True
 
 
 def _version(pod: Object) -> int:
     return int(pod["metadata"].get("resourceVersion") or 0)
+
+
+def _can_wait(pod: Object, old: Object, status: Object) -> bool:
+    """Whether a status tells no more than that the pod is being made."""
+    if podutil.is_deleted(pod) or status["phase"] != "Pending" or (old.get("phase") or "Pending") != "Pending":
+        return False
+    containers = [c for kind in ("initContainerStatuses", "containerStatuses") for c in status.get(kind) or []]
+    return all((c["state"].get("waiting") or {}).get("reason") in _MAKING for c in containers)
 
 
 def _complete(pod: Object, status: Object, old: Object) -> None:

@@ -207,7 +207,7 @@ class Containers:
     def _make_directories(self, container: Container) -> None:
         os.makedirs(self.directory(container.id), 0o711)
         os.makedirs(self.bundle(container.id), 0o711)
-        disk.write_record(os.path.join(self.directory(container.id), "container.json"), records.to_record(container))
+        disk.write_record(os.path.join(self.directory(container.id), "container.json"), records.encode(container))
 
     def _write_spec(self, container: Container, sandbox: Sandbox, image: StoredImage, prepared: Prepared) -> None:
         config, bundle = container.config, self.bundle(container.id)
@@ -577,7 +577,7 @@ class Containers:
         async with live.saving:
             if live.removed:
                 return
-            record, path = records.to_record(container), os.path.join(self.directory(container.id), "container.json")
+            record, path = records.encode(container), os.path.join(self.directory(container.id), "container.json")
             writing = asyncio.ensure_future(self._workers.run(lambda: disk.write_record(path, record)))
             try:
                 await asyncio.shield(writing)

@@ -19,12 +19,16 @@ class BadRecord(Exception):
     """A record is unreadable: truncated, or written by another version."""
 
 
-def write_record(path: str, record: dict[str, Any], *, sync: bool = False) -> None:
-    """Replace a record. `sync` waits for the disk, for records that must survive a loss of power."""
+def write_record(path: str, record: dict[str, Any] | bytes, *, sync: bool = False) -> None:
+    """Replace a record, given as a dictionary or as the JSON object of one that is not empty.
+
+    `sync` waits for the disk, for records that must survive a loss of power.
+    """
+    data = record if isinstance(record, bytes) else orjson.dumps(record)
     temporary = f"{path}.{os.urandom(4).hex()}.new"
     try:
         with open(temporary, "wb") as file:
-            file.write(orjson.dumps({"version": VERSION, **record}))
+            file.write(b'{"version":%d,' % VERSION + data[1:])
             if sync:
                 file.flush()
                 os.fsync(file.fileno())

@@ -13,20 +13,19 @@ from enum import Enum
 from functools import cache
 from typing import Any, TypeVar
 
+import orjson
+
 T = TypeVar("T")
 
 
+def encode(value: Any) -> bytes:
+    """The JSON object of a dataclass (enums as their value, tuples as lists)."""
+    return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS)
+
+
 def to_record(value: Any) -> Any:
-    """Plain JSON values of a dataclass (enums as their value)."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: to_record(getattr(value, name)) for name in _hints(type(value))}
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, (list, tuple)):
-        return [to_record(item) for item in value]
-    if isinstance(value, dict):
-        return {key: to_record(item) for key, item in value.items()}
-    return value
+    """Plain JSON values of a dataclass."""
+    return orjson.loads(encode(value))
 
 
 def from_record(kind: type[T], record: Any) -> T:

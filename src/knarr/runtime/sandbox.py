@@ -156,7 +156,7 @@ class Sandboxes:
         directory, state, config = self.directory(sandbox.id), self.state_directory(sandbox.id), sandbox.config
         os.makedirs(directory, mode=0o711)
         os.makedirs(state, mode=0o711)
-        disk.write_record(os.path.join(directory, "sandbox.json"), records.to_record(sandbox))
+        disk.write_record(os.path.join(directory, "sandbox.json"), records.encode(sandbox))
         if config.log_directory:
             os.makedirs(config.log_directory, mode=0o755, exist_ok=True)
         if config.namespaces.ipc != "NODE":
@@ -212,7 +212,7 @@ class Sandboxes:
         self._locks.pop(sandbox.id, None)
 
     async def _save(self, sandbox: Sandbox) -> None:
-        record, path = records.to_record(sandbox), os.path.join(self.directory(sandbox.id), "sandbox.json")
+        record, path = records.encode(sandbox), os.path.join(self.directory(sandbox.id), "sandbox.json")
         await self._workers.run(lambda: disk.write_record(path, record))
 
     # Recovery
