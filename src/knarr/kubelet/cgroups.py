@@ -12,6 +12,7 @@ import asyncio
 import errno
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from knarr.aiokits.log import get_logger
@@ -76,8 +77,10 @@ def shares_to_weight(shares: int) -> int:
 class Cgroups:
     """The tree of one kubelet."""
 
-    def __init__(self, config: KubeletConfig, hierarchies: Hierarchies | None = None) -> None:
+    def __init__(self, config: KubeletConfig, hierarchies: Hierarchies | None = None, unlimited: Callable[[str], bool] = lambda uid: False) -> None:
+        """`unlimited` tells of a pod by its uid whether it has CPUs of its own and thus no quota."""
         self._config = config
+        self._unlimited = unlimited
         self.hierarchies = hierarchies or Hierarchies.of_host()
         self._root = config.cgroup_root.rstrip("/")
         self._ready: set[str] = set()
@@ -165,7 +168,8 @@ class Cgroups:
     def update_pod(self, pod: Object) -> None:
         """Write the pod's limits anew. Raises OSError."""
         config = self._config
-        limits = pod_cgroup_limits(pod, enforce_cpu=config.enforce_cpu_limits, pids_limit=config.pod_pids_limit)
+        enforce_cpu = config.enforce_cpu_limits and not self._unlimited(podutil.uid(pod))
+        limits = pod_cgroup_limits(pod, enforce_cpu=enforce_cpu, pids_limit=config.pod_pids_limit)
         self._apply(self.pod_path(pod), limits)
 
     def _apply(self, path: str, limits: LinuxResources) -> None:

@@ -82,6 +82,18 @@ class KubeletConfig:
     provider_id: str = ""
     system_reserved: dict[str, str] = field(default_factory=dict)
     kube_reserved: dict[str, str] = field(default_factory=dict)
+    reserved_system_cpus: str = ""
+    """CPUs kept from containers with CPUs of their own, e.g. "0-1"; takes the place of the cpu in system_reserved and kube_reserved."""
+    cpu_manager_policy: str = "none"
+    """none or static."""
+    cpu_manager_options: tuple[str, ...] = ()
+    """Names of options that are "true"."""
+    memory_manager_policy: str = "None"
+    """None or Static."""
+    reserved_memory: dict[int, dict[str, int]] = field(default_factory=dict)
+    """NUMA node to kind to bytes that the Static memory manager keeps from pods."""
+    topology_manager_policy: str = "none"
+    topology_manager_scope: str = "container"
     eviction: EvictionConfig = field(default_factory=EvictionConfig)
     lease_duration_seconds: int = 40
     lease_renew_seconds: float = 10.0

@@ -61,6 +61,9 @@ class ContainerContext:
     device_annotations: dict[str, str] = field(default_factory=dict)
     cdi_devices: list[str] = field(default_factory=list)
     cpuset: str = ""
+    mems: str = ""
+    exclusive: bool = False
+    """The CPUs of `cpuset` are this container's alone."""
 
 
 async def container_config(
@@ -95,9 +98,9 @@ async def container_config(
     os.makedirs(os.path.join(sandboxes.log_directory(config, pod), name), 0o755, exist_ok=True)
     lookup = expansion.mapping(env)
     limits = resources.container_limits(
-        pod, container, context.memory_capacity_bytes, enforce_cpu=config.enforce_cpu_limits, group_oom=context.group_oom
+        pod, container, context.memory_capacity_bytes, enforce_cpu=config.enforce_cpu_limits and not context.exclusive, group_oom=context.group_oom
     )
-    limits.cpuset_cpus = context.cpuset
+    limits.cpuset_cpus, limits.cpuset_mems = context.cpuset, context.mems
     if context.swap_accounting and limits.memory_limit_bytes:
         limits.memory_swap_limit_bytes = limits.memory_limit_bytes
     return ContainerConfig(

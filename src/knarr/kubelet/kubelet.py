@@ -22,6 +22,7 @@ from knarr.client.events import EventRecorder
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
 from knarr.kubelet import admission, certificates, machine, podutil
+from knarr.kubelet.affinity.manager import Affinity
 from knarr.kubelet.cgroups import Cgroups
 from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.eviction import Eviction
@@ -127,6 +128,7 @@ class Kubelet:
             config.plugins_dir or os.path.join(config.root_dir, "plugins_registry"),
             {"CSIPlugin": self.csi, "DevicePlugin": self.devices, "DRAPlugin": self.dynamic},
         )
+        affinity = Affinity(config, runtime)
         claims = Claims(client, self.csi)
         volumes = Volumes(config, payload_context, claims, image_manager, event, lambda: self.capacity.memory_allocatable_bytes)
         probes = Probes(runtime, container_event, lambda uid: self.workers.wake(uid), config.node_ip)
@@ -139,7 +141,7 @@ class Kubelet:
             status=StatusManager(client, self._api_pod),
             volumes=volumes,
             probes=probes,
-            cgroups=Cgroups(config),
+            cgroups=Cgroups(config, unlimited=affinity.exclusive),
             objects=objects,
             tokens=tokens,
             userns=UserNamespaces(config.pods_dir),
@@ -150,6 +152,7 @@ class Kubelet:
             capacity=self.capacity,
             tasks=self.tasks,
             devices=self.devices,
+            affinity=affinity,
             dynamic=self.dynamic,
         )
         node.resize = Resizes(node)
@@ -189,13 +192,14 @@ class Kubelet:
 
     def _admit(self, pod: Object, others: Iterable[Object]) -> tuple[str, str] | None:
         refusal = self.shutdown.admit(pod) or self.eviction.admit(pod)
-        return refusal or admission.admit(
+        refusal = refusal or admission.admit(
             pod,
             others,
             allocatable=self.capacity.allocatable,
             node=self.node_object(),
             allowed_unsafe_sysctls=self.config.allowed_unsafe_sysctls,
         )
+        return refusal or self.node.affinity.admit(pod)
 
     async def run(self) -> None:
         """Work until cancelled. Pods go on running afterwards."""
@@ -217,6 +221,7 @@ class Kubelet:
                     ("shutdown", self.shutdown.run()),
                     ("plugins", self.plugins.run()),
                     ("devices", self.devices.run()),
+                    ("affinity", self.node.affinity.run()),
                     ("dynamic-resources", self.dynamic.run(self.ready)),
                     ("pods", self._run_pods()),
                     *self._certificate_loops(),
@@ -276,6 +281,7 @@ class Kubelet:
         self._pods.add_handler(self._on_add, self._on_update, self._on_delete)
         await self.informers.start()
         await self._pods.wait_synced()
+        self.node.affinity.keep(podutil.uid(pod) for pod in self._pods.list())
         await self.static_pods.start()
         await self.workers.adopt_orphans()
         await self.garbage.remove_leftovers()

@@ -11,6 +11,7 @@ import socket
 from dataclasses import dataclass
 
 from knarr.api import quantity
+from knarr.kubelet.affinity.machine import parse_cpus
 from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.node import Capacity
 
@@ -136,6 +137,8 @@ def measure(config: KubeletConfig, devices: dict[str, tuple[int, int]] | None = 
     reserved_cpu = sum(quantity.cpu_millicores(r["cpu"]) for r in (config.system_reserved, config.kube_reserved) if "cpu" in r)
     allocatable_memory = max(0, memory - reserved_memory - sum(huge.values()))
     allocatable["memory"] = f"{allocatable_memory // 1024}Ki"
+    if config.reserved_system_cpus:
+        reserved_cpu = 1000 * len(parse_cpus(config.reserved_system_cpus))
     if reserved_cpu:
         millis = int(capacity["cpu"]) * 1000 - reserved_cpu
         allocatable["cpu"] = f"{millis}m" if millis % 1000 else str(millis // 1000)

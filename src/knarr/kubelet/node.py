@@ -13,6 +13,7 @@ from knarr.aiokits.tasks import Tasks
 from knarr.api.types import Object
 from knarr.client.rest import Client
 from knarr.kubelet import podutil
+from knarr.kubelet.affinity.manager import Affinity
 from knarr.kubelet.cgroups import Cgroups
 from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.env import EnvContext
@@ -70,6 +71,7 @@ class Node:
     tasks: Tasks
     devices: DeviceManager
     dynamic: DynamicResources
+    affinity: Affinity
     resize: Resizes | None = None
     counters: dict[str, int] = field(default_factory=dict)
     """Metric name (with labels) to its count since the start."""

@@ -138,6 +138,9 @@ async def _create_and_start(worker: PodWorker, spec: Object, image: Image, sandb
             swap_accounting=node.cgroups.swap_accounting(),
             extra_groups=node.volumes.of(worker.uid).groups,
             mappings=pod_sync.mappings_of(worker),
+            cpuset=node.affinity.cpuset(worker.uid, name),
+            mems=node.affinity.mems(worker.uid, name),
+            exclusive=node.affinity.exclusive(worker.uid, name),
         )
         granted = await node.devices.allocate(pod, spec)
         context.devices, context.device_mounts, context.device_env = granted.devices, granted.mounts, granted.env

@@ -75,6 +75,8 @@ class PodWorkers:
         worker.task.add_done_callback(lambda _: self._ended(worker))
 
     def _ended(self, worker: PodWorker) -> None:
+        if worker.stage >= Stage.TERMINATED:  # not when the kubelet itself ends
+            self._node.affinity.release(worker.uid)
         self._room_made()
         if worker.orphan or podutil.is_static(worker.pod):
             if self._workers.get(worker.uid) is worker:

@@ -101,6 +101,12 @@ class Resizes:
     ) -> tuple[str, str] | None:
         if podutil.is_static(pod):
             return "Infeasible", "In-place resize of static-pods is not supported"
+        held, asked = self._allocated.get(podutil.uid(pod), {}), _resources_of(pod)
+        changed = {
+            kind for kind in ("cpu", "memory") for name, new in asked.items() if resources.amount(new, "requests", kind) != resources.amount(held.get(name), "requests", kind)
+        }
+        if (fixed := self._node.affinity.fixed(pod, changed)) is not None:
+            return "Infeasible", fixed
         requests, _ = resources.pod_totals(pod)
         allocatable = self._node.capacity.allocatable
         room = {"memory": quantity.value(allocatable["memory"]), "cpu": quantity.cpu_millicores(allocatable["cpu"])}
@@ -128,8 +134,9 @@ class Resizes:
 
     def _wanted(self, pod: Object, spec: Object) -> LinuxResources:
         node = self._node
+        enforce_cpu = node.config.enforce_cpu_limits and not node.affinity.exclusive(podutil.uid(pod), spec["name"])
         wanted = resources.container_limits(
-            pod, spec, node.capacity.memory_bytes, enforce_cpu=node.config.enforce_cpu_limits, group_oom=node.cgroups.is_v2
+            pod, spec, node.capacity.memory_bytes, enforce_cpu=enforce_cpu, group_oom=node.cgroups.is_v2
         )
         if wanted.memory_limit_bytes and node.cgroups.swap_accounting():
             # Memory and swap together may never be less than memory alone.
