@@ -80,8 +80,6 @@ async def test_a_chain_of_plugins_gives_addresses_limits_and_is_taken_down(world
 
 
 async def test_host_ports_through_the_portmap_plugin(world, tmp_path):
-    if subprocess.run(["sh", "-c", "command -v iptables"], capture_output=True, check=False).returncode != 0:
-        pytest.skip("the plugin needs iptables")
     config = {**BRIDGE, "plugins": [*BRIDGE["plugins"][:1], {"type": "portmap", "capabilities": {"portMappings": True}, "snat": True}]}
     (tmp_path / "conf/10-knt.conflist").write_text(json.dumps(config))
     cni = network(world, tmp_path)

@@ -19,7 +19,7 @@ from knarr.network.ingress.controller import _self_signed
 from knarr.network.ingress.haproxy import Listen, program
 from knarr.network.ingress.model import build
 
-from .world import endpoint_slice, service
+from .world import endpoint_slice, free_ports, service
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.skipif(program() is None, reason="haproxy is not installed")]
 
@@ -123,18 +123,6 @@ class Running:
         await self.client.create(SERVICES, svc, "default")
         await self.client.create(ENDPOINT_SLICES, part, "default")
         return web
-
-
-def free_ports(count: int) -> list[int]:
-    import socket
-
-    socks = [socket.socket() for _ in range(count)]
-    for sock in socks:
-        sock.bind(("127.0.0.1", 0))
-    ports = [sock.getsockname()[1] for sock in socks]
-    for sock in socks:
-        sock.close()
-    return ports
 
 
 @pytest.fixture

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from typing import Any
 
 import pytest
 
+from knarr.aiokits.clock import now_rfc3339
 from knarr.aiokits.tasks import Tasks
 from knarr.api.resources import ENDPOINT_SLICES, NODES, SERVICES
 from knarr.network import nftables
@@ -17,7 +19,7 @@ from knarr.network.proxy import table as table_module
 from knarr.runtime.cri import PortMapping
 
 from .fed import FedInformers
-from .world import World, endpoint_slice, ready, refused, service
+from .world import World, endpoint_slice, free_ports, ready, refused, service
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(60)]
 HTTP, BACK = [("http", "TCP", 80)], [("http", "TCP", 8080)]
@@ -159,6 +161,63 @@ async def test_the_health_port_tells_whether_this_node_has_endpoints(running):
     await running.settle()
     with pytest.raises(OSError):
         await health()
+
+
+async def fetch(port: int, path: str) -> tuple[int, str]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    head, _gap, body = (await reader.read()).decode().partition("\r\n\r\n")
+    writer.close()
+    return int(head.split(" ")[1]), body
+
+
+async def test_the_proxy_tells_its_health_mode_and_metrics_as_kube_proxy_does():
+    health, status = free_ports(2)
+    async with World() as world, Tasks() as tasks:
+        running = Running(world)
+        proxy = running.proxy
+        proxy._health_place, proxy._status_place = ("127.0.0.1", health), ("127.0.0.1", status)
+        node = {"metadata": {"name": "here"}, "spec": {}}
+        running.informers.put(NODES, node)
+        task = tasks.spawn(proxy.run(), "proxy")
+        await proxy.wait_synced()
+        await running.put(SERVICES, service("web", "10.96.0.10", HTTP, internalTrafficPolicy="Local"))
+        part = endpoint_slice("web", BACK, [ready("10.77.9.9", "elsewhere")])
+        part["metadata"]["annotations"] = {"endpoints.kubernetes.io/last-change-trigger-time": now_rfc3339()}
+        await running.put(ENDPOINT_SLICES, part)
+        code, body = await fetch(health, "/healthz")
+        answer = json.loads(body)
+        assert (code, answer["healthy"], answer["nodeEligible"], answer["status"]["IPv4"]["healthy"]) == (200, True, True, True)
+        node = {**node, "spec": {"taints": [{"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]}}
+        await running.put(NODES, node)
+        assert (await fetch(health, "/healthz"))[0] == 503
+        code, body = await fetch(health, "/livez")
+        assert code == 200
+        assert "nodeEligible" not in json.loads(body)
+        proxy._health._waiting_since = 0.0
+        assert (await fetch(health, "/livez"))[0] == 503
+        assert await fetch(status, "/proxyMode") == (200, "nftables")
+        metrics = (await fetch(status, "/metrics"))[1]
+        for line in (
+            'kubeproxy_sync_proxy_rules_no_local_endpoints_total{ip_family="IPv4",traffic_policy="internal"} 1.0',
+            'kubeproxy_network_programming_duration_seconds_count{ip_family="IPv4"} 1.0',
+            "kubeproxy_sync_proxy_rules_service_changes_total 1.0",
+            "kubeproxy_sync_proxy_rules_endpoint_changes_pending 0.0",
+            'kubeproxy_proxy_healthz_total{code="503"} 1.0',
+        ):
+            assert line in metrics
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await proxy.cleanup()
+
+
+async def test_a_service_that_is_labelled_headless_or_for_another_proxy_is_left_alone(running):
+    for label in ("service.kubernetes.io/headless", "service.kubernetes.io/service-proxy-name"):
+        obj = service("web", "10.96.0.10", HTTP)
+        await running.put(SERVICES, obj)
+        assert running.proxy.rendered
+        await running.put(SERVICES, {**obj, "metadata": {**obj["metadata"], "labels": {label: ""}}})
+        assert not running.proxy.rendered
 
 
 async def test_what_the_kernel_refuses_hits_one_service_with_an_event_and_is_tried_again(running, monkeypatch):

@@ -218,3 +218,14 @@ def endpoint_slice(
 def ready(ip: str, node: str = "here", **more: object) -> dict[str, object]:
     """A ready endpoint."""
     return {"addresses": [ip], "conditions": {"ready": True}, "nodeName": node, **more}
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports of the loopback that nobody holds now."""
+    socks = [socket.socket() for _ in range(count)]
+    for sock in socks:
+        sock.bind(("127.0.0.1", 0))
+    ports = [sock.getsockname()[1] for sock in socks]
+    for sock in socks:
+        sock.close()
+    return ports

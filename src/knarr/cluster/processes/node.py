@@ -148,9 +148,11 @@ class Node:
             pod_cidrs=(self.config.pod_cidr,),
             # Where load balancers and monitoring look for kube-proxy's health; other clusters of this machine keep out of its way.
             health_port=10256 if self.node.netns else self.config.kubelet_port + 6,
+            metrics_port=10249 if self.node.netns else self.config.kubelet_port - 1,
         )
         policy = PolicyEngine(network_client, informers, node_name=self.node.name, table=f"knarr{self.config.suffix}-policy")
         network.on_attach = policy.admit
+        proxy.further_metrics.append(policy.metrics.render)
         try:
             async with asyncio.TaskGroup() as group:
                 kubelet = Kubelet(kubelet_client, runtime, runtime, self.kubelet_config(self.serving()))

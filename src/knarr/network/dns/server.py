@@ -24,7 +24,7 @@ from knarr.api.resources import ENDPOINT_SLICES, NAMESPACES, SERVICES
 from knarr.api.types import Object
 from knarr.client.informer import Informers
 from knarr.network.dns.forward import Forwarder, HostResolvers, Overloaded, Unanswered
-from knarr.network.dns.metrics import MetricsServer
+from knarr.network.dns.metrics import render
 from knarr.network.dns.records import ClusterZone, Resolved, service_addresses, slice_addresses
 from knarr.network.dns.wire import (
     AAAA,
@@ -44,9 +44,11 @@ from knarr.network.dns.wire import (
     error_answer,
     lifetimes,
     parse_query,
+    question_type,
     skip_name,
 )
 from knarr.network.objects import slice_service
+from knarr.network.plainhttp import NOT_FOUND, Answer, PlainServer, plain, prometheus
 
 log = get_logger(__name__)
 
@@ -111,10 +113,11 @@ class DNSServer:
         self._turn = 0
         self._sockets: list[socket.socket] = []
         self._servers: list[asyncio.Server] = []
-        self._web = MetricsServer(self._render_metrics, lambda: self.ready)
+        self._web = PlainServer(self._tell)
         self._tasks = Tasks()
         self._connections = 0
         self.counts: Counter[str] = Counter()
+        self.hits: Counter[bytes] = Counter()
 
     @property
     def ready(self) -> bool:
@@ -139,7 +142,9 @@ class DNSServer:
             self._port = self._fallback_port
             await self._open_all()
         try:
-            await self._web.listen(self._listen, self._metrics_port, self._ready_port)
+            for port in filter(None, (self._metrics_port, self._ready_port)):
+                for address in self._listen:
+                    await self._web.listen(address, port)
         except OSError as error:
             # Names are worth more than numbers about them.
             log.warning("the DNS server's metrics cannot be served", port=self._metrics_port, error=str(error))
@@ -184,7 +189,7 @@ class DNSServer:
     async def close(self) -> None:
         """Stop serving."""
         self._close_sockets()
-        await self._web.close()
+        self._web.close()
         await self._tasks.close()
         await self.forwarder.close()
 
@@ -201,6 +206,7 @@ class DNSServer:
 
     def _changed(self, _obj: Object) -> None:
         if self._answers:
+            self._gather_hits()
             self._answers = {}
 
     def _updated(self, old: Object, new: Object) -> None:
@@ -221,7 +227,8 @@ class DNSServer:
             variants = answers.get(data[2:])
             if variants is not None:
                 self._turn += 1
-                self.counts["hits"] += 1
+                # How often a kept question came tells its type and its answer's code, too.
+                self.hits[data[2:]] += 1
                 self._send(udp, data[:2] + variants[self._turn % len(variants)], address)
             else:
                 self._question(udp, data, address)
@@ -297,6 +304,7 @@ class DNSServer:
         # EDNS options (cookies) differ with every question; such a question never comes again.
         if limit <= OUR_UDP_BYTES and len(data) <= 12 + len(query.question) + _BARE_OPT_BYTES:
             if len(self._answers) >= _MAXIMUM_ANSWERS:
+                self._gather_hits()
                 self._answers = {}
             self._answers[data[2:]] = [variant[2:] for variant in variants]
         self._turn += 1
@@ -382,13 +390,28 @@ class DNSServer:
         answer = self._immediate(query, data, 65535)
         return answer if answer is not None else await self._forwarded(query, data, 65535)
 
-    def _render_metrics(self) -> dict[str, int]:
-        counts = dict(self.counts)
-        counts["forward hits"] = self.forwarder.hits
-        counts["forward misses"] = self.forwarder.misses
-        counts["forward failures"] = self.forwarder.failures
-        counts["answers cached"] = len(self._answers)
-        return counts
+    def _gather_hits(self) -> None:
+        """Turn what was counted per kept question into the general counts; before those questions are forgotten, too."""
+        hits, self.hits = self.hits, Counter()
+        for question, count in hits.items():
+            variants = self._answers.get(question)
+            kind = question_type(question)
+            self.counts["hits"] += count
+            self.counts[f"type {kind}"] += count
+            self.counts[f"code {variants[0][1] & 0xF if variants else 0}"] += count
+
+    def _tell(self, path: str) -> Answer:
+        if path == "/metrics":
+            self._gather_hits()
+            counts = dict(self.counts)
+            counts["forward hits"] = self.forwarder.hits
+            counts["forward misses"] = self.forwarder.misses
+            counts["forward failures"] = self.forwarder.failures
+            counts["answers cached"] = len(self._answers)
+            return prometheus(render(counts).encode())
+        if path == "/ready":
+            return plain(200, "OK") if self.ready else plain(503, "kubernetes")
+        return plain(200, "OK") if path in ("/health", "/healthz", "/livez") else NOT_FOUND
 
 
 def _answer_records(message: bytes, owner: str) -> list[Record]:

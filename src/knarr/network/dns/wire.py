@@ -119,6 +119,14 @@ def parse_query(data: bytes) -> Query:
     return Query(identity, flags, name, kind, klass, question, udp_bytes, edns, dnssec_ok)
 
 
+def question_type(question: bytes) -> int:
+    """The type asked for, of a well-formed query without its id."""
+    offset = 10
+    while length := question[offset]:
+        offset += length + 1
+    return int.from_bytes(question[offset + 1 : offset + 3], "big")
+
+
 def encode_name(name: str) -> bytes:
     """A name without compression. Raises WireError for labels that cannot be."""
     if not name:

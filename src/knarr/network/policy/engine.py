@@ -9,9 +9,13 @@ allows less, never more, and says so in an event. Ending `run` leaves the table 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import generate_latest
 
 from knarr.aiokits.backoff import Backoff
 from knarr.aiokits.log import get_logger
@@ -50,6 +54,22 @@ def trim_pod(obj: Object) -> Object:
     return {"metadata": kept_meta, "spec": {**kept_spec, "containers": containers, "initContainers": sidecars}, "status": kept_status}
 
 
+class PolicyMetrics:
+    """What the engine tells of itself; there are no names of others to follow."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        buckets = [0.001 * 2**i for i in range(15)]
+        self.sync = Histogram("knarr_policy_sync_duration_seconds", "Seconds to bring the policy table up to date", buckets=buckets, registry=registry)
+        self.failures = Counter("knarr_policy_sync_failures", "Refused changes of the policy table", registry=registry)
+        self.policies = Gauge("knarr_policy_policies", "NetworkPolicies known", registry=registry)
+        self.isolated = Gauge("knarr_policy_isolated_addresses", "Addresses of this node's pods that some policy isolates", registry=registry)
+
+    def render(self) -> bytes:
+        """The text format."""
+        return bytes(generate_latest(self._registry))
+
+
 class PolicyEngine:
     """See the module.
 
@@ -74,6 +94,7 @@ class PolicyEngine:
         self._subscribed = False
         self._lost = False
         self._watch = TableWatch(table, self._table_lost, wanted=lambda: self.synced, netns=netns)
+        self.metrics = PolicyMetrics()
         self._early: dict[str, list[str]] = {}
         """Addresses of this node's pods that the API does not know yet."""
         self._commits = 0
@@ -102,18 +123,23 @@ class PolicyEngine:
                 self._wake.clear()
                 load, self._lost = load or self._lost, False
                 wanted = self.state.wanted()
+                started = time.perf_counter()
                 try:
                     if load:
                         await self._in_worker(lambda: self._table.load(wanted))  # noqa: B023
                     else:
                         await self._in_worker(lambda: self._table.change(wanted))  # noqa: B023
                 except (OSError, StateMismatch) as error:
+                    self.metrics.failures.inc()
                     log.warning("policies are not in force as they should, will load anew", error=str(error))
                     load = True
                     await backoff.sleep()
                     continue
                 load = False
                 backoff.reset()
+                self.metrics.sync.observe(time.perf_counter() - started)
+                self.metrics.policies.set(len(self.state.policies))
+                self.metrics.isolated.set(len(wanted.isolated))
                 self._loaded.set()
                 self._commits += 1
                 async with self._committed:

@@ -48,6 +48,8 @@ class Rendered:
     """Families and times of the chains that remember clients."""
     health_port: int = 0
     local_endpoints: int = 0
+    no_local: frozenset[str] = frozenset()
+    """The Local traffic policies ("internal", "external") for which this node has no endpoint."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -56,7 +58,8 @@ def is_proxied(service: Object) -> bool:
     spec = service.get("spec") or {}
     if spec.get("type") == "ExternalName" or spec.get("clusterIP") in (None, "", "None"):
         return False
-    return SERVICE_PROXY_NAME not in (service["metadata"].get("labels") or {})
+    labels = service["metadata"].get("labels") or {}
+    return SERVICE_PROXY_NAME not in labels and HEADLESS not in labels
 
 
 def host_ports(service: Object) -> list[tuple[int, str]]:
@@ -136,6 +139,8 @@ def _prepare(
     ready_local = sum(1 for endpoint in backends.local if endpoint.ready)
     if external_local:
         out.local_endpoints = max(out.local_endpoints, ready_local)
+    if not backends.local and backends.any_endpoints:
+        out.no_local |= {name for name, wanted in (("internal", internal_local), ("external", external_local)) if wanted}
     for endpoint in {*backends.cluster, *backends.local}:
         if endpoint.local:
             packed = packed_address(endpoint.ip)

@@ -13,12 +13,14 @@ Source: pkg/proxy/nftables/proxier.go.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from knarr.aiokits.backoff import Backoff
-from knarr.aiokits.clock import now
+from knarr.aiokits.clock import now, parse_rfc3339
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
 from knarr.api.resources import ENDPOINT_SLICES, NODES, SERVICES
@@ -26,11 +28,13 @@ from knarr.api.types import Object
 from knarr.client.events import EventRecorder
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
-from knarr.network import conntrack
 from knarr.network.nftables import NftError, StateMismatch
 from knarr.network.objects import object_key, slice_service
+from knarr.network.plainhttp import NOT_FOUND, Answer, PlainServer, plain, prometheus
 from knarr.network.proxy.health import HealthServers, ServiceHealth
-from knarr.network.proxy.model import Rendered, UdpFlow, render_service
+from knarr.network.proxy.memory import Flows, changed_flows, changed_sticky, forget_clients, forget_flows, udp_frontends
+from knarr.network.proxy.metrics import ProxyMetrics
+from knarr.network.proxy.model import Rendered, render_service
 from knarr.network.proxy.table import EMPTY, ProxyTable
 from knarr.network.proxy.topology import NodeView
 from knarr.network.tablewatch import TableWatch
@@ -39,6 +43,8 @@ log = get_logger(__name__)
 T = TypeVar("T")
 
 _ZONE = "topology.kubernetes.io/zone"
+_TRIGGER = "endpoints.kubernetes.io/last-change-trigger-time"
+_TO_BE_DELETED = "ToBeDeletedByClusterAutoscaler"
 
 
 class ServiceProxy:
@@ -53,6 +59,7 @@ class ServiceProxy:
       node_port_addresses: CIDRs of node addresses where node ports answer; empty means all, with 127.0.0.1 for the node's own processes.
       netns: Path of the node's network namespace; None is the process's.
       health_address, health_port: Where /healthz answers; port 0 opens none.
+      metrics_address, metrics_port: Where /metrics and /proxyMode answer; port 0 opens none.
     """
 
     def __init__(
@@ -67,6 +74,8 @@ class ServiceProxy:
         netns: str | None = None,
         health_address: str = "0.0.0.0",
         health_port: int = 0,
+        metrics_address: str = "127.0.0.1",
+        metrics_port: int = 0,
     ) -> None:
         self._informers = informers
         self._services = informers.get(SERVICES)
@@ -77,8 +86,15 @@ class ServiceProxy:
         self._view = NodeView(node_name)
         self._table = ProxyTable(table, pod_cidrs, node_port_addresses=node_port_addresses, netns=netns)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="proxy")
-        self._health = HealthServers(lambda: self.synced, self._report)
+        self.metrics = ProxyMetrics()
+        self.further_metrics: list[Callable[[], bytes]] = []
+        """Metrics of neighbours (policies) that are shown with ours."""
+        self._health = HealthServers(self._report, self._node_eligible, self.metrics)
         self._health_place = (health_address, health_port)
+        self._status = PlainServer(self._tell)
+        self._status_place = (metrics_address, metrics_port)
+        self._triggered: list[float] = []
+        """Times of what triggered the endpoint changes that wait."""
         self._dirty: set[str] = set()
         self._wake = asyncio.Event()
         self._failed: dict[str, Exception] = {}
@@ -116,11 +132,12 @@ class ServiceProxy:
         for informer in (self._services, self._slices, self._node):
             await informer.wait_synced()
         self._read_node()
-        if self._health_place[1]:
+        for (host, port), listen in ((self._health_place, self._health.listen_own), (self._status_place, self._status.listen)):
             try:
-                await self._health.listen_own(*self._health_place)
+                if port:
+                    await listen(host, port)
             except OSError as error:
-                log.warning("the proxy's health port cannot be opened", port=self._health_place[1], error=str(error))
+                log.warning("a port of the proxy for health or metrics cannot be opened", port=port, error=str(error))
         async with Tasks() as tasks:
             try:
                 self._watch.start()
@@ -129,7 +146,8 @@ class ServiceProxy:
                 await self._follow()
             finally:
                 self._watch.close()
-                await self._health.close()
+                self._health.close()
+                self._status.close()
                 await self._recorder.close()
 
     def _subscribe(self) -> None:
@@ -146,12 +164,21 @@ class ServiceProxy:
 
     def _mark(self, services: Iterable[str]) -> None:
         self._dirty.update(services)
+        self._health.queued()
+        self.metrics.last_queued.set(now())
         self._wake.set()
 
     def _service_seen(self, obj: Object) -> None:
+        self.metrics.service_changed()
         self._mark([object_key(obj)])
 
     def _slice_seen(self, obj: Object) -> None:
+        self.metrics.endpoints_changed()
+        trigger = (obj["metadata"].get("annotations") or {}).get(_TRIGGER)
+        # What was there before the first load was triggered long ago.
+        if trigger and self.synced:
+            with contextlib.suppress(ValueError):
+                self._triggered.append(parse_rfc3339(trigger))
         self._mark(slice_service(obj))
 
     def _slice_changed(self, old: Object, new: Object) -> None:
@@ -160,12 +187,29 @@ class ServiceProxy:
             or old.get("ports") != new.get("ports")
             or old["metadata"].get("labels") != new["metadata"].get("labels")
         ):
-            self._mark({*slice_service(old), *slice_service(new)})
+            self._slice_seen(new)
+            self._mark(slice_service(old))
 
     def _read_node(self) -> None:
         node = self._node.get(None, self._view.name)
         labels = (node["metadata"].get("labels") or {}) if node else {}
         self._view = NodeView(self._view.name, labels.get(_ZONE, ""))
+
+    def _node_eligible(self) -> bool:
+        """Whether load balancers may send this node new connections: it is not about to be removed."""
+        node = self._node.get(None, self._view.name)
+        if node is None or node["metadata"].get("deletionTimestamp"):
+            return False
+        return all(taint.get("key") != _TO_BE_DELETED for taint in (node.get("spec") or {}).get("taints") or ())
+
+    def _tell(self, path: str) -> Answer:
+        if path == "/metrics":
+            return prometheus(b"".join([self.metrics.render(), *(render() for render in self.further_metrics)]))
+        if path == "/proxyMode":
+            return plain(200, "nftables")
+        if path in ("/healthz", "/livez"):
+            return plain(200, "ok")
+        return NOT_FOUND
 
     def _node_changed(self) -> None:
         before = self._view
@@ -211,22 +255,29 @@ class ServiceProxy:
                 await self._load()
                 return
             except (NftError, OSError, StateMismatch) as error:
+                self.metrics.failed()
                 log.error("the service table cannot be loaded, will retry", table=self._table.name, error=str(error))
                 await backoff.sleep()
 
     async def _load(self) -> None:
+        started = time.perf_counter()
         self._dirty.clear()
+        self.metrics.taken()
         wanted = {}
         for count, key in enumerate(self._all_keys()):
             wanted[key] = self._render(key)
             if count % 200 == 199:
                 await asyncio.sleep(0)
         self._note(await self._in_worker(lambda: self._table.load(wanted)), wanted)
-        flows = _udp_frontends(wanted.values())
-        if flows:
-            await self._in_worker(lambda: _forget(self._table, flows))
+        self.metrics.synced(time.perf_counter() - started, now(), whole=True)
+        await self._forget(udp_frontends(wanted.values()))
         await self._after_commit()
         self._loaded.set()
+
+    async def _forget(self, flows: Flows) -> None:
+        if flows:
+            started = time.perf_counter()
+            self.metrics.forgot(await self._in_worker(lambda: forget_flows(self._table, flows)), time.perf_counter() - started)
 
     async def _follow(self) -> None:
         backoff = Backoff(0.2, 30.0)
@@ -252,7 +303,10 @@ class ServiceProxy:
                 await self._load_until_done()
 
     async def _apply_dirty(self) -> None:
+        started = time.perf_counter()
         keys, self._dirty = self._dirty, set()
+        triggered, self._triggered = self._triggered, []
+        self.metrics.taken()
         wanted = {}
         former = {}
         for key in keys:
@@ -263,31 +317,38 @@ class ServiceProxy:
             if not rendered.problems and key not in self._failed:
                 self._reported.pop(key, None)
         if not wanted:
+            self._health.updated()
             return
         self._note(await self._in_worker(lambda: self._table.change(wanted)), wanted)
-        flows = _changed_flows(former, wanted)
-        sticky = _changed_sticky(former, wanted)
-        if flows:
-            await self._in_worker(lambda: _forget(self._table, flows))
-        if sticky:
-            await self._in_worker(lambda: _forget_clients(self._table, sticky))
+        self.metrics.synced(time.perf_counter() - started, now(), whole=False)
+        for trigger in triggered:
+            self.metrics.programmed(now() - trigger)
+        await self._forget(changed_flows(former, wanted))
+        if sticky := changed_sticky(former, wanted):
+            await self._in_worker(lambda: forget_clients(self._table, sticky))
         await self._after_commit()
 
     def _note(self, failures: dict[str, Exception], wanted: dict[str, Any]) -> None:
         for key in wanted:
             self._failed.pop(key, None)
         for key, error in failures.items():
+            self.metrics.failed()
             self._failed[key] = error
             self._report(key, f"the kernel refused its rules: {error}")
         self.commits += 1
 
     async def _after_commit(self) -> None:
-        self._health.updated_at = now()
+        self._health.updated()
         ports = {}
+        no_local = {"internal": 0, "external": 0}
         for key, rendered in self._table.rendered.items():
             if rendered.health_port:
                 namespace, _slash, name = key.partition("/")
                 ports[rendered.health_port] = ServiceHealth(namespace, name, rendered.local_endpoints)
+            for policy in rendered.no_local:
+                no_local[policy] += 1
+        for policy, count in no_local.items():
+            self.metrics.no_local(policy, count)
         await self._health.sync(ports)
 
     async def _retry_failed(self) -> None:
@@ -305,68 +366,3 @@ class ServiceProxy:
         """Close sockets and the worker; the table stays."""
         await self._in_worker(self._table.close)
         self._worker.shutdown(wait=False)
-
-
-def _udp_frontends(rendered: Iterable[Rendered]) -> dict[UdpFlow, frozenset[tuple[str, int]]]:
-    flows: dict[UdpFlow, frozenset[tuple[str, int]]] = {}
-    for item in rendered:
-        flows.update(item.udp)
-    return flows
-
-
-def _changed_flows(former: dict[str, Rendered], wanted: dict[str, Rendered]) -> dict[UdpFlow, frozenset[tuple[str, int]]]:
-    """UDP frontends that lost an endpoint, got their first, or are gone, with the endpoints that may stay."""
-    flows: dict[UdpFlow, frozenset[tuple[str, int]]] = {}
-    for key, new in wanted.items():
-        old = former[key]
-        for flow in old.udp.keys() | new.udp.keys():
-            before, after = old.udp.get(flow, frozenset()), new.udp.get(flow, frozenset())
-            if before - after or (after and not before):
-                flows[flow] = after
-    return flows
-
-
-def _changed_sticky(former: dict[str, Rendered], wanted: dict[str, Rendered]) -> dict[tuple[str, bytes], frozenset[bytes]]:
-    changed: dict[tuple[str, bytes], frozenset[bytes]] = {}
-    for key, new in wanted.items():
-        for place, before in former[key].sticky.items():
-            after = new.sticky.get(place, frozenset())
-            if before - after:
-                changed[place] = after
-    return changed
-
-
-def _forget(table: ProxyTable, flows: dict[UdpFlow, frozenset[tuple[str, int]]]) -> None:
-    """Delete tracked UDP flows that lead where the frontend does not any more."""
-    ports = {port: places for (address, port), places in flows.items() if not address}
-
-    def is_stale(flow: conntrack.Flow) -> bool:
-        places = flows.get((flow.target_address, flow.target_port))
-        if places is None:
-            places = ports.get(flow.target_port)
-            # A port number alone may also be some foreign server's: only what was translated, or aimed at this node, is ours.
-            if places is None or flow.reply_address == flow.target_address:
-                return False
-        return (flow.reply_address, flow.reply_port) not in places
-
-    from knarr.network.netlink import NetlinkError
-
-    try:
-        conntrack.forget_stale(table.socket(), is_stale)
-    except NetlinkError as error:
-        log.warning("stale UDP flows cannot be deleted", error=str(error))
-
-
-def _forget_clients(table: ProxyTable, sticky: dict[tuple[str, bytes], frozenset[bytes]]) -> None:
-    """Make session affinity forget clients that were sent to endpoints which are gone."""
-    for version in {name[-1] for name, _key in sticky}:
-        length = 4 if version == "4" else 16
-        stale = []
-        for key, data in table.elements(f"affinity{version}"):
-            frontend = key[length:]
-            allowed = sticky.get((f"sticky{version}", frontend))
-            if allowed is None and (f"service{version}", frontend) not in table.rendered_keys():
-                allowed = sticky.get((f"port_sticky{version}", frontend[length:]))
-            if allowed is not None and data not in allowed:
-                stale.append(key)
-        table.delete_elements(f"affinity{version}", stale)
