@@ -244,14 +244,15 @@ async def test_sctp_services_carry_where_the_kernel_has_the_protocol(world):
     a.serve("one", 8081)
     ports = [("s", "SCTP", 80), ("t", "TCP", 81)]
     world.proxy.put(service("web", "10.96.0.10", ports), endpoint_slice("web", [("s", "SCTP", 8080), ("t", "TCP", 8081)], [ready(a.ip)]))
-    assert await ask(client, "10.96.0.10", 81) == "one"
-    assert any("sctp" in str(element).lower() or " 132 " in f" {element} " for element in world.proxy.table.elements("service4"))
+    assert (await ask(client, "10.96.0.10", 81))[0] == "one"
+    assert len(world.proxy.table.elements("service4")) == 2
     try:
         with netns.entered(a.path):
             server = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_SCTP)
     except OSError as error:
-        assert error.errno == errno.EPROTONOSUPPORT
-        return
+        if error.errno == errno.EPROTONOSUPPORT:
+            return
+        raise
     server.bind(("", 8080)), server.listen(), server.settimeout(3)
     with netns.entered(client.path):
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_SCTP)

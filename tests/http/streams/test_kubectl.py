@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import io
 import os
 import pty
 import signal
 import subprocess
+import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -103,8 +106,6 @@ async def test_a_terminal_has_the_clients_size(kubectl: Kubectl) -> None:
 
 
 async def test_files_are_copied_both_ways(kubectl: Kubectl, tmp_path: Path) -> None:
-    if not await _has_tar(kubectl):
-        pytest.skip("the image has no tar")
     source = tmp_path / "tree"
     source.mkdir()
     (source / "a").write_bytes(os.urandom(300_000))
@@ -117,8 +118,55 @@ async def test_files_are_copied_both_ways(kubectl: Kubectl, tmp_path: Path) -> N
     assert (tmp_path / "back/b").read_text() == "text"
 
 
-async def _has_tar(kubectl: Kubectl) -> bool:
-    return (await kubectl.run("exec", "p", "--", "tar", "--help"))[0] == 0
+async def test_a_large_file_survives_the_way_in_and_out(kubectl: Kubectl, tmp_path: Path) -> None:
+    source = tmp_path / "large"
+    source.write_bytes(os.urandom(1 << 20) * 24)
+    code, _, err = await kubectl.run("cp", str(source), "p:/tmp/large")
+    assert code == 0, err
+    code, out, err = await kubectl.run("exec", "p", "--", "sha256sum", "/tmp/large")
+    assert (code, out.decode().partition(" ")[0]) == (0, hashlib.sha256(source.read_bytes()).hexdigest()), err
+    code, _, err = await kubectl.run("cp", "p:/tmp/large", str(tmp_path / "back"))
+    assert code == 0, err
+    assert (tmp_path / "back").read_bytes() == source.read_bytes()
+
+
+async def test_an_archive_from_a_pod_cannot_leave_the_target_folder(kubectl: Kubectl, bench: Bench, tmp_path: Path) -> None:
+    """The pod's own tar lies: names with dots, absolute names, and a link followed by a file behind it."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as archive:
+        for name in ("../escaped", "tree/../../escaped", "/tmp/escaped-by-root", "tree/link/escaped"):
+            if "link" in name:
+                link = tarfile.TarInfo("tree/link")
+                link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+                archive.addfile(link)
+            entry = tarfile.TarInfo(name)
+            entry.size = 4
+            archive.addfile(entry, io.BytesIO(b"evil"))
+    code, _, err = await kubectl.run("exec", "-i", "p", "--", "sh", "-c", "cat > /evil.tar", stdin=made.getvalue())
+    assert code == 0, err
+    liar = "rm /bin/tar; printf '#!/bin/sh\\ncat /evil.tar\\n' > /bin/tar; chmod 755 /bin/tar"
+    code, _, err = await kubectl.run("exec", "p", "--", "sh", "-c", liar)
+    assert code == 0, err
+    target = tmp_path / "outer" / "target"
+    target.mkdir(parents=True)
+    await kubectl.run("cp", "p:/tree", str(target))
+    outside = [path for path in tmp_path.rglob("*") if path.name.startswith("escaped") and target not in path.parents]
+    assert outside == []
+    assert not Path("/tmp/escaped-by-root").exists()
+
+
+async def test_thousands_of_lines_arrive_complete_and_in_order(kubectl: Kubectl) -> None:
+    code, out, err = await kubectl.run("exec", "p", "--", "sh", "-c", "seq 1 60000; echo last >&2")
+    assert (code, err) == (0, b"last\n")
+    assert out == b"".join(b"%d\n" % number for number in range(1, 60001))
+
+
+async def test_the_end_of_input_closes_only_that_direction(kubectl: Kubectl) -> None:
+    """The program reads to the end, and only then answers: more than any buffer on the way holds."""
+    given = os.urandom(3 << 20)
+    code, out, err = await kubectl.run("exec", "-i", "p", "--", "sh", "-c", "cat > /tmp/in; sleep 0.2; cat /tmp/in", stdin=given)
+    assert (code, err) == (0, b"")
+    assert out == given
 
 
 async def test_attach_sees_output_from_then_on(kubectl: Kubectl, bench: Bench) -> None:
