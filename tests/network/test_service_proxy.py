@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import random
 import socket
 from typing import Any
 
@@ -244,6 +246,106 @@ async def test_what_the_kernel_refuses_hits_one_service_with_an_event_and_is_tri
     running.proxy._mark(["default/s66"])
     await running.settle()
     assert (await asyncio.to_thread(client.ask, "10.96.3.66", 80))[0] == "a"
+
+
+async def test_an_expression_that_the_kernel_lacks_hits_only_services_that_need_it(running, monkeypatch):
+    original = nftables.ElementBatch.commit
+
+    def commit(self: nftables.ElementBatch, netlink: Any) -> None:
+        if any(b"dynset\0" in body and b"affinity" in body for _kind, _flags, body, _what in self._messages):
+            raise NetlinkError(2, "adding a rule to learn4-10800")
+        original(self, netlink)
+
+    monkeypatch.setattr(table_module.ElementBatch, "commit", commit)
+    world = running.world
+    a, client = await world.pod("a"), await world.pod("client")
+    a.serve("a", 8080)
+    names = ["one", "sticky", "two"]
+    running.informers.put(ENDPOINT_SLICES, *(endpoint_slice(name, BACK, [ready(a.ip)]) for name in names))
+    more = {"sticky": {"sessionAffinity": "ClientIP"}}
+    await running.put(SERVICES, *(service(name, f"10.96.4.{number}", HTTP, **more.get(name, {})) for number, name in enumerate(names, 1)))
+    assert [name for name, _message in running.recorder.events] == ["sticky"]
+    for address in ("10.96.4.1", "10.96.4.3"):
+        assert (await asyncio.to_thread(client.ask, address, 80))[0] == "a"
+    # Without affinity the kernel can do it.
+    await running.put(SERVICES, service("sticky", "10.96.4.2", HTTP))
+    assert (await asyncio.to_thread(client.ask, "10.96.4.2", 80))[0] == "a"
+
+
+async def test_an_nft_program_that_fails_is_told_on_the_node_and_tried_again(tmp_path, monkeypatch):
+    program = tmp_path / "nft"
+    program.write_text("#!/bin/sh\necho 'syntax error, unexpected typeof' >&2\nexit 1\n")
+    program.chmod(0o755)
+    path = os.environ["PATH"]
+    async with World() as world, Tasks() as tasks:
+        running = Running(world)
+        running.informers.put(NODES, {"metadata": {"name": "here"}})
+        running.informers.put(SERVICES, service("web", "10.96.0.10", HTTP))
+        monkeypatch.setenv("PATH", f"{tmp_path}:{path}")
+        task = tasks.spawn(running.proxy.run(), "proxy")
+        async with asyncio.timeout(10):
+            while not running.recorder.events:
+                await asyncio.sleep(0.01)
+        assert not running.proxy.synced
+        assert running.recorder.events == [("here", "the service rules cannot be loaded: syntax error, unexpected typeof")]
+        monkeypatch.setenv("PATH", path)
+        async with asyncio.timeout(10):
+            await running.proxy.wait_synced()
+        with refused():
+            await asyncio.to_thread(world.node.ask, "10.96.0.10", 80)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await running.proxy.cleanup()
+
+
+async def test_services_that_change_while_their_proxy_is_away_are_right_when_it_is_back():
+    """The proxy dies at a random moment of a churn, twenty times; what it left goes on, and what it finds is brought up to date."""
+    generator = random.Random(5)
+    async with World() as world:
+        a, b, client = await world.pod("a"), await world.pod("b"), await world.pod("client")
+        for pod, name in ((a, "a"), (b, "b")):
+            pod.serve(name, 8080), pod.serve(name, 5353, udp=True)
+        udp = [("dns", "UDP", 5353)]
+        living: dict[str, int] = {}
+        running, target = Running(world), a
+        for turn in range(20):
+            informers = running.informers
+            informers.put(SERVICES, service("steady", "10.96.0.10", HTTP), service("dns", "10.96.0.53", DNS))
+            informers.put(ENDPOINT_SLICES, endpoint_slice("steady", BACK, [ready(target.ip)]), endpoint_slice("dns", udp, [ready(target.ip)]))
+            informers.put(SERVICES, *(service(name, f"10.96.7.{number}", HTTP) for name, number in living.items()))
+            async with Tasks() as tasks:
+                task = tasks.spawn(running.proxy.run(), "proxy")
+                await running.proxy.wait_synced()
+                name = (target is a and "a") or "b"
+                assert (await asyncio.to_thread(client.ask, "10.96.0.10", 80))[0] == name
+                assert (await asyncio.to_thread(lambda: client.ask("10.96.0.53", 53, udp=True, source_port=4500)))[0] == name
+                for number in generator.sample(range(1, 250), 12):
+                    if living.pop(f"s{number}", None) is not None:
+                        informers.drop(SERVICES, "default", f"s{number}")
+                    else:
+                        living[f"s{number}"] = number
+                        informers.put(SERVICES, service(f"s{number}", f"10.96.7.{number}", HTTP))
+                    await asyncio.sleep(generator.random() * 0.003)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            # Its rules go on without it.
+            assert (await asyncio.to_thread(client.ask, "10.96.0.10", 80))[0] == name
+            await running.proxy.close()
+            target = b if target is a else a
+            running = Running(world)
+            if turn % 3 == 0:
+                for gone in generator.sample(sorted(living), len(living) // 2):
+                    del living[gone]
+        running.informers.put(SERVICES, *(service(name, f"10.96.7.{number}", HTTP) for name, number in living.items()))
+        async with Tasks() as tasks:
+            task = tasks.spawn(running.proxy.run(), "proxy")
+            await running.proxy.wait_synced()
+            refusing = running.proxy._table.elements("refused4")
+            assert {key[3] for key, _data in refusing} == set(living.values())
+            assert running.proxy._table.elements("service4") == []
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await running.proxy.cleanup()
 
 
 async def test_everything_stands_again_at_once_after_somebody_flushed_the_ruleset(running):

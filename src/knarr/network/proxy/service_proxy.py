@@ -245,6 +245,13 @@ class ServiceProxy:
         if service is not None:
             self._recorder.event(service, "Warning", "FailedToProxy", message, action="SyncServiceRules")
 
+    def _tell_node(self, why: str) -> None:
+        """No Service is served here: that is the node's trouble."""
+        node = self._node.get(None, self._view.name)
+        if node is not None and self._reported.get("") != why:
+            self._reported[""] = why
+            self._recorder.event(node, "Warning", "FailedToProxy", f"the service rules cannot be loaded: {why}", action="SyncServiceRules")
+
     async def _in_worker(self, function: Callable[[], T]) -> T:
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._worker, function))
 
@@ -257,6 +264,7 @@ class ServiceProxy:
             except (NftError, OSError, StateMismatch) as error:
                 self.metrics.failed()
                 log.error("the service table cannot be loaded, will retry", table=self._table.name, error=str(error))
+                self._tell_node(str(error))
                 await backoff.sleep()
 
     async def _load(self) -> None:
