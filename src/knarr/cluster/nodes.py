@@ -54,8 +54,12 @@ def ensure_bridge(config: ClusterConfig) -> None:
     if not Path("/sys/class/net", name).exists():
         _ip("link", "add", name, "type", "bridge")
         _ip("link", "set", name, "alias", f"knarr:{config.name}")
-        _ip("address", "add", f"{gateway(config)}/{network.prefixlen}", "dev", name)
+        _ip("address", "add", f"{gateway(config)}/{network.prefixlen}", "dev", name, "noprefixroute")
         _ip("link", "set", name, "up")
+        _ip("route", "add", str(network), "dev", name, "src", gateway(config), "metric", "10")
+        if primary := addresses.primary_address():
+            # Other nodes must see the address under which the cluster knows this one; should the machine lose it, the route above stays.
+            _ip("route", "add", str(network), "dev", name, "src", primary, "metric", "5")
     SysctlRecord(config.data / "sysctls.json").ensure("net/ipv4/ip_forward", "1")
     table = f"knarr{config.suffix}-nodes"
     rules = f"""
