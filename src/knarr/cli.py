@@ -58,7 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     up.add_argument("--apiserver-arg", action="append", default=[], metavar="NAME=VALUE", help="option of kube-apiserver, e.g. oidc-issuer-url=URL")
     up.add_argument("--controllers", default=None, help="controllers to run, e.g. *,-deployment")
     up.add_argument("--tls-san", action="append", default=[], metavar="NAME|ADDRESS", help="further name of the API server for its certificate, e.g. one that other machines join by")
-    up.add_argument("--cluster-signing-duration", default=None, metavar="DURATION", help="longest life of certificates the cluster signs, e.g. 8760h0m0s")
+    up.add_argument("--controller-manager-arg", action="append", default=[], metavar="NAME=VALUE", help="option of kube-controller-manager, e.g. node-monitor-grace-period=40s")
+    up.add_argument("--kubelet-config", default=None, metavar="FILE", help="KubeletConfiguration for the nodes of this machine; an empty name takes it back")
     up.add_argument("--no-kubeconfig", action="store_true", help="leave the user's kubeconfig alone")
     verb("down", run_down, "stop the cluster; its data stays")
     verb("delete", run_delete, "stop the cluster and remove its data")
@@ -91,6 +92,7 @@ def _add_join(join: argparse.ArgumentParser) -> None:
     join.add_argument("--discovery-token-ca-cert-hash", action="append", default=[], metavar="sha256:HEX", help="the authority that is believed")
     join.add_argument("--discovery-token-unsafe-skip-ca-verification", action="store_true", help="believe any authority that knows the token")
     join.add_argument("--node-name", default="", help="the node's name (default: this machine's host name)")
+    join.add_argument("--kubelet-config", default=None, metavar="FILE", help="KubeletConfiguration for this node")
     join.add_argument("--oci-runtime", default="runc", metavar="runc|crun|unix:///SOCKET", help="program that makes containers, or the socket of containerd or CRI-O")
 
 
@@ -180,7 +182,8 @@ def run_up(options: argparse.Namespace) -> int:
                 controllers=options.controllers,
                 apiserver_arguments=tuple(options.apiserver_arg),
                 tls_names=tuple(options.tls_san),
-                signing_seconds=_duration(options.cluster_signing_duration),
+                kubelet_config=options.kubelet_config,
+                controller_arguments=tuple(options.controller_manager_arg),
                 kubeconfig=not options.no_kubeconfig,
             ),
             progress,
@@ -189,18 +192,6 @@ def run_up(options: argparse.Namespace) -> int:
         progress.clear()
     print(f"node {config.nodes[0].name} is Ready" if config.joined else f"ready: kubectl --context {config.context} get nodes", file=sys.stderr)
     return 0
-
-
-def _duration(text: str | None) -> float | None:
-    from knarr.api import times
-    from knarr.cluster.lifecycle import CommandError
-
-    if text is None:
-        return None
-    try:
-        return times.parse_duration(text) / 1e9
-    except ValueError as error:
-        raise CommandError(f"{text!r} is not a duration such as 8760h or 30m") from error
 
 
 def run_join(options: argparse.Namespace) -> int:
@@ -219,6 +210,7 @@ def run_join(options: argparse.Namespace) -> int:
                 name=options.name,
                 data_dir=options.data_dir,
                 oci_runtime=options.oci_runtime,
+                kubelet_config=options.kubelet_config,
             ),
             progress,
         )

@@ -71,8 +71,8 @@ class ClusterConfig:
     """Address of the API server (https://HOST:PORT) when this machine joined a cluster that runs elsewhere; "" when it runs here."""
     tls_names: list[str] = field(default_factory=list)
     """Further names and addresses under which the API server is reached, for its certificate."""
-    signing_seconds: float = 365 * 24 * 3600.0
-    """Longest life of certificates that the cluster signs."""
+    controller_arguments: list[str] = field(default_factory=list)
+    """NAME=VALUE options of the controllers."""
     balancer_range: str = ""
     """Of the cluster joined; "" decides by the slot."""
     tunnel_id: int = 0
@@ -118,6 +118,11 @@ class ClusterConfig:
     def joined(self) -> bool:
         """Whether the control plane is on another machine."""
         return bool(self.server)
+
+    @property
+    def kubelet_file(self) -> Path:
+        """The KubeletConfiguration of all nodes of this machine; it need not exist."""
+        return self.data / "kubelet-config.yaml"
 
     def client_certificate(self, node_name: str) -> Path:
         """Where a node that joined keeps its client certificate with its key."""

@@ -55,6 +55,7 @@ class JoinOptions:
     name: str = "default"
     data_dir: str | None = None
     oci_runtime: str = "runc"
+    kubelet_config: str | None = None
 
 
 def join(options: JoinOptions, progress: Progress) -> ClusterConfig:
@@ -76,7 +77,7 @@ def join(options: JoinOptions, progress: Progress) -> ClusterConfig:
         raise CommandError(f"https://{options.server}: {error or 'no answer in time'}") from error
     config = _write(options, node_name, authority, settings, pair)
     try:
-        lifecycle.up(lifecycle.UpOptions(name=config.name, data_dir=config.data_dir, kubeconfig=False), progress)
+        lifecycle.up(lifecycle.UpOptions(name=config.name, data_dir=config.data_dir, kubelet_config=options.kubelet_config, kubeconfig=False), progress)
     except CommandError:
         if not lifecycle.is_running(config):
             shutil.rmtree(config.data, ignore_errors=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knarr.cluster import addresses, host, nodes, pki, preflight, supervisor
+from knarr.cluster import addresses, controllerargs, host, nodes, pki, preflight, supervisor
 from knarr.cluster import config as cluster_config
 from knarr.cluster.config import ClusterConfig
 from knarr.cluster.progress import Progress
@@ -50,7 +50,10 @@ class UpOptions:
     """Empty keeps what the cluster has."""
     tls_names: tuple[str, ...] = ()
     """Further names of the API server; empty keeps what the cluster has."""
-    signing_seconds: float | None = None
+    controller_arguments: tuple[str, ...] = ()
+    """Empty keeps what the cluster has."""
+    kubelet_config: str | None = None
+    """File whose content the nodes of this machine use from now on; "" for none."""
     kubeconfig: bool = True
     """Merge the context into the user's kubeconfig."""
 
@@ -99,9 +102,16 @@ def up(options: UpOptions, progress: Progress) -> ClusterConfig:
         config.apiserver_arguments = _checked(options.apiserver_arguments)
     if options.tls_names:
         config.tls_names = list(options.tls_names)
-    if options.signing_seconds is not None:
-        config.signing_seconds = options.signing_seconds
+    if options.controller_arguments:
+        try:
+            controllerargs.parse(options.controller_arguments)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+        config.controller_arguments = list(options.controller_arguments)
+    content = _kubelet_settings(options.kubelet_config) if options.kubelet_config else b""
     if is_running(config):
+        if options.kubelet_config is not None:
+            raise CommandError(f"cluster {config.name!r} is running; `knarr down` first to change its kubelets' configuration")
         progress.done(f"cluster {config.name} is running already")
         return config
     if os.geteuid() == 0:
@@ -110,6 +120,10 @@ def up(options: UpOptions, progress: Progress) -> ClusterConfig:
     if findings:
         raise CommandError("\n".join(str(finding) for finding in findings))
     config.save()
+    if options.kubelet_config is not None:
+        config.kubelet_file.unlink(missing_ok=True)
+        if content:
+            config.kubelet_file.write_bytes(content)
     if not config.joined:
         progress.step("certificates")
         keys = make_pki(config)
@@ -119,6 +133,19 @@ def up(options: UpOptions, progress: Progress) -> ClusterConfig:
     reader = _fork_supervisor(config)
     _wait_ready(config, reader, progress)
     return config
+
+
+def _kubelet_settings(path: str) -> bytes:
+    """A KubeletConfiguration file's content, looked through. Raises CommandError."""
+    from knarr.kubelet import configfile
+    from knarr.kubelet.config import KubeletConfig
+
+    try:
+        content = Path(path).read_bytes()
+        configfile.load(content, KubeletConfig(node_name=""))
+    except (OSError, configfile.ConfigFileError) as error:
+        raise CommandError(f"{path}: {error.strerror if isinstance(error, OSError) else error}") from error
+    return content
 
 
 def _checked(arguments: Sequence[str]) -> list[str]:

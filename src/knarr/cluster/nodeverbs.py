@@ -71,7 +71,7 @@ def _taint(text: str) -> dict[str, str]:
 
 
 def stop(config: ClusterConfig, name: str, *, kill: bool, progress: Progress) -> int:
-    """Switch a node off: its kubelet and its containers end; with kill as if the power had failed."""
+    """Switch a node off: its kubelet and its containers end, in order where that is configured; with kill as if the power had failed."""
     _need_running(config)
     node = find(config, name)
     _end_process(config, node, signal.SIGKILL if kill else signal.SIGTERM)
@@ -90,13 +90,14 @@ def _end_process(config: ClusterConfig, node: NodeConfig, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         descriptor = os.pidfd_open(part["pid"]) if part["pid"] else -1
     try:
-        supervisor.ask(config, "stop", component=node.name)
+        seconds = supervisor.ask(config, "stop", component=node.name, orderly=number != signal.SIGKILL)["seconds"]
         if descriptor >= 0:
             if number == signal.SIGKILL:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(part["pid"], number)
-            if not select.select([descriptor], [], [], STOP_SECONDS)[0]:
-                raise CommandError(f"node {node.name} did not stop within {STOP_SECONDS:.0f} s; `knarr node kill {node.name}` ends it")
+            limit = STOP_SECONDS + seconds
+            if not select.select([descriptor], [], [], limit)[0]:
+                raise CommandError(f"node {node.name} did not stop within {limit:.0f} s; `knarr node kill {node.name}` ends it")
     finally:
         if descriptor >= 0:
             os.close(descriptor)

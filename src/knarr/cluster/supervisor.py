@@ -36,6 +36,8 @@ RESTART_FIRST_SECONDS = 0.1
 RESTART_MAXIMUM_SECONDS = 10.0
 RESTART_RESET_SECONDS = 60.0
 STOP_SECONDS = 8.0
+ORDERLY_SIGNAL = signal.SIGUSR1
+"""Asks a component that can to go down in order."""
 LOG_LIMIT_BYTES = 16 << 20
 LOG_CHECK_SECONDS = 60.0
 REQUEST_LIMIT_BYTES = 64 << 10
@@ -61,6 +63,8 @@ class Component:
     last_exit: str = ""
     ready: dict[str, float] = field(default_factory=dict)
     wanted: bool = True
+    orderly_seconds: Callable[[], float] = lambda: 0.0
+    """How long it may take to go down in order; 0 when it does not."""
     buffer: bytes = b""
 
     def describe(self) -> dict[str, Any]:
@@ -104,6 +108,8 @@ class Supervisor:
         self.components: dict[str, Component] = {}
         self.selector = selectors.DefaultSelector()
         self.stopping = False
+        self._in_order = False
+        """Stopped by a signal, as a machine that goes down does, and not by `down`, which ends the containers itself."""
         self.started_at = time.time()
         self.handlers: dict[str, Callable[[dict[str, Any]], Any]] = {"status": lambda _: self.describe(), "stop": self._stop_request, "restart": self._restart_request}
         self._log_checked = time.monotonic()
@@ -126,16 +132,16 @@ class Supervisor:
         return control
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self.stopping = True
+        self.stopping = self._in_order = True
 
     def _drain_wakeup(self) -> None:
         with contextlib.suppress(BlockingIOError):
             while os.read(self._wakeup, 512):
                 pass
 
-    def add(self, name: str, main: Callable[[Announce], None]) -> Component:
+    def add(self, name: str, main: Callable[[Announce], None], orderly_seconds: Callable[[], float] = lambda: 0.0) -> Component:
         """Take a component into care; it starts at once."""
-        component = self.components[name] = Component(name, main)
+        component = self.components[name] = Component(name, main, orderly_seconds=orderly_seconds)
         self._start(component)
         return component
 
@@ -237,8 +243,9 @@ class Supervisor:
         if not name:
             self.stopping = True
             return {}
-        self.stop_component(str(name))
-        return {}
+        seconds = self.components[str(name)].orderly_seconds() if arguments.get("orderly") else 0.0
+        self.stop_component(str(name), ORDERLY_SIGNAL if seconds else signal.SIGTERM)
+        return {"seconds": seconds}
 
     def _restart_request(self, arguments: dict[str, Any]) -> dict[str, Any]:
         component = self.components[str(arguments["component"])]
@@ -326,14 +333,18 @@ class Supervisor:
 
     def _stop_all(self) -> None:
         # The API server goes last, so that the others can still write what they must while they end.
+        if self._in_order:
+            longest = {name: component.orderly_seconds() for name, component in self.components.items()}
+            nodes = [self.components[name] for name, seconds in longest.items() if seconds]
+            self._stop_wave(nodes, ORDERLY_SIGNAL, max(longest.values(), default=0.0) + STOP_SECONDS)
         for wave in ([name for name in self.components if name != "apiserver"], ["apiserver"]):
             self._stop_wave([self.components[name] for name in wave if name in self.components])
 
-    def _stop_wave(self, wave: list[Component]) -> None:
+    def _stop_wave(self, wave: list[Component], number: int = signal.SIGTERM, limit_seconds: float = STOP_SECONDS) -> None:
         for component in wave:
             if component.pid:
-                os.kill(component.pid, signal.SIGTERM)
-        deadline = time.monotonic() + STOP_SECONDS
+                os.kill(component.pid, number)
+        deadline = time.monotonic() + limit_seconds
         while any(component.pid for component in wave):
             left = deadline - time.monotonic()
             if left <= 0:

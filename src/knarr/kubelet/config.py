@@ -113,6 +113,8 @@ class KubeletConfig:
     container_log_max_files: int = 5
     shutdown_grace_period_seconds: float = 0.0
     shutdown_grace_period_critical_seconds: float = 0.0
+    shutdown_grace_period_by_priority: tuple[tuple[int, float], ...] = ()
+    """(lowest priority, seconds) in ascending order; takes the place of the two periods above."""
     allowed_unsafe_sysctls: tuple[str, ...] = ()
     runtime_scheme: str = "knarr"
     """Prefix of container ids in statuses."""

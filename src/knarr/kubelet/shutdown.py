@@ -1,7 +1,7 @@
 """Graceful node shutdown: when the machine goes down, pods end within their time, critical ones last.
 
-Caller: kubelet (`run` waits for the request; `admit` refuses pods meanwhile). The request comes from the cluster's node process
-(`request`) or from systemd-logind's PrepareForShutdown where that is configured. Source: pkg/kubelet/nodeshutdown.
+Caller: kubelet (`run` waits for the request; `admit` refuses pods meanwhile). The request comes from the cluster's node process,
+when the node is switched off or the machine ends its supervisor. Source: pkg/kubelet/nodeshutdown.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from knarr.aiokits import clock
 from knarr.aiokits.log import get_logger
 from knarr.api.types import Object
-from knarr.kubelet import podutil
+from knarr.kubelet.configfile import shutdown_groups
 from knarr.kubelet.node import Node
 from knarr.kubelet.pod_worker import PodWorker, Stage
 from knarr.kubelet.pods import PodWorkers
@@ -50,15 +50,13 @@ class NodeShutdown:
     async def run(self) -> None:
         """Wait for the request, then end the pods."""
         await self._requested.wait()
-        config = self._node.config
         self._reporter.shutting_down = True
         self._reporter.changed()
         self._node.event(self._reporter.reference(), "Normal", "Shutdown", "Shutdown manager detected shutdown event")
-        critical_seconds = config.shutdown_grace_period_critical_seconds
-        normal_seconds = max(0.0, config.shutdown_grace_period_seconds - critical_seconds)
         workers = [w for w in self._workers.workers() if w.stage < Stage.TERMINATED]
-        await self._end([w for w in workers if not podutil.is_critical(w.pod)], normal_seconds)
-        await self._end([w for w in workers if podutil.is_critical(w.pod)], critical_seconds)
+        groups = shutdown_groups(self._node.config)
+        for index, (_, seconds) in enumerate(groups):
+            await self._end([w for w in workers if _group_of(w.pod, groups) == index], seconds)
         self.finished.set()
         await asyncio.Event().wait()
 
@@ -78,3 +76,9 @@ class NodeShutdown:
                 tasks.add(worker.task)
         if tasks:
             await asyncio.wait(tasks, timeout=seconds + 2.0)
+
+
+def _group_of(pod: Object, groups: list[tuple[int, float]]) -> int:
+    """The last group whose priority the pod reaches; the first one for those below all."""
+    priority = pod["spec"].get("priority") or 0
+    return max((index for index, (lowest, _) in enumerate(groups) if priority >= lowest), default=0)

@@ -30,7 +30,7 @@ def supervise(config: ClusterConfig, listener: socket.socket | None, announce_fd
         boss.add("apiserver", functools.partial(apiserver.main, config, listener))
     for entry in config.nodes:
         if not entry.stopped:
-            boss.add(entry.name, functools.partial(node.main, config, entry))
+            boss.add(entry.name, functools.partial(node.main, config, entry), functools.partial(node.orderly_seconds, config))
     if listener is not None:
         boss.add("control", functools.partial(control.main, config))
 
@@ -43,7 +43,7 @@ def supervise(config: ClusterConfig, listener: socket.socket | None, announce_fd
         if entry.name in boss.components:
             boss.start_component(entry.name)
         else:
-            boss.add(entry.name, functools.partial(node.main, config, entry))
+            boss.add(entry.name, functools.partial(node.main, config, entry), functools.partial(node.orderly_seconds, config))
 
     boss.handlers["start-node"] = start_node
     boss.handlers["forget"] = lambda arguments: boss.forget(arguments["component"])

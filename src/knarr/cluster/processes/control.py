@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
-from knarr.cluster import addons, addresses, nodes, pki
+from knarr.cluster import addons, addresses, controllerargs, nodes, pki
 from knarr.cluster.config import ClusterConfig
 from knarr.cluster.localapi import Answer, LocalAPI, Say, socket_path
 from knarr.cluster.processes import common
@@ -39,7 +39,7 @@ def main(config: ClusterConfig, announce: Announce) -> None:
         root_ca=(folder / "ca.crt").read_bytes(),
         ca_cert=(folder / "ca.crt").read_bytes(),
         ca_key=(folder / "ca.key").read_bytes(),
-        signing_seconds=config.signing_seconds,
+        **controllerargs.parse(config.controller_arguments),
     )
 
     async def control() -> None:

@@ -7,6 +7,8 @@ the node its pod CIDR, proxy and DNS run beside. Everything but the runtime meet
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -16,14 +18,15 @@ from knarr.api.resources import NODES
 from knarr.api.types import Object
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
-from knarr.cluster import nodes, pki
+from knarr.cluster import nodes, pki, supervisor
 from knarr.cluster.config import ClusterConfig, NodeConfig
 from knarr.cluster.processes import common
 from knarr.cluster.supervisor import Announce
-from knarr.kubelet import certificates
+from knarr.kubelet import certificates, configfile
 
 if TYPE_CHECKING:
     from knarr.kubelet.config import KubeletConfig
+    from knarr.kubelet.kubelet import Kubelet
     from knarr.network.plugins import PluginNetwork
     from knarr.network.podnet import BridgeNetwork
     from knarr.network.proxy.service_proxy import ServiceProxy
@@ -41,6 +44,15 @@ def main(config: ClusterConfig, node: NodeConfig, announce: Announce) -> None:
     nodes.ensure_host(config, node)
     nodes.enter(node)
     common.run(lambda: Node(config, node, announce).run())
+
+
+def orderly_seconds(config: ClusterConfig) -> float:
+    """How long a node may take to end its pods when it is told to go down in order; 0 when that is not configured."""
+    from knarr.kubelet.config import KubeletConfig
+
+    if not config.kubelet_file.is_file():
+        return 0.0
+    return configfile.shutdown_seconds(configfile.load(config.kubelet_file.read_bytes(), KubeletConfig(node_name=""))[0])
 
 
 class Node:
@@ -159,6 +171,7 @@ class Node:
                 if self.config.joined:
                     kubelet.rotated_clients.append(network_client)
                 group.create_task(kubelet.run(), name="kubelet")
+                group.create_task(self.go_down_in_order(kubelet), name="orderly-shutdown")
                 group.create_task(self.follow_own_node(informers, network, runtime, kubelet.reporter.changed), name="own-node")
                 group.create_task(proxy.run(), name="proxy")
                 group.create_task(policy.run(), name="policy")
@@ -173,11 +186,21 @@ class Node:
             await kubelet_client.close()
             await network_client.close()
 
+    async def go_down_in_order(self, kubelet: Kubelet) -> None:
+        """When the supervisor asks for it, end the pods as configured, then this process."""
+        asked = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(supervisor.ORDERLY_SIGNAL, asked.set)
+        await asked.wait()
+        log.info("going down in order", node=self.node.name)
+        kubelet.shutdown.request()
+        await kubelet.shutdown.finished.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def kubelet_config(self, serving: pki.KeyPair) -> KubeletConfig:
         from knarr.kubelet.config import KubeletConfig
 
         config = self.config
-        return KubeletConfig(
+        settings = KubeletConfig(
             node_name=self.node.name,
             node_ip=self.address,
             root_dir=str(self.data / "kubelet"),
@@ -197,6 +220,11 @@ class Node:
             node_labels=dict(self.node.labels),
             node_taints=tuple(self.node.taints),
         )
+        if config.kubelet_file.is_file():
+            settings, idle = configfile.load(config.kubelet_file.read_bytes(), settings)
+            if idle:
+                log.info("fields of the kubelet's configuration file have no effect here", fields=",".join(idle))
+        return settings
 
     def remembered_cidrs(self) -> list[str]:
         try:

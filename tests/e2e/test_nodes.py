@@ -1,0 +1,133 @@
+"""Nodes that go down and come back, each in its way: in order, as if the power had failed, and behind a cut cable."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.dockercoins import images
+from tests.e2e.cluster import Cluster, wait_for
+from tests.host_state import HostState
+
+pytestmark = pytest.mark.root
+
+NAME = "e2enodes"
+FIRST, SECOND, THIRD = (f"{NAME}-node-{number}" for number in (1, 2, 3))
+SETTINGS = """
+apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+nodeLeaseDurationSeconds: 4
+nodeStatusUpdateFrequency: 1s
+shutdownGracePeriod: 6s
+shutdownGracePeriodCriticalPods: 3s
+"""
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    made = Cluster(NAME, tmp_path_factory.mktemp(NAME))
+    made.knarr("delete", check=False)
+    before = HostState.take()
+    (made.folder / "kubelet.yaml").write_text(SETTINGS)
+    made.up(
+        "--nodes", "3", "--kubelet-config", str(made.folder / "kubelet.yaml"),
+        "--controller-manager-arg", "node-monitor-grace-period=4s", "--controller-manager-arg", "node-monitor-period=1s",
+    )  # fmt: skip
+    made.knarr("image", "load", str(images.archive()))
+    yield made
+    made.delete()
+    left = HostState.take().difference(before)
+    assert {key: [line for line in lines if NAME in line] for key, lines in left.items() if any(NAME in line for line in lines)} == {}
+
+
+def ready(cluster: Cluster, node: str) -> str:
+    return str(next(c["status"] for c in cluster.get("node", node)["status"]["conditions"] if c["type"] == "Ready"))
+
+
+def run(cluster: Cluster, name: str, node: str, script: str, *, seconds: int = 0, priority: str = "") -> None:
+    """A pod on a node that is evicted `seconds` after the node is gone."""
+    gone = [{"key": f"node.kubernetes.io/{key}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": seconds} for key in ("not-ready", "unreachable")]
+    container = {"name": "c", "image": "dockercoins/rng:v0.1", "imagePullPolicy": "Never", "command": ["python3", "-c", script]}
+    spec = {"nodeName": node, "containers": [container], "tolerations": gone, "terminationGracePeriodSeconds": 30}
+    if priority:
+        spec["priorityClassName"] = priority
+    cluster.kubectl("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "kube-system"}, "spec": spec}))
+
+
+def forget(cluster: Cluster, *names: str) -> None:
+    cluster.kubectl("delete", "pod", "-n", "kube-system", "--force", "--grace-period=0", "--ignore-not-found", *names)
+
+
+ENDING = "import signal, sys, time; signal.signal(15, lambda *_: (time.sleep({seconds}), sys.exit(0))); signal.pause()"
+
+
+def test_a_node_that_is_stopped_ends_its_pods_in_order_and_says_so(nodes: Cluster) -> None:
+    run(nodes, "plain", SECOND, ENDING.format(seconds=1), seconds=600)
+    run(nodes, "critical", SECOND, ENDING.format(seconds=0), seconds=600, priority="system-cluster-critical")
+    nodes.kubectl("wait", "-n", "kube-system", "--for=condition=Ready", "pod/plain", "pod/critical", "--timeout=60s")
+    start = time.monotonic()
+    nodes.knarr("node", "stop", SECOND)
+    assert time.monotonic() - start < 25
+    ends = {}
+    for name in ("plain", "critical"):
+        status = nodes.get("pod", name, "-n", "kube-system")["status"]
+        assert (status["phase"], status["reason"]) == ("Failed", "Terminated")
+        assert any(c["type"] == "DisruptionTarget" and c["reason"] == "TerminationByKubelet" for c in status["conditions"])
+        ended = status["containerStatuses"][0]["state"]["terminated"]
+        assert ended["exitCode"] == 0
+        ends[name] = ended["finishedAt"]
+    assert ends["plain"] <= ends["critical"]
+    assert ready(nodes, SECOND) != "True"
+    nodes.knarr("node", "start", SECOND)
+    wait_for("the node to be Ready again", lambda: ready(nodes, SECOND) == "True")
+    forget(nodes, "plain", "critical")
+
+
+def test_nodes_that_are_killed_are_found_out_their_pods_evicted_and_they_come_back(nodes: Cluster) -> None:
+    run(nodes, "evicted", SECOND, "import signal; signal.pause()")
+    run(nodes, "kept", THIRD, "import signal; signal.pause()", seconds=600)
+    nodes.kubectl("wait", "-n", "kube-system", "--for=condition=Ready", "pod/evicted", "pod/kept", "--timeout=60s")
+    for node in (SECOND, THIRD):
+        nodes.knarr("node", "kill", node)
+    for node in (SECOND, THIRD):
+        wait_for("the node to be missed", lambda node=node: ready(nodes, node) == "Unknown")
+        wait_for("the taint", lambda node=node: "node.kubernetes.io/unreachable" in json.dumps(nodes.get("node", node)["spec"]))
+    assert ready(nodes, FIRST) == "True"
+    wait_for("the eviction", lambda: "deletionTimestamp" in nodes.get("pod", "evicted", "-n", "kube-system")["metadata"])
+    assert "deletionTimestamp" not in nodes.get("pod", "kept", "-n", "kube-system")["metadata"]
+    for node in (SECOND, THIRD):
+        nodes.knarr("node", "start", node)
+    for node in (SECOND, THIRD):
+        wait_for("the node to be Ready again", lambda node=node: ready(nodes, node) == "True")
+        wait_for("the taint to go", lambda node=node: "unreachable" not in json.dumps(nodes.get("node", node)["spec"]))
+    wait_for("the evicted pod to go", lambda: "evicted" not in nodes.kubectl("get", "pods", "-n", "kube-system"))
+    wait_for("the kept pod to run again", lambda: nodes.get("pod", "kept", "-n", "kube-system")["status"]["containerStatuses"][0]["restartCount"] == 1)
+    forget(nodes, "kept")
+
+
+def test_a_node_behind_a_cut_cable_goes_on_and_is_taken_back(nodes: Cluster) -> None:
+    run(nodes, "lonely", SECOND, "import signal; signal.pause()", seconds=600)
+    nodes.kubectl("wait", "-n", "kube-system", "--for=condition=Ready", "pod/lonely", "--timeout=60s")
+    before = nodes.get("pod", "lonely", "-n", "kube-system")["status"]["containerStatuses"][0]["containerID"]
+    netns = next(n["netns"] for n in json.loads(nodes.knarr("status", "-o", "json").stdout)["nodes"] if n["name"] == SECOND)
+    cable = ["ip", "link", "set", machine_end(netns)]
+    subprocess.run([*cable, "down"], check=True)
+    try:
+        wait_for("the node to be missed", lambda: ready(nodes, SECOND) == "Unknown")
+    finally:
+        subprocess.run([*cable, "up"], check=True)
+    wait_for("the node to be Ready again", lambda: ready(nodes, SECOND) == "True")
+    after = nodes.get("pod", "lonely", "-n", "kube-system")["status"]["containerStatuses"][0]
+    assert (after["containerID"], after["restartCount"]) == (before, 0)
+    forget(nodes, "lonely")
+
+
+def machine_end(netns: str) -> str:
+    """The end of a node's cable that is on this machine."""
+    own = json.loads(subprocess.run(["ip", "-n", netns, "-j", "link", "show", "eth0"], check=True, capture_output=True, text=True).stdout)
+    links = json.loads(subprocess.run(["ip", "-j", "link"], check=True, capture_output=True, text=True).stdout)
+    return str(next(link["ifname"] for link in links if link["ifindex"] == own[0]["link_index"]))
