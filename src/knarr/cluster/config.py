@@ -14,6 +14,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 DATA_ROOT = Path("/var/lib/knarr")
 STATE_ROOT = Path("/run/knarr")
@@ -170,9 +171,15 @@ def load(name: str, data_dir: str | None = None) -> ClusterConfig | None:
         raise ConfigError(f"cannot read {folder / 'cluster.json'}: {error}") from error
     if raw.pop("version", None) != CONFIG_VERSION:
         raise ConfigError(f"{folder / 'cluster.json'} was written by another version of knarr; `knarr delete` removes it")
-    raw["nodes"] = [NodeConfig(**node) for node in raw["nodes"]]
+    raw["nodes"] = [NodeConfig(**_known(NodeConfig, node)) for node in raw["nodes"]]
     raw["node_ports"] = tuple(raw["node_ports"])
-    return ClusterConfig(**raw)
+    return ClusterConfig(**_known(ClusterConfig, raw))
+
+
+def _known(kind: type, raw: dict[str, Any]) -> dict[str, Any]:
+    """The fields that this version has: one cluster of another version must not stop the others."""
+    names = {item.name for item in dataclasses.fields(kind)}
+    return {name: value for name, value in raw.items() if name in names}
 
 
 def known_clusters() -> list[ClusterConfig]:
