@@ -30,6 +30,8 @@ def media_type(content_type: str) -> str:
     Raises:
       StatusError: 415, not one of JSON, YAML and protobuf.
     """
+    if content_type == JSON:
+        return JSON
     plain = content_type.partition(";")[0].strip().lower()
     if not plain or plain == JSON:
         return JSON

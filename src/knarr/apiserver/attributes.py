@@ -42,6 +42,13 @@ class UserInfo:
     uid: str = ""
     groups: tuple[str, ...] = ()
     extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
+    _hash: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.name, self.uid, self.groups)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def to_object(self) -> Object:
         """Return the authentication.k8s.io/v1 UserInfo form, as reviews and webhooks carry it."""
@@ -154,12 +161,20 @@ class AdmissionChain(Protocol):
     """Admission, mutating then validating; a refusal is a StatusError."""
 
     def concerns(self, operation: str, resource: Resource, subresource: str) -> bool:
-        """Return False when no plugin could have anything to do: the operation then goes on without building a request."""
+        """Return False when no plugin has anything to do now: the operation then goes on without building a request."""
         ...
 
-    async def admit(self, request: AdmissionRequest) -> None: ...
+    def admit(self, request: AdmissionRequest) -> Awaitable[None] | None:
+        """Let the mutating plugins run; what is returned, if anything, is to be awaited."""
+        ...
 
-    async def validate(self, request: AdmissionRequest) -> None: ...
+    def validate(self, request: AdmissionRequest) -> Awaitable[None] | None:
+        """Let the validating plugins run; what is returned, if anything, is to be awaited."""
+        ...
+
+    async def run(self, request: AdmissionRequest) -> None:
+        """Both, one after the other: for operations that do nothing in between."""
+        ...
 
     async def start(self) -> None:
         """Called once the stores are loaded."""

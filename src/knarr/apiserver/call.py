@@ -37,7 +37,7 @@ class Call:
     """See the module's docstring."""
 
     __slots__ = (
-        "annotations", "audit_id", "dry_run", "endpoint", "field_manager", "field_validation", "info", "log_object", "namespace",
+        "_form", "annotations", "audit_id", "dry_run", "endpoint", "field_manager", "field_validation", "info", "log_object", "namespace",
         "query", "request", "response_body", "server", "user", "warnings",
     )  # fmt: skip
 
@@ -55,6 +55,7 @@ class Call:
         self.field_validation = "Warn"
         self.audit_id = audit_id(request)
         self.annotations: dict[str, str] = {}
+        self._form: tuple[Form, bool, bool] | None = None
         self.response_body = b""
         """Kept for the audit log, when there is one."""
         self.log_object: Object | None = None
@@ -129,6 +130,11 @@ class Call:
 
     def form(self, *, many: bool = False, watch: bool = False) -> tuple[Form, bool, bool]:
         """Return (form, as YAML, pretty) of the answer. Raises 406."""
+        if self._form is None:
+            self._form = self._choose_form(many=many, watch=watch)
+        return self._form
+
+    def _choose_form(self, *, many: bool, watch: bool) -> tuple[Form, bool, bool]:
         accept = self.request.headers.get("accept", "")
         include = self.parameter("includeObject") if self.query else ""
         if include not in INCLUDE_OBJECT and "as=Table" in accept:

@@ -17,6 +17,7 @@ from knarr.apiserver import negotiation
 from knarr.apiserver.cache import CachedObject
 from knarr.apiserver.forms import ConvertedForm, Converter, Form, PartialForm, RowFunction, TableForm, item_of
 from knarr.apiserver.negotiation import JSON, PROTOBUF, YAML
+from knarr.apiserver.registry.base import Strategy
 from knarr.apiserver.store import ResourceStore
 from knarr.apiserver.watching import VIEW
 
@@ -27,7 +28,6 @@ _GO_FOLDERS = {
 
 if TYPE_CHECKING:
     from knarr.apiserver.crd.webhook import WebhookConverter
-    from knarr.apiserver.registry.base import Strategy
 
 TableFactory = Callable[[Resource], tuple[list[Object], RowFunction]]
 
@@ -61,6 +61,9 @@ class Endpoint:
         """Compiled functions of a custom resource's schema (prune, default, validate); None for built-in kinds."""
         self.converter: WebhookConverter | None = None
         """Converts between versions when that needs waiting (custom resources with a conversion webhook)."""
+        self.claims_on_create = type(strategy).begin_create is not Strategy.begin_create
+        self.claims_on_update = type(strategy).begin_update is not Strategy.begin_update
+        """Whether the kind claims something (addresses, ports): most do not, and are not asked."""
         self.warnings: tuple[str, ...] = ()
         """Sent with every answer (deprecated versions)."""
 
@@ -71,6 +74,11 @@ class Endpoint:
         if resource.custom or resource.group in ("apiextensions.k8s.io", "apiregistration.k8s.io"):
             return f"/registry/{resource.group}/{resource.plural}/"
         return f"/registry/{_GO_FOLDERS.get((resource.group, resource.plural), resource.plural)}/"
+
+    @property
+    def stored_as_is(self) -> bool:
+        """Whether objects of this version are stored without conversion."""
+        return self.to_stored is None and self.converter is None
 
     @property
     def live_store(self) -> ResourceStore:

@@ -35,6 +35,15 @@ QUEUE_WAIT_SECONDS = 15.0
 FULL = "too many requests, please try again later"
 
 
+FlowKey = tuple[UserInfo, str, str, str, str, str, str]
+"""What a request is classified by: user, verb, group, resource, subresource, namespace, and for paths the path."""
+
+
+def is_long_running(request: Request, info: RequestInfo) -> bool:
+    """Whether a request may last for ever, so that neither seats nor time limits are for it."""
+    return info.verb == "watch" or info.subresource in LONG_SUBRESOURCES or request.upgrade_wanted
+
+
 class Classified(NamedTuple):
     """Where a request belongs."""
 
@@ -51,8 +60,6 @@ class PriorityLevel:
         self.name = name
         self.uid = ""
         self.exempt = False
-        self.unbounded = False
-        """Stands for no seat at all (long-running requests)."""
         self.seats = 0
         self.inside = 0
         self.waiting = 0
@@ -82,11 +89,17 @@ class PriorityLevel:
         while self.inside < self.seats and self._queues:
             self._next()
 
-    async def enter(self, flow: str) -> None:
-        """Take a seat, waiting for it if need be. Raises 429."""
+    def enter_nowait(self) -> bool:
+        """Take a seat if one is free."""
         if self.exempt or (self.inside < self.seats and not self._queues):
             self.inside += 1
             self.dispatched += 1
+            return True
+        return False
+
+    async def enter(self, flow: str) -> None:
+        """Take a seat, waiting for it if need be. Raises 429."""
+        if self.enter_nowait():
             return
         queue = self._queues.get(flow)
         if self.waiting >= self._total_limit or (queue is not None and len(queue) >= self._flow_limit):
@@ -146,12 +159,10 @@ class FlowControl:
         self._total = config.max_requests_inflight + config.max_mutating_requests_inflight
         self._levels: dict[str, PriorityLevel] = {}
         self._schemas: list[Object] = []
-        self._classified: dict[Attributes, Classified] = {}
+        self._classified: dict[FlowKey, Classified] = {}
         self._dirty = True
         self._fallback = PriorityLevel("catch-all")
         self._fallback.seats = 5
-        self._unbounded = PriorityLevel("")
-        self._unbounded.unbounded = True
         self._wakeup = asyncio.Event()
 
     async def start(self) -> None:
@@ -190,12 +201,15 @@ class FlowControl:
         """Return the level and flow of a request."""
         if self._dirty:
             self._reload()
-        found = self._classified.get(attributes)
+        key = (
+            attributes.user, attributes.verb, attributes.group, attributes.resource, attributes.subresource, attributes.namespace, attributes.path,
+        )  # fmt: skip
+        found = self._classified.get(key)
         if found is None:
             found = self._classify(attributes)
             if len(self._classified) >= MOST_CLASSIFIED:
                 self._classified.clear()
-            self._classified[attributes] = found
+            self._classified[key] = found
         return found
 
     def _classify(self, attributes: Attributes) -> Classified:
@@ -211,23 +225,16 @@ class FlowControl:
             return Classified(level, f"{schema['metadata']['name']}/{distinguisher}", headers.encode())
         return Classified(self._fallback, "", b"")
 
-    async def admit(self, request: Request, info: RequestInfo, attributes: Attributes) -> Classified | None:
-        """Take a seat for a request; the caller gives it back with `release`. Raises 429.
+    def admit(self, request: Request, info: RequestInfo, attributes: Attributes) -> Classified | None:
+        """Say in whose line a request stands, and put that into its headers; None when it needs no seat.
 
-        Plain calls instead of a context manager: every write comes through here.
+        The caller enters the level, and leaves it in the end. Plain calls instead of a context manager: every write comes this way.
         """
         if not self._enabled:
             return None
-        classified = self.classify(attributes._replace(name="", field_selector="", label_selector=""))
-        if info.verb == "watch" or info.subresource in LONG_SUBRESOURCES or request.upgrade_wanted:
-            return classified._replace(level=self._unbounded)
-        await classified.level.enter(classified.flow)
-        return classified
-
-    @staticmethod
-    def release(seat: Classified | None) -> None:
-        if seat is not None and not seat.level.unbounded:
-            seat.level.leave()
+        classified = self.classify(attributes)
+        request.answer_headers = classified.headers
+        return None if is_long_running(request, info) else classified
 
     def headers_for(self, attributes: Attributes) -> bytes:
         """Return the headers of a read that takes no seat."""

@@ -26,7 +26,7 @@ from knarr.api.scheme import SCHEME
 from knarr.api.times import parse_duration
 from knarr.apiserver.attributes import ANONYMOUS, Attributes, ConnectRequest, Decision, ResourceKey, UserInfo
 from knarr.apiserver.call import Call, respond_error, respond_no_such_path
-from knarr.apiserver.flow import LONG_SUBRESOURCES
+from knarr.apiserver.flow import is_long_running
 from knarr.apiserver.requestinfo import RequestInfo, parse
 from knarr.apiserver.verbs import componentstatus, create, delete, patch, read, subresources, update
 from knarr.http.errors import HTTPError
@@ -68,10 +68,8 @@ class Pipeline:
                 return False
         elif info.name and endpoint.resource.namespaced:
             return False
-        headers = request.headers
-        for name in headers:
-            if name.startswith("impersonate-"):
-                return False
+        if impersonates(request):
+            return False
         user = server.auth.authenticator.authenticate_nowait(request)
         if user is None:
             return False
@@ -96,7 +94,7 @@ class Pipeline:
         info = parse(request.method, request.path, request.raw_path, request.query_string)
         server.metrics.begin(info)
         try:
-            if info.verb == "watch" or info.subresource in LONG_SUBRESOURCES or request.upgrade_wanted:
+            if is_long_running(request, info):
                 await self._stages(request, info)
             else:
                 await self._within(self._seconds_for(request), request, info)
@@ -168,22 +166,26 @@ class Pipeline:
         if user is None:
             raise errors.unauthorized()
         original = user
-        user = await server.auth.impersonate(request, user)
+        if impersonates(request):
+            user = await server.auth.impersonate(request, user)
         attributes = attributes_of(request, info, user)
         trace = server.audit.begin(request, info, original, user) if server.audit is not None else None
         try:
-            seat = await server.flow.admit(request, info, attributes)
-            if seat is not None:
-                request.answer_headers = seat.headers
+            seat = server.flow.admit(request, info, attributes)
+            if seat is not None and not seat.level.enter_nowait():
+                await seat.level.enter(seat.flow)
             try:
-                decision, reason = await server.decide(attributes)
+                decision, reason = server.auth.authorizer.authorize(attributes)
+                if decision is Decision.ASK:
+                    decision, reason = await server.auth.authorizer.authorize_async(attributes)
                 if decision is not Decision.ALLOW:
                     if user.name == ANONYMOUS.name and user is ANONYMOUS and not server.anonymous_everywhere:
                         raise errors.unauthorized()
                     raise server.forbidden(attributes, reason)
                 await self._route(request, info, attributes, user)
             finally:
-                server.flow.release(seat)
+                if seat is not None:
+                    seat.level.leave()
         except StatusError as error:
             if trace is not None:
                 trace.failed(error)
@@ -266,6 +268,14 @@ class Pipeline:
             await delete.delete_collection(call)
         else:
             raise errors.method_not_allowed()
+
+
+def impersonates(request: Request) -> bool:
+    """Whether a request has any Impersonate-* header; most have none."""
+    for name in request.headers:
+        if name.startswith("impersonate-"):
+            return True
+    return False
 
 
 def attributes_of(request: Request, info: RequestInfo, user: UserInfo) -> Attributes:

@@ -47,13 +47,18 @@ def object_key(namespace: str, name: str) -> str:
 def encode(resource: Resource, obj: Object) -> bytes:
     """Encode for the store; takes the resourceVersion off the object."""
     obj["metadata"].pop("resourceVersion", None)
-    kind = obj.get("kind") or resource.kind
-    version = obj.get("apiVersion") or resource.storage_api_version
+    kind, version = obj.get("kind"), obj.get("apiVersion")
+    if kind and version:
+        first, second, third, *_ = obj
+        if third == "metadata" and first in _TYPE and second in _TYPE:
+            return orjson.dumps(obj)  # in order already, as most clients send it
+    kind, version = kind or resource.kind, version or resource.storage_api_version
     rest = {key: value for key, value in obj.items() if key not in _HEAD_KEYS}
     return orjson.dumps({"kind": kind, "apiVersion": version, "metadata": obj["metadata"], **rest})
 
 
 _HEAD_KEYS = frozenset({"kind", "apiVersion", "metadata"})
+_TYPE = frozenset({"kind", "apiVersion"})
 
 
 def same(old: Object, new: Object) -> bool:

@@ -38,9 +38,12 @@ FastHandler = Callable[["Request"], bool]
 Headers = list[tuple[str, str]]
 
 PIPELINE_LIMIT = 32
+MOST_NAMES = 512
 SWEEP_SECONDS = 5.0
 STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
 NO_BODY = frozenset({204, 304})
+_names: dict[bytes, str] = {}
+"""Header names as clients write them, in lower case."""
 _date_second = 0
 _date_header = b""
 
@@ -193,7 +196,11 @@ class Request:
         return self._connection.peer_certificate_der()
 
     async def body(self) -> bytes:
-        """Return the whole body.
+        """Return the whole body; see whole_body."""
+        return self.whole_body()
+
+    def whole_body(self) -> bytes:
+        """Return the body, which has arrived before the handler is called.
 
         Raises:
           BodyTooLarge: it is longer than the server allows.
@@ -404,7 +411,11 @@ class _Connection(asyncio.Protocol):
         if self._header_bytes > self.server.max_header_bytes:
             raise BadRequest("header fields are too large")
         request = self._request
-        key = name.decode("latin-1").lower()
+        key = _names.get(name)
+        if key is None:
+            key = name.decode("latin-1").lower()
+            if len(_names) < MOST_NAMES and len(name) < 64:
+                _names[name] = key
         text = value.decode("utf-8", "surrogateescape")
         request.header_list.append((key, text))
         headers = request.headers

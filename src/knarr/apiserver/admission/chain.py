@@ -8,8 +8,8 @@ Source: kubernetes pkg/kubeapiserver/options/plugins.go.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from knarr.api.meta import deep_copy
 from knarr.api.scheme import Resource
@@ -45,36 +45,52 @@ if TYPE_CHECKING:
     from knarr.apiserver.registry.all import Registry
 
 Step = Callable[[AdmissionRequest], Awaitable[None] | None]
-Place = tuple[str, Resource, str]
+
+
+class Place(NamedTuple):
+    """What runs for one operation on one (sub)resource as things stand."""
+
+    plugins: tuple[Plugin, ...]
+    admits: tuple[Step, ...]
+    validates: tuple[Step, ...]
 
 
 class Chain:
-    """AdmissionChain of attributes.py."""
+    """AdmissionChain of attributes.py.
+
+    Which plugins have something to do is worked out once per place, and anew after a change of webhooks, policies, quotas and
+    limits; a plugin that has nothing to do costs a request nothing.
+    """
 
     def __init__(self, plugins: list[Plugin]) -> None:
         self.plugins = plugins
-        self._places: dict[Place, tuple[tuple[Plugin, ...], tuple[Step, ...], tuple[Step, ...]]] = {}
+        self._places: dict[tuple[str, Resource, str], Place] = {}
         for plugin in plugins:
+            for store in plugin.sources():
+                store.add_handler(self._changed)
             if isinstance(plugin, MutatingWebhooks):
                 plugin.again = self._again
 
     async def _again(self, request: AdmissionRequest) -> None:
         """Run the plugins in front of the mutating webhooks once more, on what those have made."""
-        for plugin in self._place(request.operation, request.resource, request.subresource)[0]:
+        for plugin in self._place(request.operation, request.resource, request.subresource).plugins:
             if isinstance(plugin, MutatingWebhooks):
                 return
             waiting = plugin.admit(request)
             if waiting is not None:
                 await waiting
 
-    def _place(self, operation: str, resource: Resource, subresource: str) -> tuple[tuple[Plugin, ...], tuple[Step, ...], tuple[Step, ...]]:
+    def _changed(self, type: str, obj: Object, old: Object | None) -> None:
+        self._places.clear()
+
+    def _place(self, operation: str, resource: Resource, subresource: str) -> Place:
         key = (operation, resource, subresource)
         found = self._places.get(key)
         if found is None:
-            here = tuple(plugin for plugin in self.plugins if plugin.handles(operation, resource, subresource))
+            here = tuple(plugin for plugin in self.plugins if plugin.handles(*key) and plugin.concerns(*key))
             admits = tuple(plugin.admit for plugin in here if type(plugin).admit is not Plugin.admit)
             validates = tuple(plugin.validate for plugin in here if type(plugin).validate is not Plugin.validate)
-            found = self._places[key] = (here, admits, validates)
+            found = self._places[key] = Place(here, admits, validates)
         return found
 
     def forget(self, resource: Resource) -> None:
@@ -83,18 +99,17 @@ class Chain:
             del self._places[key]
 
     def concerns(self, operation: str, resource: Resource, subresource: str) -> bool:
-        plugins = self._place(operation, resource, subresource)[0]
-        return any(plugin.concerns(operation, resource, subresource) for plugin in plugins)
+        return bool(self._place(operation, resource, subresource).plugins)
 
-    async def admit(self, request: AdmissionRequest) -> None:
-        for step in self._place(request.operation, request.resource, request.subresource)[1]:
-            waiting = step(request)
-            if waiting is not None:
-                await waiting
+    def admit(self, request: AdmissionRequest) -> Awaitable[None] | None:
+        return _run(iter(self._place(request.operation, request.resource, request.subresource).admits), request)
 
-    async def validate(self, request: AdmissionRequest) -> None:
-        for step in self._place(request.operation, request.resource, request.subresource)[2]:
-            waiting = step(request)
+    def validate(self, request: AdmissionRequest) -> Awaitable[None] | None:
+        return _run(iter(self._place(request.operation, request.resource, request.subresource).validates), request)
+
+    async def run(self, request: AdmissionRequest) -> None:
+        for part in (self.admit, self.validate):
+            waiting = part(request)
             if waiting is not None:
                 await waiting
 
@@ -106,6 +121,23 @@ class Chain:
     async def close(self) -> None:
         for plugin in self.plugins:
             await plugin.close()
+
+
+def _run(steps: Iterator[Step], request: AdmissionRequest) -> Awaitable[None] | None:
+    """Run steps until one has to wait; what is returned does the rest."""
+    for step in steps:
+        waiting = step(request)
+        if waiting is not None:
+            return _rest(waiting, steps, request)
+    return None
+
+
+async def _rest(waiting: Awaitable[None], steps: Iterator[Step], request: AdmissionRequest) -> None:
+    await waiting
+    for step in steps:
+        following = step(request)
+        if following is not None:
+            await following
 
 
 class _Versions:

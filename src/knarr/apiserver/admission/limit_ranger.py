@@ -30,6 +30,9 @@ class LimitRanger(Plugin):
             return (operation == CREATE and not subresource) or (operation == UPDATE and subresource == "resize")
         return is_resource(resource, "", "persistentvolumeclaims") and not subresource and operation in (CREATE, UPDATE)
 
+    def sources(self) -> tuple[Store, ...]:
+        return (self._ranges,)
+
     def concerns(self, operation: str, resource: Resource, subresource: str) -> bool:
         return bool(self._by_namespace())
 

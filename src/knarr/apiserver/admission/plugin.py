@@ -13,7 +13,7 @@ from collections.abc import Awaitable
 
 from knarr.api.errors import StatusError, forbidden
 from knarr.api.scheme import Resource
-from knarr.apiserver.attributes import AdmissionRequest
+from knarr.apiserver.attributes import AdmissionRequest, Store
 
 CREATE, UPDATE, DELETE, CONNECT = "CREATE", "UPDATE", "DELETE", "CONNECT"
 
@@ -30,8 +30,12 @@ class Plugin:
         return False
 
     def concerns(self, operation: str, resource: Resource, subresource: str) -> bool:
-        """Whether it has something to do there now; only asked where it handles at all."""
+        """Whether it has something to do there now; only asked where it handles at all, and again after a change of `sources`."""
         return True
+
+    def sources(self) -> tuple[Store, ...]:
+        """The stores on whose objects the answers of `concerns` depend."""
+        return ()
 
     def admit(self, request: AdmissionRequest) -> Awaitable[None] | None:
         """Change the request's object, or refuse it by a StatusError."""

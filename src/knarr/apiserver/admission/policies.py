@@ -84,6 +84,9 @@ class ValidatingAdmissionPolicies(Plugin):
     def handles(self, operation: str, resource: Resource, subresource: str) -> bool:
         return not is_exempt(resource)
 
+    def sources(self) -> tuple[Store, ...]:
+        return (self._policies, self._bindings)
+
     def concerns(self, operation: str, resource: Resource, subresource: str) -> bool:
         active = self._active()
         if not active:
@@ -96,8 +99,6 @@ class ValidatingAdmissionPolicies(Plugin):
         return known
 
     def validate(self, request: AdmissionRequest) -> None:
-        if not self.concerns(request.operation, request.resource, request.subresource):
-            return
         denied: StatusError | None = None
         for bound in self._active():
             match = self._matches(bound.policy.spec.get("matchConstraints") or {}, request)

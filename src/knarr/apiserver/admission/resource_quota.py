@@ -40,6 +40,9 @@ class ResourceQuota(Plugin):
             return resource.plural == "pods" and not resource.group and subresource == "resize"
         return operation == CREATE or (not resource.group and resource.plural in ("pods", "services", "persistentvolumeclaims"))
 
+    def sources(self) -> tuple[Store, ...]:
+        return (self._quotas,)
+
     def concerns(self, operation: str, resource: Resource, subresource: str) -> bool:
         return bool(self._by_namespace())
 

@@ -77,6 +77,9 @@ class _Webhooks(Plugin):
     def handles(self, operation: str, resource: Resource, subresource: str) -> bool:
         return not is_exempt(resource)
 
+    def sources(self) -> tuple[Store, ...]:
+        return (self._configurations,)
+
     def concerns(self, operation: str, resource: Resource, subresource: str) -> bool:
         hooks = self.hooks()
         if not hooks:
@@ -148,7 +151,7 @@ class ValidatingWebhooks(_Webhooks):
     name = "ValidatingAdmissionWebhook"
 
     def validate(self, request: AdmissionRequest) -> Awaitable[None] | None:
-        return self._dispatch(request) if self.concerns(request.operation, request.resource, request.subresource) else None
+        return self._dispatch(request)
 
     async def _dispatch(self, request: AdmissionRequest) -> None:
         chosen = [(hook, match) for hook in self.hooks() if (match := await self._match(hook, request)) is not None]
@@ -184,7 +187,7 @@ class MutatingWebhooks(_Webhooks):
         """Runs the plugins before this one once more; set by the chain."""
 
     def admit(self, request: AdmissionRequest) -> Awaitable[None] | None:
-        return self._dispatch(request) if self.concerns(request.operation, request.resource, request.subresource) else None
+        return self._dispatch(request)
 
     async def _dispatch(self, request: AdmissionRequest) -> None:
         changed = False

@@ -63,7 +63,8 @@ class RequestAuthenticator:
         token = self._bearer(request)
         if token is None:
             return self._anonymous(request)
-        found = self._service_accounts_nowait(token)
+        # Cheap first: tokens of service accounts have three parts.
+        found = self._service_accounts_nowait(token) if token.count(".") == 2 else None
         if found is None:
             found = self._cached(token, self._api_audiences)
         return with_authenticated(found.user) if found is not None else None
@@ -128,6 +129,8 @@ class RequestAuthenticator:
     def _bearer(request: Request) -> str | None:
         header = request.headers.get("authorization")
         if header:
+            if header.startswith("Bearer ") and header.count(" ") == 1 and len(header) > 7:
+                return header[7:]
             parts = header.strip().split(" ", 2)
             if len(parts) >= 2 and parts[0].lower() == "bearer" and parts[1]:
                 return parts[1]
@@ -168,6 +171,7 @@ class RequestAuthenticator:
             if found is not None:
                 if len(self._cache) >= _MOST_CACHED:
                     self._cache.clear()
+                found = TokenUser(with_authenticated(found.user), found.audiences, found.expires_at)
                 self._cache[(token, audiences)] = (clock.now() + CACHE_SECONDS, found)
                 break
         if found is None:

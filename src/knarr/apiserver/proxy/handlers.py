@@ -55,8 +55,7 @@ class ConnectHandlers:
             operation="CONNECT", resource=connect.resource, subresource=attributes.subresource, kind=("", "v1", object_["kind"]),
             namespace=attributes.namespace, name=attributes.name, object=object_, old_object=None, user=attributes.user,
         )  # fmt: skip
-        await chain.admit(request)
-        await chain.validate(request)
+        await chain.run(request)
 
     async def _stream(self, connect: ConnectRequest, verb: str, object_: Object, query: str, *, container: str = "") -> None:
         await self._admit(connect, object_)

@@ -17,7 +17,7 @@ from knarr.apiserver.verbs.create import check_namespace, read_body
 
 async def bind(call: Call) -> None:
     """Answer POST pods/NAME/binding, and POST bindings."""
-    body = await read_body(call)
+    body = read_body(call)
     call.write_options("CreateOptions")
     content_type = call.request.headers.get("content-type", "")
     binding, warnings = decoding.decode(("v1", "Binding"), body, content_type, call.field_validation or "Warn")
@@ -38,8 +38,7 @@ async def bind(call: Call) -> None:
 
         request = admission_request(call, "CREATE", binding, None, "binding" if call.info.subresource else "")
         request.kind = ("", "v1", "Binding")
-        await admission.admit(request)
-        await admission.validate(request)
+        await admission.run(request)
     pods = call.server.registry.stores["", "pods"]
     await _assign(call, pods, name, binding)
     call.answer_status({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "code": 201})

@@ -28,6 +28,7 @@ from knarr.http.errors import BodyTooLarge
 NAME_LETTERS = "bcdfghjklmnpqrstvwxz2456789"
 NAME_TRIES = 8
 MAX_GENERATED_BASE = 58
+OPTIONS = {"CREATE": "CreateOptions", "UPDATE": "UpdateOptions", "DELETE": "DeleteOptions"}
 
 
 def generated_name(base: str) -> str:
@@ -35,10 +36,10 @@ def generated_name(base: str) -> str:
     return base[:MAX_GENERATED_BASE] + "".join(random.choices(NAME_LETTERS, k=5))
 
 
-async def read_body(call: Call) -> bytes:
+def read_body(call: Call) -> bytes:
     """Return the request's body. Raises StatusError 413."""
     try:
-        return await call.request.body()
+        return call.request.whole_body()
     except BodyTooLarge as error:
         raise errors.too_large(f"limit is {error.limit_bytes}") from error
 
@@ -46,7 +47,7 @@ async def read_body(call: Call) -> bytes:
 async def create(call: Call) -> None:
     """Answer a POST to a collection."""
     call.form()  # 406 before anything is done
-    body = await read_body(call)
+    body = read_body(call)
     call.write_options("CreateOptions")
     content_type = call.request.headers.get("content-type", "")
     obj, warnings = machinery.decode(call.endpoint, body, content_type, call.field_validation)
@@ -152,13 +153,16 @@ async def _try_create(call: Call, obj: Object) -> CachedObject | Object | None:
     try:
         if admission is not None:
             request = admission_request(call, "CREATE", obj, None)
-            await admission.admit(request)
+            waiting = admission.admit(request)
+            if waiting is not None:
+                await waiting
             if request.object is not obj and request.object is not None:
                 obj = request.object
             dedup_owner_references(call, obj["metadata"], after_admission=True)
             check_namespace(call, obj["metadata"])
         # Claims come before validation, which wants to see what was claimed.
-        finish = await strategy.begin_create(call, obj)
+        if endpoint.claims_on_create:
+            finish = await strategy.begin_create(call, obj)
         strategy.prepare_create(call, obj)
         machinery.fill_status(endpoint.resource, obj)
         found = machinery.validate_create(endpoint, obj) + strategy.validate_create(call, obj)
@@ -171,7 +175,9 @@ async def _try_create(call: Call, obj: Object) -> CachedObject | Object | None:
         if admission is not None and request is not None:
             request.object = obj
             request.name = metadata["name"]
-            await admission.validate(request)
+            waiting = admission.validate(request)
+            if waiting is not None:
+                await waiting
         if call.dry_run:
             return None if key in store.cache.objects else obj
         given_version = metadata.pop("resourceVersion", None)
@@ -180,7 +186,7 @@ async def _try_create(call: Call, obj: Object) -> CachedObject | Object | None:
             raise StatusError(500, "", "resourceVersion should not be set on objects to be created")
         if key in store.cache.objects:
             return None
-        written = await store.put(key, await endpoint.dump(obj), 0)
+        written = await store.put(key, obj if endpoint.stored_as_is else await endpoint.dump(obj), 0)
         stored = written is not None
         return written
     finally:
@@ -204,8 +210,7 @@ def admission_request(call: Call, operation: str, obj: Object | None, old: Objec
     """Describe an operation to admission."""
     resource = call.endpoint.resource
     metadata = (obj or old or {}).get("metadata") or {}
-    options_kind = {"CREATE": "CreateOptions", "UPDATE": "UpdateOptions", "DELETE": "DeleteOptions"}[operation]
-    options: Object = {"kind": options_kind, "apiVersion": "meta.k8s.io/v1"}
+    options: Object = {"kind": OPTIONS[operation], "apiVersion": "meta.k8s.io/v1"}
     if call.dry_run:
         options["dryRun"] = ["All"]
     if call.field_manager:

@@ -29,7 +29,7 @@ ORPHAN_WARNING = (
 
 async def read_options(call: Call) -> Object:
     """Return the DeleteOptions of the body, else of the query, checked. Raises StatusError."""
-    body = await read_body(call)
+    body = read_body(call)
     if body:
         content_type = call.request.headers.get("content-type", "")
         options, _ = decoding.decode(_options_type(call, body), body, content_type, "Ignore")
@@ -148,8 +148,7 @@ async def _try_delete(call: Call, cached: CachedObject, options: Object) -> tupl
         request = admission_request(call, "DELETE", None, shown)
         request.name = cached.name
         request.options = {"kind": "DeleteOptions", "apiVersion": "meta.k8s.io/v1", **options}
-        await admission.admit(request)
-        await admission.validate(request)
+        await admission.run(request)
         call.warnings += request.warnings
         undo = request.undo
     obj = store.cache.private(cached)

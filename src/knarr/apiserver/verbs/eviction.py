@@ -20,7 +20,7 @@ MAX_DISRUPTED_PODS = 2000
 
 async def evict(call: Call) -> None:
     """Answer POST pods/NAME/eviction."""
-    body = await read_body(call)
+    body = read_body(call)
     call.write_options("CreateOptions")
     content_type = call.request.headers.get("content-type", "")
     kind = ("policy/v1beta1", "Eviction") if b"policy/v1beta1" in body else ("policy/v1", "Eviction")

@@ -24,7 +24,7 @@ async def patch(call: Call, mode: UpdateMode) -> None:
     content_type = call.request.headers.get("content-type", "")
     kind = patch_type(content_type, custom=endpoint.resource.custom)
     call.form()
-    body = await read_body(call)
+    body = read_body(call)
     call.write_options("PatchOptions")
     force = call.boolean("force")
     mode.uid_precondition = False

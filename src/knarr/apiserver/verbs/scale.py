@@ -75,7 +75,7 @@ async def handle(call: Call) -> None:
         _respond(call, scale_of(call, obj))
         return
     call.form()
-    body = await read_body(call)
+    body = read_body(call)
     content_type = call.request.headers.get("content-type", "")
     if call.info.verb == "update":
         call.write_options("UpdateOptions")

@@ -95,7 +95,7 @@ async def review(call: Call) -> None:
     handler = call.server.auth.reviews.get(ResourceKey(info.group, info.resource, info.subresource))
     if handler is None:
         raise errors.method_not_supported(resource, "create")
-    body = await read_body(call)
+    body = read_body(call)
     call.write_options("CreateOptions")
     sub = resource.subresources.get(info.subresource)
     kind = (sub.api_version, sub.kind) if sub is not None else (resource.api_version, resource.kind)

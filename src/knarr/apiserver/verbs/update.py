@@ -60,7 +60,7 @@ def mode_of(call: Call, subresource: str = "", *, may_create: bool = False) -> U
 async def update(call: Call, mode: UpdateMode) -> None:
     """Answer a PUT."""
     call.form()
-    body = await read_body(call)
+    body = read_body(call)
     call.write_options("UpdateOptions")
     content_type = call.request.headers.get("content-type", "")
     endpoint = call.endpoint
@@ -171,11 +171,13 @@ async def _try_update(call: Call, mode: UpdateMode, change: Change, cached: Cach
     try:
         if admission is not None:
             request = admission_request(call, "UPDATE", new, shown, mode.subresource)
-            await admission.admit(request)
+            waiting = admission.admit(request)
+            if waiting is not None:
+                await waiting
             if request.object is not None:
                 new = request.object
             dedup_owner_references(call, new["metadata"], after_admission=True)
-        if not mode.subresource:
+        if not mode.subresource and endpoint.claims_on_update:
             finish = await endpoint.strategy.begin_update(call, new, old)
         _prepare(call, mode, new, old)
         found = machinery.validate_update(endpoint, new, old, mode.subresource)
@@ -187,7 +189,9 @@ async def _try_update(call: Call, mode: UpdateMode, change: Change, cached: Cach
         endpoint.strategy.canonicalize(new)
         if admission is not None and request is not None:
             request.object = new
-            await admission.validate(request)
+            waiting = admission.validate(request)
+            if waiting is not None:
+                await waiting
         if same(old, new) and not _finished(new, old):
             return cached
         _ignore_timestamps(new, old)
@@ -207,7 +211,7 @@ async def _try_update(call: Call, mode: UpdateMode, change: Change, cached: Cach
         if call.dry_run:
             new["metadata"]["resourceVersion"] = str(cached.revision)
             return new
-        written = await store.put(cached.key, await endpoint.dump(new), cached.revision)
+        written = await store.put(cached.key, new if endpoint.stored_as_is else await endpoint.dump(new), cached.revision)
         stored = written is not None
         return written
     finally:
