@@ -10,8 +10,11 @@ Source: controller-runtime pkg/internal/controller (reconcileHandler).
 from __future__ import annotations
 
 import asyncio
+import time
+from bisect import bisect_left
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from weakref import WeakSet
 
 from knarr.aiokits.backoff import ItemBackoff
 from knarr.aiokits.log import get_logger
@@ -38,6 +41,28 @@ class TerminalError(Exception):
     """Trying again cannot help: the failure is logged and the key forgotten."""
 
 
+class WorkTimes:
+    """How long keys were worked on, in upstream's buckets; and since when the present ones are."""
+
+    __slots__ = ("counts", "running", "seconds")
+
+    BOUNDS = tuple(1e-8 * 10**power for power in range(10))
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(self.BOUNDS) + 1)
+        self.seconds = 0.0
+        self.running: dict[str, float] = {}
+
+    def end(self, key: str) -> None:
+        took = time.monotonic() - self.running.pop(key)
+        self.seconds += took
+        self.counts[bisect_left(self.BOUNDS, took)] += 1
+
+
+LIVE: WeakSet[Controller] = WeakSet()
+"""All controllers of this process that have not gone, for its metrics."""
+
+
 class Controller:
     """A work queue and the loop that works it.
 
@@ -61,12 +86,14 @@ class Controller:
         self.queue = WorkQueue(backoff)
         self.errors_total = 0
         self.reconciles_total = 0
+        self.times = WorkTimes()
         self._reconcile = reconcile
         self._workers = workers
         self._max_retries = max_retries
         self._running = 0
         self._tasks = Tasks()
         self._started = False
+        LIVE.add(self)
 
     def start(self) -> None:
         """Begin to work; call once caches are synced. Keys added before wait until now."""
@@ -83,9 +110,11 @@ class Controller:
     async def _work(self) -> None:
         try:
             while (key := self.queue.get_nowait()) is not None:
+                self.times.running[key] = time.monotonic()
                 try:
                     await self._handle(key)
                 finally:
+                    self.times.end(key)
                     self.queue.done(key)
         finally:
             self._running -= 1

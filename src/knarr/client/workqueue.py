@@ -22,7 +22,7 @@ class QueueShutDown(Exception):
 class WorkQueue:
     """A deduplicating queue of string keys with delays, back-off and priorities."""
 
-    __slots__ = ("_backoff", "_dirty", "_heap", "_processing", "_sequence", "_shut", "_timers", "_waiters", "_waiting", "on_ready")
+    __slots__ = ("_backoff", "_dirty", "_heap", "_processing", "_sequence", "_shut", "_timers", "_waiters", "_waiting", "adds_total", "on_ready", "retries_total")
 
     def __init__(self, backoff: ItemBackoff | None = None) -> None:
         self._backoff = backoff or ItemBackoff()
@@ -34,6 +34,8 @@ class WorkQueue:
         self._waiters: list[asyncio.Future[None]] = []
         self._sequence = 0
         self._shut = False
+        self.adds_total = 0
+        self.retries_total = 0
         self.on_ready: Callable[[], None] | None = None
         """Called after a key became ready; lets an owner start workers on demand."""
 
@@ -57,6 +59,7 @@ class WorkQueue:
         if known is not None and known >= priority:
             return
         self._waiting[key] = priority
+        self.adds_total += known is None
         self._sequence += 1
         # A raised priority leaves the old heap entry behind; pop skips it.
         heapq.heappush(self._heap, (-priority, self._sequence, key))
@@ -84,6 +87,7 @@ class WorkQueue:
 
     def add_rate_limited(self, key: str) -> None:
         """Count a failure of the key and add it after its back-off."""
+        self.retries_total += 1
         self.add_after(key, self._backoff.next_seconds(key))
 
     def forget(self, key: str) -> None:

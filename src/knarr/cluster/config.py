@@ -125,6 +125,11 @@ class ClusterConfig:
         """The KubeletConfiguration of all nodes of this machine; it need not exist."""
         return self.data / "kubelet-config.yaml"
 
+    @property
+    def scheduler_file(self) -> Path:
+        """The scheduler's KubeSchedulerConfiguration; it need not exist."""
+        return self.data / "scheduler-config.yaml"
+
     def client_certificate(self, node_name: str) -> Path:
         """Where a node that joined keeps its client certificate with its key."""
         return self.data / "nodes" / node_name / "pki" / "kubelet-client-current.pem"

@@ -54,6 +54,8 @@ class UpOptions:
     """Empty keeps what the cluster has."""
     kubelet_config: str | None = None
     """File whose content the nodes of this machine use from now on; "" for none."""
+    scheduler_config: str | None = None
+    """File that the scheduler uses from now on; "" for none."""
     kubeconfig: bool = True
     """Merge the context into the user's kubeconfig."""
 
@@ -79,6 +81,21 @@ def is_running(config: ClusterConfig) -> bool:
     except (ConnectionError, TimeoutError):
         return False
     return True
+
+
+def _scheduler_settings(path: str) -> bytes:
+    """Read and check a KubeSchedulerConfiguration. Raises CommandError."""
+    from knarr.scheduler import config as schedulerconfig
+    from knarr.scheduler.handle import Handle
+    from knarr.scheduler.registry import build_profile
+
+    try:
+        content = Path(path).read_bytes()
+        for profile in schedulerconfig.read_text(content).profiles:
+            build_profile(profile, Handle())
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{path}: {error}") from error
+    return content
 
 
 def up(options: UpOptions, progress: Progress) -> ClusterConfig:
@@ -109,7 +126,10 @@ def up(options: UpOptions, progress: Progress) -> ClusterConfig:
             raise CommandError(str(error)) from error
         config.controller_arguments = list(options.controller_arguments)
     content = _kubelet_settings(options.kubelet_config) if options.kubelet_config else b""
+    scheduling = _scheduler_settings(options.scheduler_config) if options.scheduler_config else b""
     if is_running(config):
+        if options.scheduler_config is not None:
+            raise CommandError(f"cluster {config.name!r} is running; `knarr down` first to change its scheduler's configuration")
         if options.kubelet_config is not None:
             raise CommandError(f"cluster {config.name!r} is running; `knarr down` first to change its kubelets' configuration")
         progress.done(f"cluster {config.name} is running already")
@@ -120,6 +140,10 @@ def up(options: UpOptions, progress: Progress) -> ClusterConfig:
     if findings:
         raise CommandError("\n".join(str(finding) for finding in findings))
     config.save()
+    if options.scheduler_config is not None:
+        config.scheduler_file.unlink(missing_ok=True)
+        if scheduling:
+            config.scheduler_file.write_bytes(scheduling)
     if options.kubelet_config is not None:
         config.kubelet_file.unlink(missing_ok=True)
         if content:

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterable
 from knarr.aiokits.backoff import Backoff
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
+from knarr.api.types import Object
 from knarr.client.informer import Informers
 from knarr.client.leaderelection import LeaderElectionConfig, LeaderElector
 from knarr.client.rest import Client
+from knarr.controllers import metrics
 from knarr.controllers.context import Component, Context, ControllersConfig
 from knarr.controllers.registry import ALIASES, CONTROLLERS, OFF_BY_DEFAULT
 
@@ -81,6 +83,20 @@ class ControllerManager:
     def ready(self) -> bool:
         """Whether all caches are filled and all controllers run."""
         return self._ready.is_set()
+
+    def exposition(self) -> bytes:
+        """Give the metrics as text, under upstream's names."""
+        return metrics.exposition(self.names if self.ready else ())
+
+    def settings(self) -> Object:
+        """What /configz shows."""
+        config = self.config
+        values: Object = {
+            "Generic": {"Controllers": config.enabled.split(",") if isinstance(config.enabled, str) else list(config.enabled)},
+            "KubeCloudShared": {"ClusterCIDR": config.cluster_cidr or ""},
+            "NodeIPAMController": {"ServiceCIDR": config.service_cidr or ""},
+        }
+        return {"kubecontrollermanager.config.k8s.io": values}
 
     async def wait_ready(self) -> None:
         await self._ready.wait()

@@ -158,3 +158,38 @@ def read_configuration(document: dict[str, Any]) -> SchedulerConfig:
         pod_initial_backoff_seconds=float(document.get("podInitialBackoffSeconds") or 1),
         pod_max_backoff_seconds=float(document.get("podMaxBackoffSeconds") or 10),
     )
+
+
+def read_text(content: bytes) -> SchedulerConfig:
+    """Read a KubeSchedulerConfiguration as JSON or YAML. Raises ValueError."""
+    from knarr.api import yamldoc
+
+    document, _ = yamldoc.load(content)
+    if not isinstance(document, dict):
+        raise ValueError("not a KubeSchedulerConfiguration")
+    return read_configuration(document)
+
+
+def shown_configuration(config: SchedulerConfig) -> dict[str, Any]:
+    """Give the settings as a KubeSchedulerConfiguration, what is at its default included."""
+    profiles = []
+    for profile in config.profiles:
+        enabled = [{"name": name, "weight": weight} for name, weight in profile.enabled.items()]
+        points: dict[str, Any] = {"multiPoint": {"enabled": enabled, "disabled": [{"name": name} for name in sorted(profile.disabled)]}}
+        for point, names in profile.disabled_points.items():
+            points[point] = {"disabled": [{"name": name} for name in sorted(names)]}
+        arguments = [{"name": name, "args": args} for name, args in profile.plugin_args.items()]
+        shown: dict[str, Any] = {"schedulerName": profile.scheduler_name, "plugins": points, "pluginConfig": arguments}
+        if profile.percentage_of_nodes_to_score is not None:
+            shown["percentageOfNodesToScore"] = profile.percentage_of_nodes_to_score
+        profiles.append(shown)
+    return {
+        "apiVersion": "kubescheduler.config.k8s.io/v1",
+        "kind": "KubeSchedulerConfiguration",
+        "percentageOfNodesToScore": config.percentage_of_nodes_to_score,
+        "podInitialBackoffSeconds": config.pod_initial_backoff_seconds,
+        "podMaxBackoffSeconds": config.pod_max_backoff_seconds,
+        "parallelism": 16,
+        "profiles": profiles,
+        "extenders": [{"urlPrefix": extender.url_prefix, "weight": extender.weight} for extender in config.extenders],
+    }

@@ -28,7 +28,7 @@ from knarr.http.errors import HTTPError
 from knarr.scheduler import queue
 from knarr.scheduler.algorithm import Algorithm, Found
 from knarr.scheduler.announcer import Announcer
-from knarr.scheduler.config import SchedulerConfig
+from knarr.scheduler.config import SchedulerConfig, shown_configuration
 from knarr.scheduler.dispatcher import Dispatcher
 from knarr.scheduler.dra.writer import ClaimWriter
 from knarr.scheduler.events import ASSIGNED_POD_DELETE
@@ -128,6 +128,10 @@ class Scheduler:
         }
         sizes = {"nodes": len(self.handle.table), "pods": len(self.handlers.placed), "assumed_pods": len(self.handlers.assumed)}
         return self.metrics.exposition(pending, sizes)
+
+    def settings(self) -> dict[str, Any]:
+        """What /configz shows: a KubeSchedulerConfiguration."""
+        return {"componentconfig": shown_configuration(self.config)}
 
     def why(self, namespace: str, name: str) -> dict[str, Any] | None:
         """All that this scheduler knows of a pod, see why.report; None for a pod that it has not seen or that has finished."""

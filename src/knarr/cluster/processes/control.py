@@ -10,7 +10,7 @@ from knarr.client.rest import Client
 from knarr.cluster import addons, addresses, controllerargs, nodes, pki
 from knarr.cluster.config import ClusterConfig
 from knarr.cluster.localapi import Answer, LocalAPI, Say, socket_path
-from knarr.cluster.processes import common
+from knarr.cluster.processes import common, endpoints
 from knarr.cluster.supervisor import Announce
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def main(config: ClusterConfig, announce: Announce) -> None:
     from knarr.network.ingress import IngressController
     from knarr.network.ingress.haproxy import Listen
     from knarr.network.loadbalancer import LoadBalancerController
-    from knarr.scheduler.config import SchedulerConfig
+    from knarr.scheduler.config import SchedulerConfig, read_text
     from knarr.scheduler.scheduler import Scheduler
 
     folder = config.pki
@@ -50,13 +50,24 @@ def main(config: ClusterConfig, announce: Announce) -> None:
         listen = Listen(http_port=8000 + config.slot, https_port=8400 + config.slot) if config.slot else Listen()
         shown = [address] if (address := addresses.primary_address()) else []
         ingress = IngressController(controllers, informers, folder=config.state / "ingress", listen=listen, status_addresses=shown)
-        deciding = Scheduler(scheduler, SchedulerConfig())
+        file = config.scheduler_file
+        deciding = Scheduler(scheduler, read_text(file.read_bytes()) if file.is_file() else SchedulerConfig())
+        managing = ControllerManager(controllers, settings)
+        components = (
+            endpoints.Component(
+                "kube-controller-manager", endpoints.CONTROLLER_MANAGER_PORT, controllers, lambda: managing.ready, managing.exposition, managing.settings
+            ),
+            endpoints.Component(
+                "kube-scheduler", endpoints.SCHEDULER_PORT, scheduler, deciding.ready.is_set, deciding.exposition, deciding.settings
+            ),
+        )
         api = LocalAPI(socket_path(config, "control"), scheduler_verbs(deciding))
         await api.start()
         usage = usage_server(config, controllers)
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(ControllerManager(controllers, settings).run(), name="controllers")
+                group.create_task(managing.run(), name="controllers")
+                group.create_task(endpoints.serve(config, components), name="endpoints")
                 group.create_task(addons.ensure(controllers), name="addons")
                 group.create_task(serve_usage(config, controllers, usage), name="resource-metrics")
                 group.create_task(ServingCertificateApprover(controllers, informers).run(), name="serving-certificates")
