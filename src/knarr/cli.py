@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     up.add_argument("--tls-san", action="append", default=[], metavar="NAME|ADDRESS", help="further name of the API server for its certificate, e.g. one that other machines join by")
     up.add_argument("--controller-manager-arg", action="append", default=[], metavar="NAME=VALUE", help="option of kube-controller-manager, e.g. node-monitor-grace-period=40s")
     up.add_argument("--kubelet-config", default=None, metavar="FILE", help="KubeletConfiguration for the nodes of this machine; an empty name takes it back")
+    up.add_argument("--scheduler-config", default=None, metavar="FILE", help="KubeSchedulerConfiguration: profiles, plugins, extenders; an empty name takes it back")
     up.add_argument("--no-kubeconfig", action="store_true", help="leave the user's kubeconfig alone")
     verb("down", run_down, "stop the cluster; its data stays")
     verb("delete", run_delete, "stop the cluster and remove its data")
@@ -184,6 +185,7 @@ def run_up(options: argparse.Namespace) -> int:
                 tls_names=tuple(options.tls_san),
                 kubelet_config=options.kubelet_config,
                 controller_arguments=tuple(options.controller_manager_arg),
+                scheduler_config=options.scheduler_config,
                 kubeconfig=not options.no_kubeconfig,
             ),
             progress,
