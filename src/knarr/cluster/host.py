@@ -56,6 +56,8 @@ def clean(config: ClusterConfig, *, grace_seconds: float = TERM_SECONDS) -> None
     """
     scope = cluster_scope(config)
     stop_processes(scope, grace_seconds)
+    for node in config.nodes:
+        give_back_attachments(config, node)
     remove_tables(config)
     remove_interfaces(config)
     for node in config.nodes:
@@ -72,10 +74,18 @@ def clean_node(config: ClusterConfig, node: NodeConfig, *, grace_seconds: float 
     """Remove what one stopped node runs and holds, as if its machine had been switched off; its data stays."""
     scope = node_scope(config, node)
     stop_processes(scope, grace_seconds)
+    give_back_attachments(config, node)
     remove_namespace(node)
     remove_mounts(scope)
     remove_cgroups(scope)
     shutil.rmtree(config.state / node.name, ignore_errors=True)
+
+
+def give_back_attachments(config: ClusterConfig, node: NodeConfig) -> None:
+    """Have CNI plugins take down what they made for a stopped node's pods, as long as those pods' namespaces are still there."""
+    from knarr.network.plugins import take_down
+
+    take_down(config.state / node.name / "network", str(NETNS_FOLDER / node.netns) if node.netns else None)
 
 
 def clean_stale(config: ClusterConfig) -> None:

@@ -222,7 +222,11 @@ class CNINetwork:
                 attachments.append({"containerID": path.stem, "ifname": "eth0"})
                 continue
             gone.append(path.stem)
-            await self._delete(SandboxNetwork(path.stem, "", known["namespace"], known["pod"], known["uid"]))
+            try:
+                await self._delete(SandboxNetwork(path.stem, "", known["namespace"], known["pod"], known["uid"]))
+            except CNIError as error:
+                # The record stays, so that it is tried again; the others must not suffer.
+                log.warning("CNI attachment of a sandbox that is gone was not taken down", pod=known["pod"], error=str(error))
         config = installed(self._config_dir)
         if config is not None and config.gc and config.version >= "1.1.0":
             for plugin in config.plugins:
