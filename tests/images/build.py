@@ -78,6 +78,68 @@ def pause(names: tuple[str, ...] = ("registry.k8s.io/pause:3.10.1",)) -> Path:
     return _cached("pause-" + hashlib.sha256(repr(names).encode()).hexdigest()[:8], [BUSYBOX], make)
 
 
+_TEST_SERVER = b"""#!/bin/bash
+port=8080 delay=0 mode=$1
+for word; do case $word in --http-port=*) port=${word#*=};; --delay-shutdown=*) delay=${word#*=};; esac; done
+case $mode in
+pause) trap 'exit 2' TERM; while :; do sleep 3600 & wait $!; done;;
+grpc-health-checking) port=5000 answer=/answer-grpc;;
+*) answer=/answer;;
+esac
+[ $mode = liveness ] && date +%s >/started
+trap 'sleep $delay; exit 0' TERM
+nc -ll -p $port -e $answer &
+while :; do wait $!; done
+"""
+_ANSWER = b"""#!/bin/bash
+read -r _ path _
+while read -r line && [ "${line%?}" ]; do :; done
+status="200 OK"
+case $path in
+/echo?code=404*) status="404 Not Found";;
+/redirect*) status="302 Found"; extra=$'Location: /\\r\\n';;
+/healthz) [ $(($(date +%s) - $(cat /started))) -gt 10 ] && status="500 Internal Server Error";;
+esac
+printf 'HTTP/1.1 %s\\r\\n%bContent-Length: 0\\r\\nConnection: close\\r\\n\\r\\n' "$status" "$extra"
+"""
+_ANSWER_GRPC = b"""#!/bin/bash
+head -c 100 >/dev/null
+printf '\\0\\0\\0\\4\\0\\0\\0\\0\\0'
+printf '\\0\\0\\1\\1\\4\\0\\0\\0\\1\\x88'
+printf '\\0\\0\\7\\0\\0\\0\\0\\0\\1\\0\\0\\0\\0\\2\\x08\\1'
+printf '\\0\\0\\17\\1\\5\\0\\0\\0\\1\\0\\13grpc-status\\0010'
+cat >/dev/null
+"""
+
+
+def test_server(names: tuple[str, ...]) -> Path:
+    """Path of an archive with a stand-in for upstream's test server: as much of netexec, liveness, pause and grpc-health-checking as probes ask for."""
+
+    def make(path: Path) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            busybox_root(folder)
+            for program, text in (("server", _TEST_SERVER), ("answer", _ANSWER), ("answer-grpc", _ANSWER_GRPC)):
+                (folder / program).write_bytes(text)
+                (folder / program).chmod(0o755)
+            os.chmod(folder, 0o755)
+            layer = oci.layer_from_folder(folder)
+        oci.write_archive(path, [(names, [layer], oci.ImageConfig(entrypoint=["/server"], cmd=["pause"]))])
+
+    key = hashlib.sha256(b"".join((repr(names).encode(), _TEST_SERVER, _ANSWER, _ANSWER_GRPC))).hexdigest()[:8]
+    return _cached(f"test-server-{key}", [BUSYBOX, BASH], make)
+
+
+def nonroot(names: tuple[str, ...]) -> Path:
+    """Path of an archive with an image of a user of its own, whose program ends well."""
+
+    def make(path: Path) -> None:
+        layer = oci.layer_from_files({"bin/true": (BUSYBOX.read_bytes(), 0o755)})
+        oci.write_archive(path, [(names, [layer], oci.ImageConfig(entrypoint=["/bin/true"], user="1234"))])
+
+    return _cached("nonroot-" + hashlib.sha256(repr(names).encode()).hexdigest()[:8], [BUSYBOX], make)
+
+
 def main() -> None:
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)

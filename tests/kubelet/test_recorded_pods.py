@@ -11,41 +11,32 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from knarr.controllers.manager import ControllerManager, ControllersConfig
 from knarr.network.podnet import BridgeNetwork
+from knarr.scheduler.scheduler import Scheduler, SchedulerConfig
 from knarr.testing.apiserver import _folder, running_apiserver
 from knarr.testing.apiserver import test_pki as make_pki
+from tests.images import build
 from tests.kubelet.conftest import Bench
-from tests.kubelet.replay import Play, scenarios
+from tests.kubelet.replay import Play, length, scenarios
 
 QUICK_SECONDS = 2.45
-LONGEST_SECONDS = 40.0
+LONGEST_SECONDS = 120.0
 AT_ONCE = 8
 
-# What a recording cannot be compared in, and why.
-LEFT_OUT = {
-    "sec-supplemental-strict": "the recorded runtime refuses what ours does",
-    "volume-missing-pvc": "the recorded scheduler never bound the pod",
-    "image-volume-or-runtimeclass-missing": "refused by the API server",
-    "restart-onfailure-two-containers": "the recorded kubelet lost the last state to its garbage collector",
-    "volume-configmap-update-propagates": "waits 95 seconds",
-    "downward-volume-update": "waits 95 seconds",
-    "resize-deferred": "played alone below: it depends on the node's size",
-    "resize-infeasible": "played alone below",
-    "pod-admission-outofcpu": "played alone below",
-    "delete-during-image-backoff": "the recorded kubelet looked once more between failure and deletion",
-    "annotation-update-generation": "needs an image from a registry",
-}
-IMAGES = ("docker.io/library/busybox:latest", "rec.invalid/none:1", "UPPER/INVALID:::x")
-KINDS = ("Pod", "ConfigMap", "Secret", "Service")
+ALONE = ("resize-deferred", "resize-infeasible", "pod-admission-outofcpu")
+"""What depends on the size of the node."""
+UNSCHEDULED = ("volume-missing-pvc",)
+"""Pods that the recorded scheduler never bound."""
+OLD_RUNTIME = ("sec-supplemental-strict",)
+"""What the recorded runtime could not do, and ours can."""
+APART = (*ALONE, *UNSCHEDULED, *OLD_RUNTIME)
+SERVER, NONROOT = "registry.k8s.io/e2e-test-images/agnhost:2.56", "registry.k8s.io/e2e-test-images/nonroot:1.4"
+OTHER_BUSYBOX = "registry.k8s.io/e2e-test-images/busybox:1.37.0-1"
 
 
 def _playable(scenario: dict, low: float, high: float) -> bool:  # type: ignore[type-arg]
-    last = scenario["timeline"][-1]["t"] if scenario["timeline"] else 0.0
-    if scenario["scenario"] in LEFT_OUT or not low < last <= high:
-        return False
-    pods = [o for o in scenario["objects"] if o["kind"] == "Pod"]
-    images = {c["image"] for p in pods for c in p["spec"]["containers"] + p["spec"].get("initContainers", [])}
-    return all(o["kind"] in KINDS for o in scenario["objects"]) and images <= set(IMAGES)
+    return scenario["scenario"] not in APART and low < length(scenario) <= high
 
 
 @pytest_asyncio.fixture
@@ -73,6 +64,8 @@ async def networked() -> AsyncIterator[Bench]:
         }
         try:
             await bench.prepare()
+            for archive in (build.test_server((SERVER,)), build.nonroot((NONROOT,)), build.busybox((OTHER_BUSYBOX,))):
+                await bench.runtime.load_images(str(archive))
             await bench.start()
             assert bench.kubelet is not None
             # Many recordings at once: each was made alone on a node of two CPUs.
@@ -90,9 +83,8 @@ async def _play(bench: Bench, low: float, high: float) -> None:
     async def one(number: int, scenario: dict) -> None:  # type: ignore[type-arg]
         async with slots:
             play = Play(bench, scenario, number)
-            last = scenario["timeline"][-1]["t"] if scenario["timeline"] else 0.0
             try:
-                await play.run(last * 1.5 + 25)
+                await play.run(length(scenario) * 1.5 + 40)
                 found = play.differences() + play.result_differences()
             except TimeoutError:
                 found = ["did not come to its end"]
@@ -113,9 +105,8 @@ async def test_quick_recordings_replay(networked: Bench) -> None:
 async def test_recordings_that_depend_on_the_size_of_the_node_replay(networked: Bench) -> None:
     assert networked.kubelet is not None
     networked.kubelet.capacity.allocatable["cpu"] = "2"
-    names = [n for n, why in LEFT_OUT.items() if "played alone" in why]
     for number, scenario in enumerate(scenarios()):
-        if scenario["scenario"] in names:
+        if scenario["scenario"] in ALONE:
             play = Play(networked, scenario, number)
             await play.run(30)
             assert not play.differences(), scenario["scenario"]
@@ -124,7 +115,38 @@ async def test_recordings_that_depend_on_the_size_of_the_node_replay(networked: 
                     await asyncio.sleep(0.02)
 
 
+async def test_a_pod_that_cannot_be_scheduled_is_left_alone_as_recorded(networked: Bench) -> None:
+    scheduler = asyncio.ensure_future(Scheduler(networked.client, SchedulerConfig()).run())
+    try:
+        for number, scenario in enumerate(scenarios()):
+            if scenario["scenario"] in UNSCHEDULED:
+                play = Play(networked, scenario, number, scheduled=False)
+                await play.run(30)
+                assert not play.differences()
+                (states,) = play.states.values()
+                assert states[-1]["conditions"] == [["PodScheduled", "False", "Unschedulable"]]
+    finally:
+        scheduler.cancel()
+        await asyncio.wait({scheduler})
+
+
+async def test_what_the_runtime_cannot_do_is_refused_as_recorded(networked: Bench) -> None:
+    await networked.stop()
+    networked.runtime.features = frozenset()  # type: ignore[misc]
+    await networked.start()
+    for number, scenario in enumerate(scenarios()):
+        if scenario["scenario"] in OLD_RUNTIME:
+            play = Play(networked, scenario, number)
+            await play.run(30)
+            assert not play.differences()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 async def test_longer_recordings_replay(networked: Bench) -> None:
-    await _play(networked, QUICK_SECONDS, LONGEST_SECONDS)
+    jobs = asyncio.ensure_future(ControllerManager(networked.client, ControllersConfig(enabled="job-controller")).run())
+    try:
+        await _play(networked, QUICK_SECONDS, LONGEST_SECONDS)
+    finally:
+        jobs.cancel()
+        await asyncio.wait({jobs})

@@ -42,6 +42,7 @@ def admit(
     """None when the pod may run here, else (reason, message)."""
     return (
         _check_os(pod)
+        or _check_groups_policy(pod, node)
         or _check_apparmor(pod)
         or _check_sysctls(pod, tuple(allowed_unsafe_sysctls))
         or _check_node(pod, node)
@@ -58,6 +59,14 @@ def _check_os(pod: Object) -> Refusal | None:
     if wanted and wanted != "linux":
         return "PodOSSelectorNodeLabelDoesNotMatch", "Failed to admit pod as the `kubernetes.io/os` label doesn't match node label"
     return None
+
+
+def _check_groups_policy(pod: Object, node: Object | None) -> Refusal | None:
+    wanted = (pod["spec"].get("securityContext") or {}).get("supplementalGroupsPolicy")
+    features = ((node or {}).get("status") or {}).get("features")
+    if wanted != "Strict" or features is None or features.get("supplementalGroupsPolicy"):
+        return None  # without features the node has not been reported yet
+    return "SupplementalGroupsPolicyNotSupported", "SupplementalGroupsPolicy=Strict is not supported in this node"
 
 
 def _check_apparmor(pod: Object) -> Refusal | None:

@@ -203,8 +203,10 @@ class NodeReporter:
             "daemonEndpoints": {"kubeletEndpoint": {"Port": self._config.port}},
             "nodeInfo": machine.node_info(self._config, self._runtime_version),
             "images": await self._image_list(),
-            "runtimeHandlers": [{"name": "", "features": {"recursiveReadOnlyMounts": True, "userNamespaces": True}}],
-            "features": {"supplementalGroupsPolicy": True},
+            "runtimeHandlers": [
+                {"name": "", "features": {name: name in self._runtime.features for name in ("recursiveReadOnlyMounts", "userNamespaces")}}
+            ],
+            "features": {"supplementalGroupsPolicy": "supplementalGroupsPolicy" in self._runtime.features},
         }
         status["allocatable"].update(self._advertised())
         in_use = self.volumes_in_use()

@@ -424,6 +424,9 @@ class PodNetwork(Protocol):
 class RuntimeService(Protocol):
     """Sandboxes and containers. Stop, remove and cleanup are idempotent; every call may raise RuntimeFault."""
 
+    features: frozenset[str]
+    """What it can beyond the common: supplementalGroupsPolicy, recursiveReadOnlyMounts, userNamespaces; known after `status`."""
+
     async def version(self) -> RuntimeVersion: ...
     async def status(self) -> list[RuntimeCondition]: ...
     async def run_pod_sandbox(self, config: PodSandboxConfig, runtime_handler: str = "") -> str:

@@ -103,6 +103,8 @@ class RuntimeConfig:
 class EmbeddedRuntime:
     """Implements cri.RuntimeService and cri.ImageService; see the module."""
 
+    features = frozenset({"supplementalGroupsPolicy", "recursiveReadOnlyMounts", "userNamespaces"})
+
     def __init__(self, config: RuntimeConfig) -> None:
         self.config = config
         self._workers, self._tasks, self._events = Workers(), Tasks(), Events()

@@ -54,6 +54,11 @@ _EVENT_TYPES: dict[str, Any] = {
     "CONTAINER_STOPPED_EVENT": "STOPPED",
     "CONTAINER_DELETED_EVENT": "DELETED",
 }
+_FEATURES = {
+    "supplementalGroupsPolicy": "supplemental_groups_policy",
+    "recursiveReadOnlyMounts": "recursive_read_only_mounts",
+    "userNamespaces": "user_namespaces",
+}
 
 
 class GRPCRuntime:
@@ -72,6 +77,7 @@ class GRPCRuntime:
         self._events, self._tasks = Events(), Tasks()
         self._sandbox_of: dict[str, str] = {}
         self._seen: dict[str, str] = {}
+        self.features: frozenset[str] = frozenset()
 
     async def start(self) -> None:
         """Connect. Raises RuntimeFault when grpcio or the runtime is missing."""
@@ -121,6 +127,9 @@ class GRPCRuntime:
 
     async def status(self) -> list[RuntimeCondition]:
         answer = await self._call("Status", {})
+        handler: dict[str, Any] = next((item for item in answer.get("runtime_handlers", []) if not item.get("name")), {})
+        told = {**answer.get("features", {}), **handler.get("features", {})}
+        self.features = frozenset(name for name, field in _FEATURES.items() if told.get(field))
         conditions = answer.get("status", {}).get("conditions", [])
         return [RuntimeCondition(item["type"], item.get("status", False), item.get("reason", ""), item.get("message", "")) for item in conditions]
 
