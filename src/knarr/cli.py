@@ -79,6 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     question.add_argument("target", nargs="?", default="", help="pod/NAME:PORT, svc/NAME:PORT, NAME.NAMESPACE:PORT or ADDRESS:PORT")
     question.add_argument("-n", "--namespace", default="default")
     question.add_argument("--protocol", default="TCP", choices=["TCP", "UDP", "SCTP", "tcp", "udp", "sctp"])
+    simulation = verb("simulate", run_simulate, "simulate nodes and pods: knarr simulate nodes=1000 pods=5000; without arguments, say what is simulated")
+    simulation.add_argument("settings", nargs="*", metavar="nodes=N|pods=N|stages=FILE")
+    simulation.add_argument("--taint", action=argparse.BooleanOptionalAction, default=None, help="keep pods off simulated nodes that do not tolerate them (default: yes)")
     _add_port(verbs)
     _add_image(verbs)
     _add_node(verbs)
@@ -317,6 +320,17 @@ def run_why(options: argparse.Namespace) -> int:
     if not options.target:
         return whyverbs.explain_pod(config, options.source, options.namespace)
     return netverbs.explain(config, options.source, options.target, namespace=options.namespace, protocol=options.protocol)
+
+
+def run_simulate(options: argparse.Namespace) -> int:
+    from knarr.cluster import lifecycle, simverbs
+    from knarr.cluster.progress import Progress
+
+    config, progress = lifecycle.existing(options.name, options.data_dir), Progress()
+    try:
+        return simverbs.simulate(config, options.settings, tainted=options.taint, progress=progress)
+    finally:
+        progress.clear()
 
 
 def run_port(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import functools
 import socket
 from typing import Any
 
-from knarr.cluster import supervisor
+from knarr.cluster import simverbs, supervisor
 from knarr.cluster.config import ClusterConfig, load
 
 
@@ -45,6 +45,17 @@ def supervise(config: ClusterConfig, listener: socket.socket | None, announce_fd
         else:
             boss.add(entry.name, functools.partial(node.main, config, entry), functools.partial(node.orderly_seconds, config))
 
+    def start_simulator(_: dict[str, Any]) -> None:
+        """Start the simulator, or start it anew with what is declared now."""
+        from knarr.cluster.processes import simulator
+
+        if simulator.NAME in boss.components:
+            boss.forget(simulator.NAME)
+        boss.add(simulator.NAME, functools.partial(simulator.main, config))
+
+    if listener is not None and simverbs.load(config).nodes:
+        start_simulator({})
     boss.handlers["start-node"] = start_node
+    boss.handlers["simulate"] = start_simulator
     boss.handlers["forget"] = lambda arguments: boss.forget(arguments["component"])
     boss.run()
