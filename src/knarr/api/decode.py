@@ -206,6 +206,12 @@ _GO_SCHEMES = {
 """Group -> what its registry of types is called in messages; one for all others."""
 
 
+def no_such_kind(given_version: str, given_kind: str, api_version: str) -> str:
+    """What is said of a kind that is not known where the objects of api_version are."""
+    scheme = _GO_SCHEMES.get(api_version.rpartition("/")[0], "pkg/api/legacyscheme/scheme.go:30")
+    return f"no kind {go_quote(given_kind)} is registered for version {go_quote(given_version)} in scheme {go_quote(scheme)}"
+
+
 def _refuse_kind(given_version: str, given_kind: str, api_version: str, kind: str) -> None:
     """A body of another type: meta options are registered everywhere, any other difference is an error."""
     if given_kind == kind and kind in typeinfo._META_KINDS:
@@ -214,8 +220,7 @@ def _refuse_kind(given_version: str, given_kind: str, api_version: str, kind: st
     try:
         typeinfo.message_name(given_version, given_kind)
     except KeyError:
-        scheme = _GO_SCHEMES.get(api_version.rpartition("/")[0], "pkg/api/legacyscheme/scheme.go:30")
-        text = f"no kind {go_quote(given_kind)} is registered for version {go_quote(given_version)} in scheme {go_quote(scheme)}"
+        text = no_such_kind(given_version, given_kind, api_version)
         raise bad_request(f"{given_kind} in version {go_quote(version)} cannot be handled as a {kind}: {text}") from None
     if given_kind == kind:
         raise bad_request(

@@ -9,19 +9,27 @@ Source: pkg/apis/*/v*/defaults.go.
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from knarr.api import quantity
 from knarr.api.types import Object
 
-_IMAGE = re.compile(r"(?P<name>[^@]*?)(?::(?P<tag>[\w][\w.-]{0,127}))?(?P<digest>@.+)?", re.ASCII)
+_PART = "[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
+_COMPONENT = r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*"
+_IMAGE = re.compile(
+    rf"(?:(?:{_PART}(?:\.{_PART})*|\[[a-fA-F0-9:]+\])(?::[0-9]+)?/)?{_COMPONENT}(?:/{_COMPONENT})*"
+    r"(?::(?P<tag>[\w][\w.-]{0,127}))?(?P<digest>@[A-Za-z][A-Za-z0-9]*(?:[+._-][A-Za-z][A-Za-z0-9]*)*:[0-9a-fA-F]{32,})?",
+    re.ASCII,
+)
 MAX_INT32 = 2**31 - 1
 
 
+@lru_cache(maxsize=4096)
 def pull_policy_of(image: str) -> str:
-    """ "Always" for the tag latest or no tag and no digest, otherwise "IfNotPresent"."""
+    """ "Always" for the tag latest or no tag and no digest, otherwise, and for what is no image's name, "IfNotPresent"."""
     match = _IMAGE.fullmatch(image)
-    if match is None or not image:
+    if match is None:
         return "IfNotPresent"
     tag = match["tag"] or ("" if match["digest"] else "latest")
     return "Always" if tag == "latest" else "IfNotPresent"

@@ -7,14 +7,18 @@ Source: sigs.k8s.io/json (decode.go, kubernetes_patch.go), encoding/json for the
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from knarr.api import quantity, times, typeinfo
 from knarr.api.errors import go_quote
+from knarr.api.facts import FactLines
 from knarr.api.typeinfo import Field, Message, message
 
 MAX_STRICT_ERRORS = 100
+GO_TYPES = FactLines("go-types.json")
+"""Message -> field -> the Go type that its strings (or the whole map) are declared with."""
 
 
 class Pairs(dict[str, Any]):
@@ -44,6 +48,7 @@ class Findings:
 
     strict: list[str] = field(default_factory=list)
     type_error: str = ""
+    aborted: bool = False
 
     def add(self, kind: str, path: str) -> None:
         text = f"{kind} {go_quote(path)}"
@@ -51,7 +56,14 @@ class Findings:
             self.strict.append(text)
 
     def fail(self, text: str) -> None:
+        """Note a type error; reading goes on, the first one is told."""
         if not self.type_error:
+            self.type_error = text
+
+    def abort(self, text: str) -> None:
+        """Note an error of a type that reads itself: Go stops there and tells it instead of what it noted before."""
+        if not self.aborted:
+            self.aborted = True
             self.type_error = text
 
 
@@ -79,9 +91,42 @@ Context = tuple[str, tuple[str, ...]]
 """(name of the innermost Go struct, JSON field names from the root)."""
 
 
-def go_type(one: Field) -> str:
-    """Go's name of a field's type, pointers left out."""
-    base = _go_base(one.type)
+_EMBEDDED: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
+    **{name: (("LocalObjectReference",), frozenset({"name"})) for name in (
+        "SecretProjection", "ConfigMapVolumeSource", "ConfigMapProjection", "ConfigMapKeySelector", "SecretKeySelector", "ConfigMapEnvSource",
+        "SecretEnvSource")},
+    **{name: (("DeviceConfiguration",), frozenset({"opaque"})) for name in (
+        "DeviceClaimConfiguration", "DeviceAllocationConfiguration", "DeviceClassConfiguration")},
+    "IngressRule": (("IngressRuleValue",), frozenset({"http"})),
+    "Probe": (("ProbeHandler",), frozenset({"exec", "httpGet", "tcpSocket", "grpc"})),
+    "RuleWithOperations": (("Rule",), frozenset({"apiGroups", "apiVersions", "resources", "scope"})),
+    "NamedRuleWithOperations": (("RuleWithOperations", "Rule"), frozenset({"apiGroups", "apiVersions", "resources", "scope"})),
+}
+"""Go struct -> the structs embedded in it, which Go's paths name, and the fields that they bring."""
+_NOT_EMBEDDED = {
+    "Volume": ("VolumeSource", frozenset({"name"})), "EphemeralContainer": ("EphemeralContainerCommon", frozenset({"targetContainerName"})),
+    "PersistentVolumeSpec": ("PersistentVolumeSource", frozenset({
+        "capacity", "accessModes", "claimRef", "persistentVolumeReclaimPolicy", "storageClassName", "mountOptions", "volumeMode", "nodeAffinity",
+        "volumeAttributesClassName"})),
+}  # fmt: skip
+"""The same where the fields that are not brought are fewer."""
+
+
+def _embedding(struct: str, key: str) -> tuple[str, ...]:
+    names, fields = _EMBEDDED.get(struct, ((), frozenset()))
+    if key in fields:
+        return names
+    if struct == "NamedRuleWithOperations" and key == "operations":
+        return ("RuleWithOperations",)
+    name, own = _NOT_EMBEDDED.get(struct, ("", frozenset()))
+    return (name,) if name and key not in own else ()
+
+
+def go_type(one: Field, named: str = "") -> str:
+    """Go's name of a field's type, pointers left out; named is that of its elements, or of a map as a whole."""
+    if named and one.label == "map":
+        return named
+    base = named or _go_base(one.type)
     if one.label == "repeated":
         return f"[]{base}"
     if one.label == "map":
@@ -114,15 +159,16 @@ class _Walk:
     def __init__(self, findings: Findings) -> None:
         self.findings = findings
 
-    def mismatch(self, value: Any, type_name: str, context: Context, *, show_number: bool = False) -> None:
+    def mismatch(self, value: Any, type_name: str, context: Context, *, show_number: bool = False, aborts: bool = False) -> None:
         word = _json_word(value)
         if show_number and word == "number":
             word = f"number {json.dumps(value)}"
         struct, names = context
+        note = self.findings.abort if aborts else self.findings.fail
         if names:
-            self.findings.fail(f"json: cannot unmarshal {word} into Go struct field {struct}.{'.'.join(names)} of type {type_name}")
+            note(f"json: cannot unmarshal {word} into Go struct field {struct}.{'.'.join(names)} of type {type_name}")
         else:
-            self.findings.fail(f"json: cannot unmarshal {word} into Go value of type {type_name}")
+            note(f"json: cannot unmarshal {word} into Go value of type {type_name}")
 
     def struct(self, value: Any, info: Message, path: str, context: Context, root: bool = False) -> None:
         if value is None:
@@ -132,6 +178,7 @@ class _Walk:
             return
         repeated = getattr(value, "repeated", {})
         struct = info.name.rpartition(".")[2]
+        named = GO_TYPES.get(info.name)
         for key, item in value.items():
             here = f"{path}.{key}" if path else key
             one = info.fields.get(key)
@@ -143,20 +190,20 @@ class _Walk:
                     continue
             for _ in range(repeated.get(key, 0)):
                 self.findings.add("duplicate field", here)
-            self.field(item, one, here, (struct, (*context[1], key)))
+            self.field(item, one, here, (struct, (*context[1], *_embedding(struct, key), key)), (named or {}).get(key, ""))
 
-    def field(self, value: Any, one: Field, path: str, context: Context) -> None:
+    def field(self, value: Any, one: Field, path: str, context: Context, named: str = "") -> None:
         if value is None:
             return
         if one.label == "repeated":
             if not isinstance(value, list):
-                self.mismatch(value, go_type(one), context)
+                self.mismatch(value, go_type(one, named), context)
                 return
             for index, item in enumerate(value):
-                self.single(item, one.type, f"{path}[{index}]", context)
+                self.single(item, one.type, f"{path}[{index}]", context, named)
         elif one.label == "map":
             if not isinstance(value, dict):
-                self.mismatch(value, go_type(one), context)
+                self.mismatch(value, go_type(one, named), context)
                 return
             repeated = getattr(value, "repeated", {})
             for key, item in value.items():
@@ -164,10 +211,14 @@ class _Walk:
                     self.findings.add("duplicate field", f"{path}.{key}")
                 self.single(item, one.type, f"{path}.{key}", context)
         else:
-            self.single(value, one.type, path, context)
+            self.single(value, one.type, path, context, named)
 
-    def single(self, value: Any, type_name: str, path: str, context: Context) -> None:
+    def single(self, value: Any, type_name: str, path: str, context: Context, named: str = "") -> None:
         if value is None:
+            return
+        if type_name == "string" and named:
+            if not isinstance(value, str):
+                self.mismatch(value, named, context)
             return
         if "." not in type_name:
             self.scalar(value, type_name, context)
@@ -212,22 +263,22 @@ class _Walk:
                         raise quantity.QuantityError(str(quantity._MESSAGE_FORMAT))
                     quantity.canonical(value)
                 except quantity.QuantityError as error:
-                    findings.fail(str(error))
+                    findings.abort(str(error))
             case "int-or-string":
                 if isinstance(value, str):
                     return
                 if isinstance(value, bool) or not isinstance(value, int) or not -(2**31) <= value < 2**31:
-                    self.mismatch(value, "int32", ("", ()), show_number=True)
+                    self.mismatch(value, "int32", context, show_number=True, aborts=True)
             case "rfc3339-seconds" | "rfc3339-micros":
-                self.time(value, info.form)
+                self.time(value, info.form, context)
             case "go-duration":
                 if not isinstance(value, str):
-                    self.mismatch(value, "string", ("", ()))
+                    self.mismatch(value, "string", context, aborts=True)
                     return
                 try:
                     times.parse_duration(value)
                 except ValueError:
-                    findings.fail(f"time: invalid duration {go_quote(value)}")
+                    findings.abort(f"time: invalid duration {go_quote(value)}")
             case "bare-list":
                 self.field(value, Field("", 0, "repeated", "string"), path, context)
             case "schema-or-array":
@@ -237,26 +288,49 @@ class _Walk:
                 elif isinstance(value, dict):
                     self.struct(value, message(info.fields["schema"].type), path, context)
                 else:
-                    findings.fail(f"json: cannot unmarshal {_json_word(value)} into Go value of type {info.go_name}")
+                    findings.abort(f"json: cannot unmarshal {_json_word(value)} into Go value of type {info.go_name}")
             case "schema-or-bool" | "schema-or-strings":
                 if isinstance(value, dict):
                     self.struct(value, message(info.fields["schema"].type), path, context)
                 elif info.form == "schema-or-bool" and not isinstance(value, bool):
-                    findings.fail("boolean or JSON schema expected")
+                    findings.abort("boolean or JSON schema expected")
                 elif info.form == "schema-or-strings":
                     self.field(value, Field("", 0, "repeated", "string"), path, context)
             case "raw-json":
                 explain_untyped(value, findings, path)
 
-    def time(self, value: Any, form: str) -> None:
+    def time(self, value: Any, form: str, context: Context) -> None:
         if not isinstance(value, str):
-            self.mismatch(value, "string", ("", ()))
+            self.mismatch(value, "string", context, aborts=True)
             return
         layout = "2006-01-02T15:04:05.000000Z07:00" if form == "rfc3339-micros" else "2006-01-02T15:04:05Z07:00"
         try:
             (times.canonical_micros if form == "rfc3339-micros" else times.canonical_seconds)(value)
         except ValueError:
-            self.findings.fail(f"parsing time {go_quote(value)} as {go_quote(layout)}: cannot parse {go_quote(value)} as \"2006\"")
+            self.findings.abort(f"parsing time {go_quote(value)} as {go_quote(layout)}: {_time_problem(value, micros=form == 'rfc3339-micros')}")
+
+
+_TIME_PARTS = (
+    ("2006", r"\d{4}"), ("-", "-"), ("01", r"\d\d"), ("-", "-"), ("02", r"\d\d"), ("T", "T"), ("15", r"\d\d"), (":", ":"), ("04", r"\d\d"),
+    (":", ":"), ("05", r"\d\d"), (".000000", r"\.\d{6}"), ("Z07:00", r"Z|[+-]\d\d:\d\d"),
+)
+"""Parts of Go's layouts, and what each takes."""
+
+
+def _time_problem(text: str, *, micros: bool) -> str:
+    """Which part of the layout a time does not fit, as Go tells it."""
+    position = 0
+    for name, pattern in _TIME_PARTS:
+        if name == ".000000" and not micros:
+            # Go takes a fraction where the layout has none.
+            fraction = re.compile(r"[.,]\d+").match(text, position)
+            position = fraction.end() if fraction else position
+            continue
+        found = re.compile(pattern).match(text, position)
+        if found is None:
+            return f"cannot parse {go_quote(text[position:])} as {go_quote(name)}"
+        position = found.end()
+    return f"extra text: {go_quote(text[position:])}" if position < len(text) else "out of range"
 
 
 def _bad_base64_position(text: str) -> int:

@@ -17,11 +17,14 @@ def shape(value: Any, listed: bool = False) -> Any:
     """Return a hashable that is equal for objects whose creation sets the same fields."""
     kind = value.__class__
     if kind is dict and not listed:
-        # In C: keys in order and classes of values (None is not the same as a value), then the shapes of what is nested.
-        classes = tuple(map(type, value.values()))
+        # In C: keys in order, classes of values (None is not the same as a value), which of them are zero (those are as good as
+        # not set where Go always writes the field), then the shapes of what is nested.
+        values = value.values()
+        classes = tuple(map(type, values))
         if dict in classes or list in classes:
-            return (tuple(value), classes, *[shape(each) for each in value.values() if each.__class__ is dict or each.__class__ is list])
-        return (tuple(value), classes)
+            nested = [shape(each) for each in values if each.__class__ is dict or each.__class__ is list]
+            return (tuple(value), classes, tuple(map(bool, values)), *nested)
+        return (tuple(value), classes, tuple(map(bool, values)))
     if kind is dict:
         out: list[Any] = []
         for key, each in value.items():

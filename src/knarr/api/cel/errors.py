@@ -32,6 +32,8 @@ class CompileError(CELError):
 
 
 def _shown(source: str, issue: Issue) -> str:
+    if not source:
+        return f"ERROR: <input>:1:0: {issue.message}"
     before = source[: issue.offset]
     line = before.count("\n") + 1
     column = issue.offset - (before.rfind("\n") + 1)

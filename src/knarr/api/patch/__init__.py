@@ -11,9 +11,20 @@ from typing import Any
 import orjson
 
 from knarr.api import decode, explain, typeinfo
-from knarr.api.errors import FieldError, StatusError, bad_request, go_map, invalid, rejected_by_router, too_large, unsupported_media_type
+from knarr.api.errors import (
+    FieldError,
+    StatusError,
+    bad_request,
+    go_map,
+    go_quote,
+    invalid,
+    rejected_by_router,
+    too_large,
+    unsupported_media_type,
+)
 from knarr.api.meta import deep_copy
 from knarr.api.patch import json_patch, merge_patch, strategic
+from knarr.api.patch.restore import restore_error
 from knarr.api.scheme import Resource
 from knarr.api.types import Object
 
@@ -75,10 +86,18 @@ def apply_patch(
             return _strategic(api_version, kind, current, body, field_validation)
         case other:
             raise unsupported_media_type([other])
-    warnings += _check(api_version, kind, patched, custom)
-    if warnings and field_validation == decode.STRICT:
-        raise _invalid_patch(_json_text(patched), f"strict decoding error: {', '.join(warnings)}")
+    merged = orjson.dumps(patched)
+    try:
+        warnings += _check(api_version, kind, patched, custom, merged)
+        if warnings and field_validation == decode.STRICT:
+            raise _Unfit(f"strict decoding error: {', '.join(warnings)}")
+    except _Unfit as error:
+        raise _invalid_patch(_json_text(orjson.loads(merged), _touched(body)), str(error)) from None
     return patched, warnings if strict else []
+
+
+class _Unfit(Exception):
+    """What a patch made is not an object of the resource; the message says why."""
 
 
 def _json(current: Object, body: bytes, strict: bool) -> tuple[Object, list[str]]:
@@ -179,51 +198,66 @@ def _strategic(api_version: str, kind: str, current: Object, body: bytes, field_
         if error.code == 422:
             raise rejected_by_patch() from None
         raise StatusError(error.code, "BadRequest" if error.code == 400 else "", str(error)) from None
-    type_error, unknown = _problems(api_version, kind, patched)
+    merged = orjson.dumps(patched)
+    type_error, unknown = _problems(api_version, kind, patched, merged)
     if type_error:
-        raise _invalid_patch(shown, type_error)
+        why = restore_error(orjson.loads(merged), typeinfo.message_name(api_version, kind))
+        raise _invalid_patch(shown, why or type_error)
     warnings += unknown if strict else []
     if warnings and field_validation == decode.STRICT:
         raise _invalid_patch(shown, f"strict decoding error: {', '.join(warnings)}")
     return patched, warnings
 
 
-def _check(api_version: str, kind: str, patched: Object, custom: bool) -> list[str]:
-    """Prune a patched object in place; its unknown fields.
+def _check(api_version: str, kind: str, patched: Object, custom: bool, merged: bytes) -> list[str]:
+    """Prune a patched object (whose JSON is `merged`) in place; its unknown fields.
 
     Raises:
-      StatusError: 422, wrong types.
+      _Unfit: wrong types.
     """
     if custom:
         try:
             return decode.check_metadata(patched)
         except StatusError as error:
-            raise _invalid_patch(_json_text(patched), error.message) from None
-    if patched.get("kind", kind) != kind or patched.get("apiVersion", api_version) != api_version:
-        given = f"{patched.get('apiVersion')}, Kind={patched.get('kind')}"
-        raise _invalid_patch(_json_text(patched), f"unable to decode {given} into {kind}")
-    shown = _json_text(patched)
-    type_error, unknown = _problems(api_version, kind, patched)
+            raise _Unfit(error.message) from None
+    given_version, given_kind = patched.get("apiVersion"), patched.get("kind") or kind
+    if not given_version:
+        # Upstream then reads it as an empty object: nothing in it is known.
+        unknown = sorted(set(patched) - {"apiVersion", "kind"})
+        patched.clear()
+        return [f"unknown field {go_quote(key)}" for key in unknown]
+    if given_kind != kind or given_version != api_version:
+        raise _Unfit(_other_kind(given_version, given_kind, api_version, kind))
+    patched["kind"] = kind
+    type_error, unknown = _problems(api_version, kind, patched, merged)
     if type_error:
-        raise _invalid_patch(shown, type_error)
+        raise _Unfit(type_error)
     return unknown
 
 
-def _problems(api_version: str, kind: str, obj: Object) -> tuple[str, list[str]]:
-    """(type error or "", unknown fields); obj is pruned in place."""
+def _other_kind(given_version: Any, given_kind: Any, api_version: str, kind: str) -> str:
+    if isinstance(given_version, str) and isinstance(given_kind, str):
+        try:
+            typeinfo.message_name(given_version, given_kind)
+        except KeyError:
+            return decode.no_such_kind(given_version, given_kind, api_version)
+    return f"unable to decode {given_version}, Kind={given_kind} into {kind}"
+
+
+def _problems(api_version: str, kind: str, obj: Object, merged: bytes) -> tuple[str, list[str]]:
+    """(type error or "", unknown fields); obj is pruned in place, merged is its JSON from before."""
     name = typeinfo.message_name(api_version, kind)
     info = typeinfo.message(name)
-    copy = orjson.dumps(obj)
     meta: Object = {} if info.type_meta else {key: obj.pop(key) for key in ("apiVersion", "kind") if key in obj}
     state = typeinfo.State()
     try:
         typeinfo.pruner(name)(obj, state)
     except typeinfo.Mismatch:
-        return explain.explain(orjson.loads(copy), name).type_error or "wrong type", []
+        return explain.explain(orjson.loads(merged), name).type_error or "wrong type", []
     obj.update(meta)
     obj.setdefault("apiVersion", api_version)
     obj.setdefault("kind", kind)
-    return "", explain.explain(orjson.loads(copy), name).strict if state.unknown else []
+    return "", explain.explain(orjson.loads(merged), name).strict if state.unknown else []
 
 
 def _invalid_patch(shown: str, why: str) -> StatusError:
@@ -236,12 +270,38 @@ _METADATA_ORDER = (
 )
 
 
-def _json_text(value: Any) -> str:
-    """A patched object as upstream's messages show it: the top in the order of names, metadata in that of its fields."""
+def _json_text(value: Any, touched: Any = None) -> str:
+    """A patched object as upstream's messages show it.
+
+    Args:
+      touched: Nested dicts, with the places that the patch went through: these come in the order of their names, as Go
+        writes maps; what it left alone comes in the order of its fields.
+    """
     if isinstance(value, dict):
-        value = dict(sorted(value.items()))
+        value = _shown_map(value, touched if isinstance(touched, dict) else {})
         metadata = value.get("metadata")
-        if isinstance(metadata, dict):
+        if isinstance(metadata, dict) and not isinstance((touched or {}).get("metadata"), dict):
             known = {key: metadata[key] for key in _METADATA_ORDER if key in metadata}
             value["metadata"] = {**known, **metadata}
     return orjson.dumps(value).decode()
+
+
+def _shown_map(value: Object, touched: Object) -> Object:
+    return {
+        key: _shown_map(item, touched[key]) if isinstance(item, dict) and isinstance(touched.get(key), dict) else item
+        for key, item in sorted(value.items())
+    }
+
+
+def _touched(body: bytes) -> Any:
+    """The objects that a patch goes through, as nested dicts: a merge patch is that itself, a JSON patch names paths."""
+    patch = decode.parse_json(body)
+    if not isinstance(patch, list):
+        return patch
+    found: Object = {}
+    for operation in patch:
+        for pointer in (operation.get("path"), operation.get("from")) if isinstance(operation, dict) else ():
+            here = found
+            for part in pointer.split("/")[1:-1] if isinstance(pointer, str) else ():
+                here = here.setdefault(part.replace("~1", "/").replace("~0", "~"), {})
+    return found

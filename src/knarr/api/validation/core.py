@@ -32,9 +32,9 @@ from knarr.api.validation.volumes import ONE_TYPE, SOURCES, driver_name, no_back
 MAXIMUM_BYTES = 1024 * 1024
 
 
-def _raw_size(text: str) -> int:
-    """Bytes behind canonical base64."""
-    return len(text) * 3 // 4 - text.count("=", -2)
+def _raw_size(text: str | None) -> int:
+    """Bytes behind canonical base64; null is none."""
+    return len(text) * 3 // 4 - text.count("=", -2) if text else 0
 
 
 def create_config_map(obj: Object, errors: Errors) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from knarr.api import cel
 from knarr.api.errors import duplicate, field_forbidden, invalid_value, not_supported, required, too_many
-from knarr.api.validation.metadata import Errors, immutable
+from knarr.api.validation.metadata import Errors, immutable, validate_annotations, validate_labels
 from knarr.api.validation.scheduling import validate_node_selector
-from knarr.api.validation.strings import dns_label, dns_subdomain
+from knarr.api.validation.strings import dns_label, dns_subdomain, label_key_errors, label_value_errors
 
 Object = dict[str, Any]
 _MAX_ITEMS = 32
@@ -55,8 +55,21 @@ def update_resource_claim(new: Object, old: Object, errors: Errors, subresource:
         immutable(errors, "status.allocation", allocation, before["allocation"])
 
 
+_TEMPLATE_FORBIDDEN = (
+    "name", "generateName", "namespace", "selfLink", "uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp",
+    "deletionGracePeriodSeconds", "ownerReferences", "finalizers", "managedFields",
+)
+
+
 def create_claim_template(obj: Object, errors: Errors) -> None:
-    _claim_spec((obj.get("spec") or {}).get("spec") or {}, "spec.spec", errors)
+    template = obj.get("spec") or {}
+    metadata = template.get("metadata") or {}
+    validate_annotations(metadata.get("annotations"), "spec.metadata.annotations", errors)
+    validate_labels(metadata.get("labels"), "spec.metadata.labels", errors)
+    for key in _TEMPLATE_FORBIDDEN:
+        if metadata.get(key):
+            errors.append(field_forbidden(f"spec.metadata.{'uID' if key == 'uid' else key}", "cannot be set"))
+    _claim_spec(template.get("spec") or {}, "spec.spec", errors)
 
 
 def update_claim_template(new: Object, old: Object, errors: Errors, subresource: str) -> None:
@@ -111,13 +124,17 @@ def _reference(name: str, names: dict[str, set[Any]], path: str, errors: Errors)
         errors.append(invalid_value(path, name, detail))
 
 
+def _request_name(name: str, path: str, errors: Errors) -> None:
+    errors += [invalid_value(path, name, message) for message in dns_label(name)]
+
+
 def _request(request: Object, path: str, errors: Errors) -> None:
-    _name(request.get("name") or "", f"{path}.name", errors)
+    _request_name(request.get("name") or "", f"{path}.name", errors)
     alternatives, exactly = request.get("firstAvailable") or [], request.get("exactly")
     _size(alternatives, _MAX_ALTERNATIVES, f"{path}.firstAvailable", errors)
     for index, alternative in enumerate(alternatives):
         own = f"{path}.firstAvailable[{index}]"
-        _name(alternative.get("name") or "", f"{own}.name", errors)
+        _request_name(alternative.get("name") or "", f"{own}.name", errors)
         _exact(alternative, own, errors)
     _unique(alternatives, "name", f"{path}.firstAvailable", errors)
     if exactly is not None:
@@ -145,6 +162,25 @@ def _exact(request: Object, path: str, errors: Errors) -> None:
             errors.append(invalid_value(f"{path}.count", count, "must be greater than zero"))
     else:
         errors.append(not_supported(f"{path}.allocationMode", mode, ("All", "ExactCount")))
+    for index, toleration in enumerate(request.get("tolerations") or ()):
+        _toleration(toleration, f"{path}.tolerations[{index}]", errors)
+
+
+def _toleration(toleration: Object, path: str, errors: Errors) -> None:
+    key, operator, value, effect = (toleration.get(name) or "" for name in ("key", "operator", "value", "effect"))
+    if key:
+        errors += [invalid_value(f"{path}.key", key, message) for message in label_key_errors(key)]
+    if operator == "Exists":
+        if value:
+            errors.append(invalid_value(f"{path}.value", value, "must be empty for operator `Exists`"))
+    elif operator == "Equal":
+        errors += [invalid_value(f"{path}.value", value, message) for message in label_value_errors(value)]
+    elif not operator:
+        errors.append(required(f"{path}.operator"))
+    else:
+        errors.append(not_supported(f"{path}.operator", operator, ("Equal", "Exists")))
+    if effect and effect not in ("NoExecute", "NoSchedule"):
+        errors.append(not_supported(f"{path}.effect", effect, ("NoExecute", "NoSchedule")))
 
 
 def _selectors(selectors: list[Object], path: str, errors: Errors) -> None:
@@ -197,7 +233,7 @@ def _driver(name: str, path: str, errors: Errors) -> None:
         return
     if len(name) > 63:
         errors.append(invalid_value(path, name, "must be no more than 63 bytes"))
-    errors += [invalid_value(path, name, message) for message in dns_subdomain(name)]
+    errors += [invalid_value(path, name, message) for message in dns_subdomain(name.lower())]
 
 
 def _qualified(name: str, path: str, errors: Errors) -> None:

@@ -318,9 +318,10 @@ def create_service_cidr(obj: Object, errors: Errors) -> None:
     if len(ranges) > 2:
         errors.append(invalid_value(path, obj.get("spec"), "may only hold up to 2 values"))
         return
+    before = len(errors)
     for index, text in enumerate(ranges):
         _strict_cidr(text, f"{path}[{index}]", errors)
-    if len(ranges) > 1 and len({":" in text for text in ranges}) < 2:
+    if len(errors) == before and len(ranges) > 1 and len({":" in text for text in ranges}) < 2:
         errors.append(
             invalid_value(path, ranges, "may specify no more than one IP for each IP family, i.e 192.168.0.0/24 and 2001:db8::/64")
         )

@@ -87,4 +87,4 @@ def update_errors(resource: Resource, new: Object, old: Object, subresource: str
 
 def _same_metadata(new: Object, old: Object) -> bool:
     """What was valid and has not changed is valid; most updates change a status."""
-    return all(new.get(key) == old.get(key) for key in ("labels", "annotations", "ownerReferences", "finalizers"))
+    return all(new.get(key) == old.get(key) for key in ("labels", "annotations", "ownerReferences", "finalizers", "generateName"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ipaddress import ip_address, ip_network
 
-from knarr.api.addresses import sloppy_network
+from knarr.api.addresses import sloppy_ip, sloppy_network
 from knarr.api.errors import duplicate, field_forbidden, invalid_value, not_supported, required
 from knarr.api.validation.containers import PROTOCOLS, validate_port_or_name
 from knarr.api.validation.metadata import Errors, Object, add, validate_labels
@@ -345,15 +345,16 @@ def _status(obj: Object, errors: Errors) -> None:
 
 def _endpoint_address(address: Object, path: str, errors: Errors) -> None:
     ip = address.get("ip") or ""
-    before = len(errors)
     validate_legacy_ip(ip, f"{path}.ip", errors)
     if address.get("hostname"):
         add(errors, f"{path}.hostname", address["hostname"], dns_label(address["hostname"]))
     node = address.get("nodeName")
     if node is not None:
         add(errors, f"{path}.nodeName", node, dns_subdomain(node))
-    if len(errors) == before:
+    if sloppy_ip(ip) is not None:
         validate_endpoint_ip(ip, f"{path}.ip", errors)
+    else:
+        errors.append(invalid_value(f"{path}.ip", ip, "must be a valid IP address"))
 
 
 def create_endpoints(obj: Object, errors: Errors) -> None:

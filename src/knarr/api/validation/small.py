@@ -104,11 +104,14 @@ def api_service_name(value: str) -> Messages:
 
 
 def create_api_service(obj: Object, errors: Errors) -> None:
-    spec, name = obj.get("spec") or {}, obj["metadata"].get("name") or ""
+    spec = obj.get("spec") or {}
     version, group, service = spec.get("version") or "", spec.get("group") or "", spec.get("service")
     wanted = f"{version}.{group}"
-    if name != wanted:
-        errors.append(invalid_value("metadata.name", name, f'must be `spec.version+"."+spec.group`: "{wanted}"'))
+    for key in ("generateName", "name"):
+        given = obj["metadata"].get(key) or ""
+        # Of a name that is wrong anyway nothing more is said.
+        if given and given != wanted and not path_segment(given):
+            errors.append(invalid_value(f"metadata.{key}", given, f'must be `spec.version+"."+spec.group`: "{wanted}"'))
     if group:
         add(errors, "spec.group", group, dns_subdomain(group))
     add(errors, "spec.version", version, dns_1035_label(version))

@@ -33,7 +33,8 @@ def _parameters(parameters: Object, errors: Errors, *, needed: bool = False) -> 
 
 
 def _topologies(terms: list[Object], errors: Errors) -> None:
-    earlier: list[dict[str, frozenset[str]]] = []
+    # As upstream compares them: a term without expressions equals the places not yet filled.
+    earlier: list[dict[str, frozenset[str]]] = [{} for _ in terms]
     for index, term in enumerate(terms):
         path, own = f"allowedTopologies[{index}].matchLabelExpressions", {}
         for position, item in enumerate(term.get("matchLabelExpressions") or ()):
@@ -47,8 +48,7 @@ def _topologies(terms: list[Object], errors: Errors) -> None:
             if key in own:
                 errors.append(duplicate(f"{where}.key", key))
             own[key] = frozenset(values)
-        if own in earlier:
-            errors.append(duplicate(path, ""))
+        errors += [duplicate(path, "") for other in earlier if own == other]
         earlier.append(own)
 
 
@@ -77,7 +77,7 @@ def update_storage_class(new: Object, old: Object, errors: Errors, subresource: 
 
 
 def create_attributes_class(obj: Object, errors: Errors) -> None:
-    driver_name(obj.get("driverName") or "", "driverName", errors)
+    _provisioner(obj.get("driverName") or "", "driverName", errors)
     _parameters(obj.get("parameters") or {}, errors, needed=True)
 
 
@@ -149,9 +149,7 @@ def update_attachment(new: Object, old: Object, errors: Errors, subresource: str
 
 
 def csi_driver_name(value: str) -> Messages:
-    found: Errors = []
-    driver_name(value, "metadata.name", found)
-    return tuple(e.detail for e in found)
+    return dns_subdomain(value)
 
 
 def create_driver(obj: Object, errors: Errors) -> None:

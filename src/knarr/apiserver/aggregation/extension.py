@@ -98,7 +98,7 @@ class Extensions:
         namespace, name, port = reference["namespace"], reference["name"], reference.get("port") or 443
         target = self._server.store("", "services").get_nowait(namespace, name)
         if target is None:
-            raise errors.service_unavailable(f"service/{name} in {namespace!r} is not present")
+            raise errors.service_unavailable(f"service/{name} in \"{namespace}\" is not present")
         ports = [entry for entry in target["spec"].get("ports") or () if entry.get("port") == port]
         if target["spec"].get("type") == "ExternalName":
             dial: tuple[str, int] | None = (target["spec"].get("externalName", ""), port)

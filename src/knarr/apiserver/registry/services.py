@@ -15,7 +15,7 @@ from knarr.api import errors
 from knarr.api.types import Object
 from knarr.apiserver.registry.allocators import AddressAllocator, AllocationError, PortAllocator, node_ports_of
 from knarr.apiserver.registry.base import Strategy
-from knarr.apiserver.registry.simple import KeepsMetadataOnStatus, Plain
+from knarr.apiserver.registry.simple import KeepsMostOnStatus, Plain
 
 if TYPE_CHECKING:
     from knarr.apiserver.call import Call
@@ -396,7 +396,7 @@ class IPAddress(Plain):
     field_names = ()
 
 
-class ServiceCIDR(KeepsMetadataOnStatus):
+class ServiceCIDR(KeepsMostOnStatus):
     """A range of service addresses; a status brought along on creation is taken."""
 
     has_generation = False

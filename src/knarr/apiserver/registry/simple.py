@@ -65,6 +65,14 @@ class DaemonSet(Generation):
         annotations = obj["metadata"].setdefault("annotations", {})
         annotations["deprecated.daemonset.template.generation"] = "1"
 
+    def prepare_status(self, call: Call, obj: Object, old: Object) -> None:
+        super().prepare_status(call, obj, old)
+        # The annotation is part of the spec, which a status update leaves alone.
+        key = "deprecated.daemonset.template.generation"
+        before = (old["metadata"].get("annotations") or {}).get(key)
+        if before is not None:
+            obj["metadata"].setdefault("annotations", {})[key] = before
+
     def prepare_update(self, call: Call, obj: Object, old: Object) -> None:
         super().prepare_update(call, obj, old)
         key = "deprecated.daemonset.template.generation"
@@ -204,11 +212,19 @@ class KeepsMetadataOnStatus(Generation):
             obj["metadata"]["resourceVersion"] = version
 
 
+class KeepsMostOnStatus(Generation):
+    """The status subresource leaves alone what people and controllers write into metadata."""
+
+    def prepare_status(self, call: Call, obj: Object, old: Object) -> None:
+        super().prepare_status(call, obj, old)
+        self.keep_metadata(obj, old, names=("labels", "annotations", "ownerReferences", "finalizers", "generation", "deletionTimestamp", "selfLink"))
+
+
 class FlowControl(KeepsMetadataOnStatus):
     pass
 
 
-class AdmissionPolicy(_CompilesExpressions, KeepsMetadataOnStatus):
+class AdmissionPolicy(_CompilesExpressions, KeepsMostOnStatus):
     unconditional_update = False
 
 
@@ -310,7 +326,7 @@ class CSIDriver(Plain):
     has_generation = False
 
 
-class VolumeAttachment(KeepsMetadataOnStatus):
+class VolumeAttachment(KeepsMostOnStatus):
     returns_deleted = True
     unconditional_update = False
     has_generation = False
@@ -330,8 +346,11 @@ class PersistentVolume(Strategy):
 
         super().prepare_status(call, obj, old)
         status, before = obj.setdefault("status", {}), old.get("status") or {}
-        if status.get("phase") != before.get("phase") and status.get("lastPhaseTransitionTime") == before.get("lastPhaseTransitionTime"):
+        changed, told, known = status.get("phase") != before.get("phase"), status.get("lastPhaseTransitionTime"), before.get("lastPhaseTransitionTime")
+        if changed and (told is None or told == known):
             status["lastPhaseTransitionTime"] = clock.now_rfc3339()
+        elif not changed and told is None and known is not None:
+            status["lastPhaseTransitionTime"] = known
 
 
 class PersistentVolumeClaim(Strategy):
@@ -367,7 +386,7 @@ def _data_sources(spec: Object) -> None:
             spec["dataSource"] = {key: value for key, value in reference.items() if key != "namespace"}
 
 
-class ResourceClaim(KeepsMetadataOnStatus):
+class ResourceClaim(KeepsMostOnStatus):
     returns_deleted = True
     has_generation = False
 
@@ -391,6 +410,8 @@ class ResourceSlice(Plain):
 
 class APIService(Strategy):
     """Without a Service it is served by this server, and available from the start."""
+
+    unconditional_update = False
 
     def prepare_create(self, call: Call, obj: Object) -> None:
         from knarr.apiserver.aggregation.registration import local_status

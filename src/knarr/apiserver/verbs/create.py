@@ -80,21 +80,20 @@ def dedup_owner_references(call: Call, metadata: Object, *, after_admission: boo
     references = metadata.get("ownerReferences")
     if not references or len(references) < 2:
         return
-    kept: dict[str, Object] = {}
-    twice: dict[str, None] = {}
+    kept: list[Object] = []
+    twice: list[str] = []
     for reference in references:
-        uid = reference.get("uid") or ""
-        if uid in kept:
-            twice[uid] = None
+        if reference in kept:
+            twice.append(reference.get("uid") or "")
         else:
-            kept[uid] = reference
+            kept.append(reference)
     if not twice:
         return
-    metadata["ownerReferences"] = list(kept.values())
+    metadata["ownerReferences"] = kept
     when = " after mutating admission happens" if after_admission else ""
     call.warnings.append(
         f".metadata.ownerReferences contains duplicate entries{when}; API server dedups owner references in 1.20+, and may reject such "
-        f"requests as early as 1.24; please fix your requests; duplicate UID(s) observed: [{' '.join(twice)}]"
+        f"requests as early as 1.24; please fix your requests; duplicate UID(s) observed: {', '.join(twice)}"
     )
 
 
@@ -113,7 +112,7 @@ async def create_object(call: Call, obj: Object, *, name: str = "", tracked: boo
     metadata = obj.get("metadata")
     if not isinstance(metadata, dict):
         metadata = obj["metadata"] = {}
-    for field in ("uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "generation"):
+    for field in ("uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink"):
         metadata.pop(field, None)
     if name or not metadata.get("resourceVersion"):
         metadata.pop("resourceVersion", None)

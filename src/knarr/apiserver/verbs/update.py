@@ -230,7 +230,7 @@ def _check_preconditions(call: Call, mode: UpdateMode, metadata: Object, old: Ob
     name = call.info.name
     uid = metadata.get("uid")
     if mode.uid_precondition and uid and uid != old.get("uid"):
-        key = f"{call.endpoint.go_key}{call.namespace + '/' if call.namespace else ''}{name}"
+        key = f"{call.endpoint.go_key.removeprefix('/registry') if call.dry_run else call.endpoint.go_key}{call.namespace + '/' if call.namespace else ''}{name}"
         raise errors.conflict(resource, name, (
             f"StorageError: invalid object, Code: 4, Key: {key}, ResourceVersion: 0, AdditionalErrorMsg: Precondition failed: "
             f"UID in precondition: {uid}, UID in object meta: {old.get('uid', '')}"))
@@ -251,7 +251,6 @@ def _prepare(call: Call, mode: UpdateMode, new: Object, old: Object) -> None:
     """The part of an update that is the same for every kind, around the kind's own."""
     metadata, before = new["metadata"], old["metadata"]
     check_namespace(call, metadata)
-    metadata.pop("selfLink", None)
     if "generation" in before:
         metadata["generation"] = before["generation"]
     else:
