@@ -223,7 +223,7 @@ class CNINetwork:
                 continue
             gone.append(path.stem)
             try:
-                await self._delete(SandboxNetwork(path.stem, "", known["namespace"], known["pod"], known["uid"]))
+                await self._delete(SandboxNetwork(path.stem, known.get("netns", ""), known["namespace"], known["pod"], known["uid"]))
             except CNIError as error:
                 # The record stays, so that it is tried again; the others must not suffer.
                 log.warning("CNI attachment of a sandbox that is gone was not taken down", pod=known["pod"], error=str(error))
@@ -267,6 +267,8 @@ class CNINetwork:
             "namespace": sandbox.namespace,
             "pod": sandbox.name,
             "uid": sandbox.uid,
+            # Some plugins learn from the namespace what they have to take back (the bridge plugin its masquerading).
+            "netns": sandbox.netns_path,
             "config": {"name": config.name, "cniVersion": config.version, "plugins": config.plugins, "disableCheck": not config.check},
             "arguments": [capability_arguments(plugin, sandbox) for plugin in config.plugins],
             "result": result,
