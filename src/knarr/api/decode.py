@@ -123,6 +123,13 @@ def _may_repeat_keys(body: bytes, keys: int) -> bool:
     return body.count(b'":') != keys or b" :" in body or b"\n:" in body or b"\t:" in body or b"\r:" in body
 
 
+def may_repeat_keys(body: bytes, value: Any) -> bool:
+    """Whether JSON may have more keys than what was parsed of it; may err towards yes."""
+    counter = typeinfo.State()
+    typeinfo._count_keys(value, counter)
+    return _may_repeat_keys(body, counter.keys)
+
+
 def parse_json(body: bytes) -> Any:
     """Parse JSON.
 
@@ -290,9 +297,7 @@ def _decode_custom(resource: Resource, body: bytes, kind_of_body: str, field_val
         canonical_numbers(obj)
     warnings: list[str] = [duplicates] if duplicates else []
     if strict and kind_of_body == JSON and re.search(rb'"\s*:', body) is not None:
-        counter = typeinfo.State()
-        typeinfo._count_keys(obj, counter)
-        if _may_repeat_keys(body, counter.keys):
+        if may_repeat_keys(body, obj):
             findings = explain.Findings()
             explain.explain_untyped(explain.parse_with_duplicates(body), findings)
             warnings.extend(findings.strict)

@@ -188,8 +188,14 @@ def load(text: bytes | str, *, strict: bool = False) -> tuple[Any, str]:
     return value, duplicates
 
 
+_NESTING = ("{", "[", ":", "-", "?")
+"""Each level of nesting has at least one of these."""
+
+
 def _check_depth(text: str) -> None:
     """Refuse deep nesting before anything recursive sees it: libyaml's composer would overflow the C stack."""
+    if sum(map(text.count, _NESTING)) <= _RECURSION_LIMIT:
+        return
     depth = 0
     for event in yaml.parse(text, Loader=_LOADER):
         if isinstance(event, yaml.CollectionStartEvent):

@@ -157,8 +157,8 @@ def apply_body(
     try:
         patch = None if b"\n" in body.strip() and not body.lstrip().startswith(b"{") else _json(body)
         duplicates = ""
-        if patch is None or strict:
-            value, duplicates = yamldoc.load(body, strict=strict) if patch is None or b'"' in body else (patch, "")
+        if patch is None or (strict and decode.may_repeat_keys(body, patch)):
+            value, duplicates = yamldoc.load(body, strict=strict)
             patch = value if patch is None else patch
     except yamldoc.YAMLError as error:
         raise errors.bad_request(f"error decoding YAML: {error}") from None

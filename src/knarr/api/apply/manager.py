@@ -228,7 +228,7 @@ class FieldManager:
             own = self._reset(own)
         last = managers.get(identity)
         managers[identity] = Owned(own, self._api_version, True, last.time if last else None)
-        merged = self._prune(merged, managers, last)
+        merged = self._prune(merged, managers, last, own)
         managers, _ = self._compare_and_take(live, merged, managers, identity, force=force)
         changed = not walk._same(live, merged)
         taken = managers.get(identity)
@@ -254,9 +254,12 @@ class FieldManager:
         group, slash, version = self._api_version.rpartition("/")
         return f"{meta.get('namespace') or ''}/{meta.get('name') or ''}; {group if slash else ''}/{version}, Kind={self._kind_name}"
 
-    def _prune(self, merged: Any, managers: Managers, last: Owned | None) -> Any:
+    def _prune(self, merged: Any, managers: Managers, last: Owned | None, own: FieldSet) -> Any:
         """Take out what the manager applied before and does not any more, unless somebody else owns it."""
         if last is None or not last.fields:
+            return merged
+        if last.api_version == self._api_version and not fs.difference(last.fields, own):
+            # Everything it applied before it applies again, and what is owned is never taken out: the common case.
             return merged
         at_last = self._in_version(merged, last.api_version)
         if at_last is None:

@@ -250,7 +250,8 @@ def _same(left: Any, right: Any) -> bool:
         return bool(left == right)
     if left.__class__ in (int, float) and right.__class__ in (int, float):
         return bool(left == right)
-    return equal(left, right)
+    # C rules out most differences; that 1 equals True there is for the walk to tell.
+    return bool(left == right) and equal(left, right)
 
 
 def _compare_as(kind: Kind, shape: str, left: Any, right: Any, removed: FieldSet, modified: FieldSet, added: FieldSet) -> bool:
