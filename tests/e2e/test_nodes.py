@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.dockercoins import images
 from tests.e2e.cluster import Cluster, wait_for
 from tests.host_state import HostState
+from tests.images import build
 
 pytestmark = pytest.mark.root
 
@@ -37,7 +37,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "--nodes", "3", "--kubelet-config", str(made.folder / "kubelet.yaml"),
         "--controller-manager-arg", "node-monitor-grace-period=4s", "--controller-manager-arg", "node-monitor-period=1s",
     )  # fmt: skip
-    made.knarr("image", "load", str(images.archive()))
+    made.knarr("image", "load", str(build.busybox()))
     yield made
     made.delete()
     left = HostState.take().difference(before)
@@ -51,7 +51,7 @@ def ready(cluster: Cluster, node: str) -> str:
 def run(cluster: Cluster, name: str, node: str, script: str, *, seconds: int = 0, priority: str = "") -> None:
     """A pod on a node that is evicted `seconds` after the node is gone."""
     gone = [{"key": f"node.kubernetes.io/{key}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": seconds} for key in ("not-ready", "unreachable")]
-    container = {"name": "c", "image": "dockercoins/rng:v0.1", "imagePullPolicy": "Never", "command": ["python3", "-c", script]}
+    container = {"name": "c", "image": "busybox", "imagePullPolicy": "Never", "command": ["sh", "-c", script]}
     spec = {"nodeName": node, "containers": [container], "tolerations": gone, "terminationGracePeriodSeconds": 30}
     if priority:
         spec["priorityClassName"] = priority
@@ -62,7 +62,8 @@ def forget(cluster: Cluster, *names: str) -> None:
     cluster.kubectl("delete", "pod", "-n", "kube-system", "--force", "--grace-period=0", "--ignore-not-found", *names)
 
 
-ENDING = "import signal, sys, time; signal.signal(15, lambda *_: (time.sleep({seconds}), sys.exit(0))); signal.pause()"
+ENDING = "trap 'sleep {seconds}; exit 0' TERM; while :; do sleep 1; done"
+FOREVER = "sleep 100000"
 
 
 def test_a_node_that_is_stopped_ends_its_pods_in_order_and_says_so(nodes: Cluster) -> None:
@@ -88,8 +89,8 @@ def test_a_node_that_is_stopped_ends_its_pods_in_order_and_says_so(nodes: Cluste
 
 
 def test_nodes_that_are_killed_are_found_out_their_pods_evicted_and_they_come_back(nodes: Cluster) -> None:
-    run(nodes, "evicted", SECOND, "import signal; signal.pause()")
-    run(nodes, "kept", THIRD, "import signal; signal.pause()", seconds=600)
+    run(nodes, "evicted", SECOND, FOREVER)
+    run(nodes, "kept", THIRD, FOREVER, seconds=600)
     nodes.kubectl("wait", "-n", "kube-system", "--for=condition=Ready", "pod/evicted", "pod/kept", "--timeout=60s")
     for node in (SECOND, THIRD):
         nodes.knarr("node", "kill", node)
@@ -110,7 +111,7 @@ def test_nodes_that_are_killed_are_found_out_their_pods_evicted_and_they_come_ba
 
 
 def test_a_node_behind_a_cut_cable_goes_on_and_is_taken_back(nodes: Cluster) -> None:
-    run(nodes, "lonely", SECOND, "import signal; signal.pause()", seconds=600)
+    run(nodes, "lonely", SECOND, FOREVER, seconds=600)
     nodes.kubectl("wait", "-n", "kube-system", "--for=condition=Ready", "pod/lonely", "--timeout=60s")
     before = nodes.get("pod", "lonely", "-n", "kube-system")["status"]["containerStatuses"][0]["containerID"]
     netns = next(n["netns"] for n in json.loads(nodes.knarr("status", "-o", "json").stdout)["nodes"] if n["name"] == SECOND)

@@ -85,3 +85,12 @@ async def test_resources_that_others_advertise_on_the_node_can_be_allocated_unti
     await offers("1k")
     await patched(None)
     await offers(None)
+
+
+async def test_a_node_that_others_called_unknown_says_at_once_that_it_is_there(bench: Bench) -> None:
+    node = await bench.client.get(NODES, bench.node_name)
+    missed = [{**c, "status": "Unknown", "reason": "NodeStatusUnknown"} for c in node["status"]["conditions"]]
+    await bench.client.patch(NODES, bench.node_name, None, {"status": {"conditions": missed}}, subresource="status")
+    async with asyncio.timeout(5):
+        while condition(await bench.client.get(NODES, bench.node_name), "Ready") != "True":
+            await asyncio.sleep(0.05)

@@ -278,6 +278,7 @@ class Kubelet:
 
     async def _run_pods(self) -> None:
         await self.reporter.register()
+        self._node.add_handler(on_update=lambda _, node: self.reporter.seen(node))
         self._pods.add_handler(self._on_add, self._on_update, self._on_delete)
         await self.informers.start()
         await self._pods.wait_synced()

@@ -26,6 +26,7 @@ from knarr.runtime.cri import ImageService, RuntimeFault, RuntimeService
 log = get_logger(__name__)
 
 _LEASE_NAMESPACE = "kube-node-lease"
+_LEAST_TIMEOUT_SECONDS = 5.0
 _MAX_IMAGES = 50
 _NAMES_PER_IMAGE = 5
 _PRESSURES = (
@@ -89,6 +90,16 @@ class NodeReporter:
         """Something in the status became different: look now."""
         self._changed.set()
 
+    def seen(self, node: Object) -> None:
+        """The API server's copy changed; others write there too, above all Unknown when they missed this node's heart-beat."""
+        if self._reported is None:
+            return
+        ours = {c["type"]: c["status"] for c in self._reported["conditions"]}
+        theirs = {c["type"]: c["status"] for c in (node.get("status") or {}).get("conditions") or []}
+        if any(theirs.get(kind) != status for kind, status in ours.items()):
+            self.node, self._reported = node, None
+            self._changed.set()
+
     def _labels(self) -> dict[str, str]:
         arch = machine.architecture()
         return {
@@ -151,7 +162,9 @@ class NodeReporter:
         await self.registered.wait()
         while True:
             try:
-                await self.report()
+                # A request that hangs must not outlast the interval: on a new connection the next one may get through.
+                async with asyncio.timeout(max(_LEAST_TIMEOUT_SECONDS, self._config.node_status_interval_seconds)):
+                    await self.report()
             except errors.StatusError as e:
                 log.warning("node status not stored", error=str(e))
                 if errors.is_not_found(e) and self._config.reappear:
@@ -282,7 +295,8 @@ class NodeReporter:
         held: Object | None = None
         while True:
             try:
-                held = await self._renew(held)
+                async with asyncio.timeout(max(_LEAST_TIMEOUT_SECONDS, self._config.lease_renew_seconds)):
+                    held = await self._renew(held)
             except (errors.StatusError, *UNREACHABLE) as e:
                 log.warning("node lease not renewed", error=str(e))
                 held = None
