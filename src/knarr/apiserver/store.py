@@ -204,6 +204,9 @@ class ResourceStore:
     async def change(self, namespace: str, name: str, change: Callable[[Object], Object]) -> None:
         """The same for a change that always is one, and whose result nobody asks for.
 
+        Args:
+          change: gets the shared object, of which it must copy what it changes and the metadata.
+
         Raises:
           StatusError: as update.
         """
@@ -212,7 +215,7 @@ class ResourceStore:
         for _ in range(UPDATE_TRIES):
             if cached is None:
                 raise errors.not_found(self.resource, name)
-            if await self.put(key, change(self.cache.private(cached)), cached.revision) is not None:
+            if await self.put(key, change(self.cache.decoded(cached)), cached.revision) is not None:
                 return
             cached = await self.refresh(key)
         raise errors.conflict(self.resource, name, "the object has been modified; please apply your changes to the latest version and try again")

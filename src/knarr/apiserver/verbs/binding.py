@@ -70,28 +70,28 @@ async def _assign(call: Call, pods: ResourceStore, name: str, binding: Object) -
             raise errors.conflict("pods/binding", name, f'pod {name} is already assigned to node "{spec["nodeName"]}"')
         if spec.get("schedulingGates"):
             raise errors.conflict("pods/binding", name, f"pod {name} has non-empty .spec.schedulingGates")
-        spec["nodeName"] = node
+        metadata = dict(metadata)
         for key in ("annotations", "labels"):
             if given.get(key):
                 metadata[key] = {**(metadata.get(key) or {}), **given[key]}
-        _scheduled(pod)
-        return pod
+        return {**pod, "metadata": metadata, "spec": {**spec, "nodeName": node}, "status": _scheduled(pod)}
 
     if call.dry_run:
         current = pods.get_nowait(call.namespace, name)
         if current is None:
             raise errors.not_found("pods", name)
-        change(pods.cache.private(pods.cache.objects[f"{call.namespace}/{name}"]))
+        change(current)
         return
     await pods.change(call.namespace, name, change)
 
 
-def _scheduled(pod: Object) -> None:
-    status = pod.setdefault("status", {})
+def _scheduled(pod: Object) -> Object:
+    """The status of a pod that has a node now."""
+    status = pod.get("status") or {}
     condition: Object = {"type": "PodScheduled", "status": "True", "lastProbeTime": None, "lastTransitionTime": clock.now_rfc3339()}
     generation = pod["metadata"].get("generation") or 0
     others = [c for c in status.get("conditions") or [] if c.get("type") != "PodScheduled"]
     before = next((c for c in status.get("conditions") or [] if c.get("type") == "PodScheduled"), None)
     if before is not None and before.get("observedGeneration"):
         condition["observedGeneration"] = generation
-    status["conditions"] = [*others, condition]
+    return {**status, "conditions": [*others, condition]}
