@@ -77,6 +77,8 @@ def _kernel() -> list[Finding]:
     for namespace in ("net", "ipc", "uts", "mnt", "pid"):
         if not Path(f"/proc/self/ns/{namespace}").exists():
             findings.append(Finding(f"the kernel offers no {namespace} namespaces", "use a kernel built with namespaces"))
+    if not any(line.split()[4] == "/" for line in Path("/proc/self/mountinfo").read_text().splitlines()):
+        findings.append(Finding("/ is not a mount point (a plain chroot), and runc refuses that", "bind-mount the chroot on itself before entering it"))
     forward = Path("/proc/sys/net/ipv4/ip_forward")
     if os.geteuid() == 0 and not os.access(forward, os.W_OK):
         findings.append(Finding(f"{forward} cannot be written", "run outside an unprivileged container, or mount /proc writable"))
