@@ -35,7 +35,9 @@ async def patch(call: Call, mode: UpdateMode) -> None:
         raise errors.invalid("PatchOptions.meta.k8s.io", "", [errors.field_forbidden("force", "may not be specified for non-apply patch")])
 
     async def change(old: Object | None, attempt: int) -> Object:
-        assert old is not None
+        if old is None:
+            # Where an update may create, an apply may, too, but not a patch, which changes something.
+            raise errors.not_found(endpoint.resource, call.info.name)
         new, warnings = apply_patch(endpoint.resource, old, body, content_type, call.field_validation or "Warn")
         call.warnings += warnings
         _complete(call, new)
