@@ -112,9 +112,10 @@ async def place(bench: Bench, tmp_path: Path) -> AsyncIterator[Place]:
     registry = bench.folder / "kubelet" / "plugins_registry"
     registry.mkdir(parents=True, exist_ok=True)
     driver = Driver(tmp_path, cdi)
-    register = FakePlugin(
-        registry / "driver.sock", {"pluginregistration.Registration": registration("DRAPlugin", DRIVER, driver.socket, "v1.DRAPlugin")}
-    )
+    # A name as long as those of plugins that are updated in place: too long for the address of a socket.
+    folder = os.open(registry, os.O_PATH)
+    socket = Path(f"/proc/self/fd/{folder}/{DRIVER}-{'x' * 50}-reg.sock")
+    register = FakePlugin(socket, {"pluginregistration.Registration": registration("DRAPlugin", DRIVER, driver.socket, "v1.DRAPlugin")})
     await driver.start()
     await register.start()
     place = Place(bench, driver, register)
@@ -128,6 +129,7 @@ async def place(bench: Bench, tmp_path: Path) -> AsyncIterator[Place]:
     finally:
         await register.stop()
         await driver.stop()
+        os.close(folder)
         for path in cdi.glob(f"{DRIVER}-*"):
             path.unlink()
         if not existed:

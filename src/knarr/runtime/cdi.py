@@ -51,6 +51,9 @@ def apply(document: dict[str, Any], names: list[str], folders: Iterable[str] = F
             common_done.add(id(common))
             _edit(document, common)
         _edit(document, own)
+    # The home folder that nobody asked for comes last, behind what devices bring, as when the OCI runtime adds it.
+    environment = document["process"]["env"]
+    environment.sort(key=lambda item: item.startswith("HOME="))
 
 
 def _load(folders: Iterable[str]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:

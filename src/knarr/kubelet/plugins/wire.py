@@ -8,10 +8,12 @@ Source: CSI spec v1 csi.proto, kubelet pluginregistration/v1, deviceplugin/v1bet
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
 Message = dict[str, Any]
+_LONGEST_ADDRESS = 107
 Field = tuple[str, str]
 """(name, type); the type is a scalar, "map" (of strings), "map:MESSAGE", a message's name, or a type with "[]"."""
 
@@ -231,10 +233,22 @@ class Plugin:
         import grpc.aio
 
         self._grpc = grpc
+        self._folder = -1
+        if len(os.fsencode(socket_path)) > _LONGEST_ADDRESS:
+            # The kernel takes no longer name for a socket, but finds it by its folder's descriptor.
+            folder, name = os.path.split(socket_path)
+            try:
+                self._folder = os.open(folder, os.O_PATH | os.O_CLOEXEC)
+            except OSError as e:
+                raise PluginError(f"{socket_path}: {e.strerror}") from e
+            socket_path = f"/proc/self/fd/{self._folder}/{name}"
         self._channel = grpc.aio.insecure_channel(f"unix://{socket_path}", options=[("grpc.enable_http_proxy", 0)])
 
     async def close(self) -> None:
         await self._channel.close()
+        if self._folder >= 0:
+            os.close(self._folder)
+            self._folder = -1
 
     async def call(self, method: str, request: str, message: Message, answer: str, timeout_seconds: float = 120.0) -> Message:
         """One call; `method` is "/package.Service/Method". Raises PluginError."""
