@@ -10,10 +10,11 @@ from typing import Any
 
 from knarr.aiokits.log import get_logger
 from knarr.api.errors import StatusError
-from knarr.api.resources import CLUSTER_ROLE_BINDINGS, CLUSTER_ROLES
+from knarr.api.resources import CLUSTER_ROLE_BINDINGS, CLUSTER_ROLES, STORAGE_CLASSES
 from knarr.api.scheme import Resource
 from knarr.api.types import Object
 from knarr.client.rest import Client
+from knarr.controllers.volume import localpath
 from knarr.http.errors import HTTPError
 
 log = get_logger(__name__)
@@ -45,7 +46,15 @@ async def ensure(client: Client) -> None:
     Cancellation: leaves some objects made; the next start makes the rest.
     """
     await _ensure_role(client, NETWORK_GROUP, NETWORK_RULES, {"kind": "Group", "name": NETWORK_GROUP})
+    if not (await _storage_classes(client)):
+        await apply(client, STORAGE_CLASSES, localpath.default_class(), fixed=True)
     await _ensure_role(client, "knarr:load-balancer", BALANCER_RULES, {"kind": "User", "name": "system:kube-controller-manager"})
+
+
+async def _storage_classes(client: Client) -> list[Object]:
+    """Those that exist: a cluster has our class from its first start until somebody brings his own."""
+    found: list[Object] = (await client.list(STORAGE_CLASSES)).get("items") or []
+    return found
 
 
 async def _ensure_role(client: Client, name: str, rules: list[dict[str, Any]], subject: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Names of all controllers, as upstream's, and where each is made.
+"""Names of all controllers, as upstream's and one of ours (local-path-provisioner-controller), and where each is made.
 
 A value is "module:callable" below this package; the callable takes a Context. Modules are imported
 only when their controller is enabled.
@@ -19,6 +19,7 @@ CONTROLLERS: dict[str, str] = {
     "validatingadmissionpolicy-status-controller": "admissionpolicystatus:ValidatingAdmissionPolicyStatusController",
     "persistentvolume-binder-controller": "volume.binder:PersistentVolumeBinder",
     "persistentvolume-attach-detach-controller": "volume.attachdetach:AttachDetachController",
+    "local-path-provisioner-controller": "volume.localpath:LocalPathProvisioner",
     "persistentvolume-expander-controller": "volume.expander:VolumeExpander",
     "persistentvolumeclaim-protection-controller": "volume.protection:ClaimProtection",
     "persistentvolume-protection-controller": "volume.protection:VolumeProtection",

@@ -21,6 +21,7 @@ from knarr.kubelet import machine
 from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.faults import UNREACHABLE
 from knarr.kubelet.node import Capacity, RecordEvent
+from knarr.kubelet.volumes import local
 from knarr.runtime.cri import ImageService, RuntimeFault, RuntimeService
 
 log = get_logger(__name__)
@@ -130,7 +131,7 @@ class NodeReporter:
 
     async def _register_once(self) -> Object:
         name = self._config.node_name
-        annotations = {"volumes.kubernetes.io/controller-managed-attach-detach": "true"}
+        annotations = {"volumes.kubernetes.io/controller-managed-attach-detach": "true", local.FOLDER_ANNOTATION: local.folder(self._config)}
         fresh: Object = {
             "apiVersion": "v1",
             "kind": "Node",
@@ -152,7 +153,7 @@ class NodeReporter:
         existing = await self._client.get(NODES, name)
         labels, held = self._labels(), existing["metadata"].get("labels") or {}
         missing = {k: v for k, v in labels.items() if held.get(k) != v and (k in self._config.node_labels or k not in held or "hostname" in k)}
-        absent = {k: v for k, v in annotations.items() if k not in (existing["metadata"].get("annotations") or {})}
+        absent = {k: v for k, v in annotations.items() if v != (existing["metadata"].get("annotations") or {}).get(k)}
         if missing or absent:
             existing = await self._client.patch(NODES, name, None, {"metadata": {"labels": missing, "annotations": absent}}, type="strategic")
         return existing

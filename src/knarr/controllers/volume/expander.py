@@ -12,6 +12,7 @@ from knarr.api.types import Object
 from knarr.client.controller import Controller
 from knarr.controllers.context import Context, object_key
 from knarr.controllers.volume import match
+from knarr.controllers.volume.localpath import PROVISIONER
 
 
 class VolumeExpander:
@@ -43,6 +44,8 @@ class VolumeExpander:
         volume = self._volumes.get(None, claim["spec"].get("volumeName", ""))
         if volume is None or (volume["spec"].get("claimRef") or {}).get("uid") != claim["metadata"]["uid"]:
             return
+        if meta.annotations(volume).get(match.PROVISIONED_BY) == PROVISIONER:
+            return  # localpath.py sees to it
         if volume["spec"].get("csi") and meta.annotations(claim).get("volume.kubernetes.io/storage-resizer"):
             return
         if volume["spec"].get("csi"):

@@ -17,6 +17,7 @@ from knarr.api.types import Object
 from knarr.http.server import HTTPServer, Request
 from knarr.kubelet.server import configz, container_logs, metrics, node_logs, stats, streaming
 from knarr.kubelet.server.auth import Authorizer
+from knarr.kubelet.volumes import local
 
 if TYPE_CHECKING:
     from knarr.kubelet.kubelet import Kubelet
@@ -55,6 +56,19 @@ async def _running_pods(kubelet: Kubelet, request: Request, parts: list[str]) ->
     request.respond(200, _JSON, orjson.dumps(body))
 
 
+async def _local_volumes(kubelet: Kubelet, request: Request, parts: list[str]) -> None:
+    """DELETE /localvolumes/NAME: remove the folder of a released volume."""
+    if request.method != "DELETE" or len(parts) != 1:
+        request.respond(405, _TEXT, b"method not allowed\n")
+        return
+    try:
+        found = await local.remove(kubelet.config, parts[0])
+    except OSError as error:
+        request.respond(500, _TEXT, f"{error}\n".encode())
+        return
+    request.respond(200 if found else 404, _TEXT, b"")
+
+
 _ROUTES: dict[str, Route] = {
     "healthz": _healthz,
     "pods": _pods,
@@ -68,6 +82,7 @@ _ROUTES: dict[str, Route] = {
     "metrics": metrics.serve,
     "configz": configz.serve,
     "logs": node_logs.serve,
+    "localvolumes": _local_volumes,
 }
 
 

@@ -15,7 +15,7 @@ from knarr.api import errors
 from knarr.api.resources import PERSISTENT_VOLUME_CLAIMS, PERSISTENT_VOLUMES
 from knarr.api.types import Object
 from knarr.client.rest import Client
-from knarr.kubelet.volumes import host, mounts
+from knarr.kubelet.volumes import host, local, mounts
 from knarr.kubelet.volumes.csi import CSIVolumes
 from knarr.kubelet.volumes.model import MountedVolume, VolumeError
 
@@ -69,6 +69,7 @@ class Claims:
             mounted = await self._csi.mount_persistent(pod, volume["name"], persistent, pod_dir, read_only=read_only)
             return mounted, groups
         source = {k: v for k, v in spec.items() if k in _SOURCES}
+        local.ensure(persistent)
         options = list(spec.get("mountOptions") or [])
         inner = persistent["metadata"]["name"]
         mounted = await self._mount_source(pod, volume["name"], inner, source, pod_dir, read_only=read_only or _read_only(source), options=options)
