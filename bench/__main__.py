@@ -2,21 +2,22 @@
 
 ./run bench                     every row
 ./run bench get create list     only rows whose name begins with one of these words
-./run bench --reference-apiserver PATH --reference-etcd PATH    the HTTP rows also against another API server
+./run bench --reference-apiserver PATH --reference-etcd PATH    the rows of the API server also against another
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
-from bench import cluster_rows, http_rows, machine, network_rows, node_rows, scheduler_core_rows, scheduler_rows, watch_rows
+from bench import api_rows, cluster_rows, http_rows, machine, network_rows, node_rows, scheduler_core_rows, scheduler_rows, watch_rows
 from bench.row import Row, table
 
-MODULES = (http_rows, watch_rows, scheduler_core_rows, scheduler_rows, network_rows, cluster_rows, node_rows)
+MODULES = (http_rows, watch_rows, api_rows, scheduler_core_rows, scheduler_rows, network_rows, cluster_rows, node_rows)
 
 
 def main() -> int:
@@ -25,8 +26,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each timed load")
     parser.add_argument("--repeat", type=int, default=3, help="measurements per row; the median is shown")
     parser.add_argument("--json", type=Path, default=Path("bench/out/results.json"))
-    parser.add_argument("--reference-apiserver", default="", help="program of another API server to measure beside ours")
-    parser.add_argument("--reference-etcd", default="", help="its etcd")
+    parser.add_argument("--reference-apiserver", default=os.environ.get("BENCH_REFERENCE_APISERVER", ""), help="program of another API server to measure beside ours")
+    parser.add_argument("--reference-etcd", default=os.environ.get("BENCH_REFERENCE_ETCD", "etcd"), help="its etcd")
     options = parser.parse_args()
     measured: list[Row] = []
     print(machine.describe(), file=sys.stderr)

@@ -8,11 +8,11 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bench.row import Row
-from bench.servers import Target, ours, reference
+from bench.servers import Target, beside
 
 ROWS = ("get", "create", "list-500", "list-all-10000")
 OBJECTS = 10_000
@@ -31,9 +31,7 @@ end
 
 def measure(names: list[str], options: argparse.Namespace) -> Iterator[Row]:
     with contextlib.ExitStack() as stack:
-        targets = [stack.enter_context(ours())]
-        if options.reference_apiserver:
-            targets.append(stack.enter_context(reference(options.reference_apiserver, options.reference_etcd)))
+        targets = [stack.enter_context(each) for each in beside(options)]
         for target in targets:
             target.request("POST", "/api/v1/namespaces", b'{"metadata":{"name":"bench"}}')
         runs: dict[str, Callable[[Target, int], float]] = {
@@ -93,7 +91,9 @@ def trim(target: Target, count: int) -> None:
         target.request("DELETE", f"/api/v1/namespaces/big/configmaps/{item['metadata']['name']}")
 
 
-def wrk(target: Target, path: str, seconds: float, script: str = "", *, connections: int = CONNECTIONS, threads: int = 1) -> float:
+def wrk(
+    target: Target, path: str, seconds: float, script: str = "", *, connections: int = CONNECTIONS, threads: int = 1, headers: Sequence[str] = (),
+) -> float:  # fmt: skip
     """Requests a second that wrk saw answered. Raises RuntimeError when any answer was not of the 2xx class."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -109,6 +109,8 @@ def wrk(target: Target, path: str, seconds: float, script: str = "", *, connecti
             "-H",
             "Content-Type: application/json",
         ]
+        for header in headers:
+            command += ["-H", header]
         if script:
             lua = Path(folder) / "load.lua"
             lua.write_text(script)

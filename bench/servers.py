@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import http.client
 import os
 import signal
 import socket
@@ -13,7 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,25 @@ class Target:
         with urllib.request.urlopen(request, context=self.context(), timeout=60) as answer:
             return bytes(answer.read())
 
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[Callable[..., int]]:
+        """Give ask(method, path, body, wanted status) -> status over one connection that is kept."""
+        host, port = self.url.removeprefix("https://").split(":")
+        connection = http.client.HTTPSConnection(host, int(port), context=self.context(), timeout=60)
+
+        def ask(method: str, path: str, body: bytes | None = None, wanted: int = 0) -> int:
+            connection.request(method, path, body, {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"})
+            answer = connection.getresponse()
+            text = answer.read()
+            if wanted and answer.status != wanted:
+                raise RuntimeError(text.decode())
+            return answer.status
+
+        try:
+            yield ask
+        finally:
+            connection.close()
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -52,17 +73,50 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def beside(options: argparse.Namespace) -> list[contextlib.AbstractContextManager[Target]]:
+    """The servers that a row measures in turn: ours, and the reference if one was named."""
+    found = [ours()]
+    if options.reference_apiserver:
+        found.append(reference(options.reference_apiserver, options.reference_etcd))
+    return found
+
+
 @contextlib.contextmanager
 def ours() -> Iterator[Target]:
     """Our API server with its embedded store on disk."""
     with tempfile.TemporaryDirectory(prefix="knarr-bench-") as name:
         folder = Path(name)
-        port = free_port()
         _credentials(folder)
-        with _process([sys.executable, "-m", "bench.apiserver", str(folder), str(port)], folder / "server.log") as pid:
-            target = Target("knarr", f"https://127.0.0.1:{port}", folder, pid)
-            _wait(target)
+        with _ours_in(folder) as target:
             yield target
+
+
+@contextlib.contextmanager
+def restarted(target: Target, between: Callable[[], None]) -> Iterator[float]:
+    """Give the seconds that our server needs to be ready in a new process, after `between` has changed its stopped store."""
+    os.kill(target.pid, signal.SIGTERM)
+    while not _ended(target.pid):
+        time.sleep(0.01)
+    between()
+    begin = time.monotonic()
+    with _ours_in(target.folder):
+        yield time.monotonic() - begin
+
+
+def _ended(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+
+
+@contextlib.contextmanager
+def _ours_in(folder: Path) -> Iterator[Target]:
+    port = free_port()
+    with _process([sys.executable, "-m", "bench.apiserver", str(folder), str(port)], folder / "server.log") as pid:
+        target = Target("knarr", f"https://127.0.0.1:{port}", folder, pid)
+        _wait(target)
+        yield target
 
 
 @contextlib.contextmanager

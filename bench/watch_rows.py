@@ -15,7 +15,7 @@ import orjson
 import uvloop
 
 from bench.row import Row
-from bench.servers import TOKEN, Target, ours, reference
+from bench.servers import TOKEN, Target, beside
 
 ROWS = ("fan-out",)
 WATCHERS, WRITERS = 100, 4
@@ -23,9 +23,7 @@ WATCHERS, WRITERS = 100, 4
 
 def measure(names: list[str], options: argparse.Namespace) -> Iterator[Row]:
     with contextlib.ExitStack() as stack:
-        targets = [stack.enter_context(ours())]
-        if options.reference_apiserver:
-            targets.append(stack.enter_context(reference(options.reference_apiserver, options.reference_etcd)))
+        targets = [stack.enter_context(each) for each in beside(options)]
         rates: list[list[float]] = [[] for _ in targets]
         waits: list[list[float]] = [[] for _ in targets]
         for run in range(options.repeat):
@@ -64,7 +62,9 @@ async def _drive(target: Target, seconds: float, run: int) -> tuple[float, float
 
     async def watch(number: int) -> None:
         reader, writer = await _open(target)
-        writer.write(f"GET /api/v1/namespaces/default/configmaps?watch=1 HTTP/1.1\r\n{head}\r\n".encode())
+        # From the watch cache, as every informer: without a version a reference with an old etcd asks that for each watcher, and then
+        # each event waits for the next one.
+        writer.write(f"GET /api/v1/namespaces/default/configmaps?watch=1&resourceVersion=0 HTTP/1.1\r\n{head}\r\n".encode())
         await reader.readuntil(b"\r\n\r\n")
         ready.release()
         while data := await reader.read(1 << 18):
