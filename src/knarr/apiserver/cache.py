@@ -130,8 +130,9 @@ class ResourceCache:
         self.trigger = -1
         """Index of the field by which most watchers select (pods: spec.nodeName); -1 without."""
         self.handlers: tuple[Callable[[str, Object, Object | None], None], ...] = ()
-        self.pending: dict[str, tuple[bytes, Object]] = {}
-        """Key -> (value, decoded) of writes on their way: spares decoding what was just encoded here."""
+        self.pending: dict[str, tuple[bytes, Object, object]] = {}
+        """Key -> (value, decoded, form) of writes on their way: spares decoding what was just encoded here, and converting it to a form
+        that it is in already (None: to none)."""
         self.bytes = 0
 
     # -- filling ---------------------------------------------------------------------------------------------------------
@@ -203,7 +204,12 @@ class ResourceCache:
             self.bytes -= len(previous.item)
             return Event(DELETED, revision, previous.at_revision(revision), previous, now)
         written = self.pending.get(key)
-        current = self.make(key, value, revision, written[1] if written is not None and written[0] is value else None)
+        if written is not None and written[0] is value:
+            current = self.make(key, value, revision, written[1])
+            if written[2] is not None:
+                current.forms = {written[2]: current.item}
+        else:
+            current = self.make(key, value, revision)
         self.objects[key] = current
         self.bytes += len(current.item)
         if previous is None:

@@ -80,6 +80,14 @@ class Endpoint:
         """Whether objects of this version are stored without conversion."""
         return self.to_stored is None and self.converter is None
 
+    def form_of_written(self, obj: Object, stored: Object) -> object:
+        """Return the id of the form that an object just written here is in without further ado, None when there is no such form.
+
+        What a client wrote has been pruned and defaulted by the schema that would be applied to it again when it is read.
+        """
+        schema = self.schema
+        return self.json.id if schema is not None and stored is obj and self.converter is None and schema.settled else None
+
     @property
     def live_store(self) -> ResourceStore:
         if self.store is None:

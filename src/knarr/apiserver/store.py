@@ -114,15 +114,18 @@ class ResourceStore:
         return cancel
 
     # -- raw writes --------------------------------------------------------------------------------------------------------
-    async def put(self, key: str, obj: Object, expected: int) -> CachedObject | None:
+    async def put(self, key: str, obj: Object, expected: int, form: object = None) -> CachedObject | None:
         """Write an object (private, given away) if the key is at `expected`; None means the race was lost.
+
+        Args:
+          form: Id of a form that the stored bytes are in already.
 
         Raises:
           StatusError: the store cannot write now.
         """
         cache = self.cache
         value = encode(self.resource, obj)
-        cache.pending[key] = (value, obj)
+        cache.pending[key] = (value, obj, form)
         try:
             put = await self.storage.store.put(cache.prefix + key, value, expected=expected, lease_seconds=self.lease_seconds)
         except UnavailableError as error:

@@ -108,6 +108,9 @@ class CustomSchema:
         self.scale = Scaler.of(subresources["scale"]) if subresources.get("scale") else None
         self._scale_spec: Object = subresources.get("scale") or {}
         self._managers: dict[str, apply.FieldManager] = {}
+        status = (schema.get("properties") or {}).get("status") or {}
+        self.settled = status.get("default") is None and compiled.defaulter(status) is None
+        """Whether what was completed before its write is complete when read: no defaults come back for a status that was taken off."""
 
     @cached_property
     def columns(self) -> CustomColumns:

@@ -185,7 +185,8 @@ async def _try_create(call: Call, obj: Object) -> CachedObject | Object | None:
             raise StatusError(500, "", "resourceVersion should not be set on objects to be created")
         if key in store.cache.objects:
             return None
-        written = await store.put(key, obj if endpoint.stored_as_is else await endpoint.dump(obj), 0)
+        dumped = obj if endpoint.stored_as_is else await endpoint.dump(obj)
+        written = await store.put(key, dumped, 0, endpoint.form_of_written(obj, dumped))
         stored = written is not None
         return written
     finally:

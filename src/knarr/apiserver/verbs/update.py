@@ -211,7 +211,8 @@ async def _try_update(call: Call, mode: UpdateMode, change: Change, cached: Cach
         if call.dry_run:
             new["metadata"]["resourceVersion"] = str(cached.revision)
             return new
-        written = await store.put(cached.key, new if endpoint.stored_as_is else await endpoint.dump(new), cached.revision)
+        dumped = new if endpoint.stored_as_is else await endpoint.dump(new)
+        written = await store.put(cached.key, dumped, cached.revision, endpoint.form_of_written(new, dumped))
         stored = written is not None
         return written
     finally:
