@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     up.add_argument("--nodes", type=int, default=None, help="number of nodes on this machine, for a new cluster")
     up.add_argument("--storage", default=None, help="store address, for a new cluster (default: an embedded file)")
     up.add_argument("--oci-runtime", default=None, metavar="runc|crun|unix:///SOCKET", help="program that makes containers, or the socket of containerd or CRI-O")
+    up.add_argument("--container-runtime-endpoint", dest="oci_runtime", metavar="unix:///SOCKET", help="the same as --oci-runtime with a socket, by the kubelet's name for it")
     up.add_argument("--apiserver-arg", action="append", default=[], metavar="NAME=VALUE", help="option of kube-apiserver, e.g. oidc-issuer-url=URL")
     up.add_argument("--controllers", default=None, help="controllers to run, e.g. *,-deployment")
     up.add_argument("--tls-san", action="append", default=[], metavar="NAME|ADDRESS", help="further name of the API server for its certificate, e.g. one that other machines join by")

@@ -8,6 +8,7 @@ import pytest
 from knarr.cluster import config as cluster_config
 from knarr.cluster import preflight
 from knarr.cluster.config import ClusterConfig, ConfigError
+from knarr.runtime.probe import probe
 
 
 @pytest.fixture
@@ -51,3 +52,17 @@ def test_a_saved_cluster_is_read_back_whole(config: ClusterConfig) -> None:
     config.save()
     assert cluster_config.load("default", config.data_dir) == config
     assert cluster_config.load("default") == config, "the link finds it by name"
+
+
+def test_a_runtime_that_cannot_make_containers_here_is_found_out_with_its_own_words(tmp_path: Path) -> None:
+    """A program in crun's place; what Debian's crun says depends on the machine."""
+    program = tmp_path / "crun"
+    program.write_text("#!/bin/sh\n[ \"$3\" = create ] && { echo 'some words' >&2; echo 'cgroups in hybrid mode not supported' >&2; exit 1; }\nexit 0\n")
+    program.chmod(0o755)
+    assert probe(str(program)) == "cgroups in hybrid mode not supported"
+
+
+@pytest.mark.root
+def test_runc_makes_a_container_here_and_leaves_nothing() -> None:
+    assert probe("runc") == ""
+    assert not list(Path("/sys/fs/cgroup").glob("**/knarr-probe-*"))

@@ -47,11 +47,22 @@ def _programs(config: ClusterConfig) -> list[Finding]:
     if config.oci_runtime.startswith("unix://"):
         return _foreign_runtime(config)
     packages = {config.oci_runtime: config.oci_runtime, "conmon": "conmon", "nft": "nftables"}
-    return [
+    missing = [
         Finding(f"the program {program} is missing", f"install it: apt-get install {package}")
         for program, package in packages.items()
         if shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is None
     ]
+    return missing or _runtime_works(config)
+
+
+def _runtime_works(config: ClusterConfig) -> list[Finding]:
+    """Runc takes every layout of cgroups; of others one hears only when a container is made."""
+    if os.path.basename(config.oci_runtime) == "runc" or os.geteuid() != 0:
+        return []
+    from knarr.runtime.probe import probe
+
+    objection = probe(config.oci_runtime)
+    return [Finding(f"{config.oci_runtime} cannot make containers on this machine: {objection}", "use runc (--oci-runtime runc) or another release of it")] if objection else []
 
 
 def _foreign_runtime(config: ClusterConfig) -> list[Finding]:
