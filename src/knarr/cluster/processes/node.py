@@ -141,6 +141,7 @@ class Node:
         from knarr.network.policy import PolicyEngine
         from knarr.network.proxy.service_proxy import ServiceProxy
 
+        self.state.mkdir(parents=True, exist_ok=True)
         network = self.make_network()
         if known := self.remembered_cidrs():
             # A process that follows a killed one goes on with its network at once, so that the node never shows NotReady.
