@@ -14,10 +14,21 @@ import sys
 import time
 from pathlib import Path
 
-from bench import api_rows, cluster_rows, http_rows, machine, network_rows, node_rows, scheduler_core_rows, scheduler_rows, watch_rows
+from bench import (
+    api_rows,
+    cluster_rows,
+    http_rows,
+    machine,
+    network_rows,
+    node_rows,
+    scheduler_core_rows,
+    scheduler_perf_rows,
+    scheduler_rows,
+    watch_rows,
+)
 from bench.row import Row, table
 
-MODULES = (http_rows, watch_rows, api_rows, scheduler_core_rows, scheduler_rows, network_rows, cluster_rows, node_rows)
+MODULES = (http_rows, watch_rows, api_rows, scheduler_core_rows, scheduler_perf_rows, scheduler_rows, network_rows, cluster_rows, node_rows)
 
 
 def main() -> int:

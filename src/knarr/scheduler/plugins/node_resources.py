@@ -18,7 +18,7 @@ from knarr.scheduler.columns import Bools, Ints, Rows
 from knarr.scheduler.events import Action, ClusterEvent
 from knarr.scheduler.framework import MAXIMUM_SCORE, Cycle, Hint, Plugin, Rejection
 from knarr.scheduler.nodes import CPU, MEMORY
-from knarr.scheduler.podinfo import Pod, PodInfo
+from knarr.scheduler.podinfo import Pod, PodInfo, PodShape
 from knarr.scheduler.resources import amounts, pod_requests, scaled_down
 
 if TYPE_CHECKING:
@@ -62,6 +62,30 @@ def _node_could_fit(waiting: PodInfo, old: Pod | None, new: Pod | None) -> bool:
     had = amounts((old.get("status") or {}).get("allocatable"))
     names = ["pods", *(name for name, _ in waiting.shape.request_items)]
     return any(have.get(name, 0) > had.get(name, 0) for name in names)
+
+
+class Room:
+    """What a node would have left with one more pod on it, of all that this pod asks for; negative where it does not fit."""
+
+    __slots__ = ("_left", "_names", "_pods")
+
+    def __init__(self, names: list[str], left: list[int], pods: int) -> None:
+        self._names = names
+        self._left = left
+        self._pods = pods
+
+    def change(self, shape: PodShape, number: int) -> None:
+        """Take a pod off the node (1), or put it there (-1)."""
+        self._pods += number
+        requests, left = shape.requests, self._left
+        for index, name in enumerate(self._names):
+            amount = requests.get(name)
+            if amount:
+                left[index] += number * amount
+
+    @property
+    def fits(self) -> bool:
+        return self._pods >= 0 and (not self._left or min(self._left) >= 0)
 
 
 class NodeResourcesFit(Plugin):
@@ -115,16 +139,16 @@ class NodeResourcesFit(Plugin):
         parts: list[tuple[str, Bools | None]] = [(reason, mask[bad]) for reason, mask in short]
         return ~bad, Rejection(self.name, rows[bad], parts, unresolvable[bad])
 
-    def fits_one(self, cycle: Cycle, row: int) -> bool:
+    def room(self, cycle: Cycle, row: int) -> Room:
         """The filter for a single node, without arrays: preemption tries many small changes of one node."""
         table = cycle.table
-        if table.pods_count[row] >= table.pods_allowed[row]:
-            return False
+        names, left = [], []
         for name, wanted in cycle.shape.request_items:
-            index = table.resource(name)
-            if table.allocatable[index, row] - table.requested[index, row] < wanted and not self._is_ignored(name):
-                return False
-        return True
+            if not self._is_ignored(name):
+                index = table.resource(name)
+                names.append(name)
+                left.append(int(table.allocatable[index, row]) - int(table.requested[index, row]) - wanted)
+        return Room(names, left, int(table.pods_allowed[row]) - int(table.pods_count[row]) - 1)
 
     def _amounts(self, cycle: Cycle, rows: Rows, name: str) -> tuple[Ints, Ints] | None:
         """(allocatable, requested with this pod) of one resource; None when the resource does not count here."""

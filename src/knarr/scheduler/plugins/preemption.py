@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from knarr.aiokits import clock
 from knarr.scheduler.events import Action, ClusterEvent
 from knarr.scheduler.framework import Cycle, Diagnosis, Hint, Plugin, Profile, Refusal
 from knarr.scheduler.nodes import NodeInfo, NodeTable
-from knarr.scheduler.plugins.node_resources import NodeResourcesFit
+from knarr.scheduler.plugins.node_resources import NodeResourcesFit, Room
 from knarr.scheduler.podinfo import Pod, PodInfo
 from knarr.scheduler.queue import Nominator
 from knarr.scheduler.terms import selector
@@ -55,10 +56,16 @@ def _never(waiting: PodInfo, old: Pod | None, new: Pod | None) -> bool:
     return False
 
 
+@lru_cache(maxsize=4096)
+def _seconds(text: str) -> float:
+    """A time as a pod's status has it; thousands of pods share few of them."""
+    return clock.parse_rfc3339(text)
+
+
 def start_time(pod: Pod) -> float:
     """When a pod started; pods that have not are taken to start now."""
     text = (pod.get("status") or {}).get("startTime")
-    return clock.parse_rfc3339(text) if text else clock.now()
+    return _seconds(text) if text else clock.now()
 
 
 def by_importance(pods: Sequence[PodInfo]) -> list[PodInfo]:
@@ -69,7 +76,7 @@ def by_importance(pods: Sequence[PodInfo]) -> list[PodInfo]:
         index, info = entry
         text = (info.pod.get("status") or {}).get("startTime")
         if text:
-            return -info.priority, clock.parse_rfc3339(text), index
+            return -info.priority, _seconds(text), index
         return -info.priority, present, -index
 
     return [info for _, info in sorted(enumerate(pods), key=key)]
@@ -167,6 +174,7 @@ class DefaultPreemption(Plugin):
             offset = self.handle.random.randrange(len(rows))
             budgets = Budgets(self.handle.objects.list("PodDisruptionBudget"))
             trial = _Trial(profile, table, pod, nominator, budgets)
+            trial.look_at(rows)
             for step in range(len(rows)):
                 answer = trial.on_node(table.info(rows[(offset + step) % len(rows)]))
                 if isinstance(answer, Candidate):
@@ -215,6 +223,18 @@ class _Trial:
         follows = [p for p in profile.filters if p.follows_pods and p.name not in self._cycle.skipped_filters]
         fit = next((p for p in profile.filters if isinstance(p, NodeResourcesFit)), None)
         self._fit = fit if not follows else None
+        self._passing: frozenset[int] = frozenset()
+        """Rows that no filter refuses but the one for resources, when nothing else depends on the pods there."""
+
+    def look_at(self, rows: Sequence[int]) -> None:
+        """Prepare for trials on these rows."""
+        if self._fit is None:
+            return
+        skipped = self._cycle.skipped_filters
+        self._cycle.skipped_filters = skipped | {self._fit.name}
+        passing = self._profile.run_filters(self._cycle, np.array(rows, dtype=np.intp), None)
+        self._cycle.skipped_filters = skipped
+        self._passing = frozenset(passing.tolist())
 
     def on_node(self, info: NodeInfo) -> Candidate | list[str]:
         """Give the candidate this node makes, or the reasons why it makes none."""
@@ -225,13 +245,17 @@ class _Trial:
         others = [
             p for p in self._nominator.pods_for(info.name) if p.uid != self._pod.uid and p.priority >= priority and p.uid not in info.pods
         ]
+        if self._fit is not None and info.row in self._passing:
+            answer = self._by_numbers(self._fit.room(self._cycle, info.row), info, potential, others)
+            if answer is not None:
+                return answer
         removed = list(potential)
         try:
             for victim in potential:
                 self._table.displace(victim, info)
             for other in others:
                 self._table.place(other, info)
-            reasons = self._refused(info, first=True)
+            reasons = self._refused(info)
             if reasons:
                 return reasons
             violating, fine = self._budgets.split(by_importance(potential))
@@ -257,14 +281,30 @@ class _Trial:
             for other in others:
                 self._table.displace(other, info)
 
-    def _refused(self, info: NodeInfo, *, first: bool = False) -> list[str]:
+    def _by_numbers(self, room: Room, info: NodeInfo, potential: list[PodInfo], others: list[PodInfo]) -> Candidate | list[str] | None:
+        """The trial where only resources count: the table is not touched. None: there is not enough room even so."""
+        for victim in potential:
+            room.change(victim.shape, 1)
+        for other in others:
+            room.change(other.shape, -1)
+        if not room.fits:
+            return None
+        violating, fine = self._budgets.split(by_importance(potential))
+        victims: list[PodInfo] = []
+        violations = 0
+        for group in (violating, fine):
+            for victim in group:
+                room.change(victim.shape, -1)
+                if not room.fits:
+                    room.change(victim.shape, 1)
+                    victims.append(victim)
+                    violations += group is violating
+        if violating and fine:
+            victims = by_importance(victims)
+        return Candidate(info.name, victims, violations) if victims else [NO_VICTIMS]
+
+    def _refused(self, info: NodeInfo) -> list[str]:
         """Reasons why the pod does not fit the node as the table stands; empty when it fits."""
-        if self._fit is not None and not first:
-            return [] if self._fit.fits_one(self._cycle, info.row) else ["no room"]
-        if self._fit is not None and self._fit.fits_one(self._cycle, info.row):
-            # The other filters do not look at pods: a node that failed one of them is not among the candidates
-            # unless it failed resources first, so they are asked once.
-            return self._ask(self._cycle, info)
         cycle = Cycle(self._table, self._pod)
         diagnosis = Diagnosis()
         self._profile.run_pre_filters(cycle, diagnosis)
