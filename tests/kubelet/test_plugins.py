@@ -68,9 +68,10 @@ class CSIDriver(FakePlugin):
         endpoint = folder / "csi.sock"
         node = {
             "NodeGetInfo": ("Empty", "NodeGetInfoResponse", lambda m: {"node_id": "n1", "max_volumes_per_node": 7, "accessible_topology": {"segments": {"topology.test/zone": "a"}}}),
-            "NodeGetCapabilities": ("Empty", "NodeGetCapabilitiesResponse", lambda m: {"capabilities": [{"rpc": {"type": 1}}]}),
+            "NodeGetCapabilities": ("Empty", "NodeGetCapabilitiesResponse", lambda m: {"capabilities": [{"rpc": {"type": 1}}, {"rpc": {"type": 3}}]}),
             "NodeStageVolume": ("NodeStageVolumeRequest", "Empty", lambda m: None),
             "NodeUnstageVolume": ("NodeUnstageVolumeRequest", "Empty", lambda m: None),
+            "NodeExpandVolume": ("NodeExpandVolumeRequest", "NodeExpandVolumeResponse", lambda m: {"capacity_bytes": m["capacity_range"]["required_bytes"]}),
             "NodePublishVolume": ("NodePublishVolumeRequest", "Empty", self._publish),
             "NodeUnpublishVolume": ("NodeUnpublishVolumeRequest", "Empty", self._unpublish),
         }
@@ -141,10 +142,22 @@ async def test_a_csi_volume_is_staged_published_and_taken_back(bench: Bench, dri
     published = next(m for n, m in driver.calls if n == "NodePublishVolume")
     assert published["volume_context"]["csi.storage.k8s.io/pod.name"] == "p"
     assert published["volume_context"]["x"] == "y"
+    await client.patch(PERSISTENT_VOLUMES, "v", None, {"spec": {"capacity": {"storage": "2Gi"}}})
+    pending = {"conditions": [{"type": "FileSystemResizePending", "status": "True"}], "allocatedResourceStatuses": {"storage": "NodeResizePending"}}
+    await client.patch(PERSISTENT_VOLUME_CLAIMS, "c", bench.namespace, {"status": pending}, type="merge", subresource="status")
+    assert bench.kubelet is not None
+    bench.kubelet.csi.growth.look()
+    async with asyncio.timeout(10):
+        while (grown := (await client.get(PERSISTENT_VOLUME_CLAIMS, "c", bench.namespace))["status"])["capacity"] != {"storage": "2Gi"}:
+            await asyncio.sleep(0.02)
+    assert "conditions" not in grown
+    assert "allocatedResourceStatuses" not in grown
+    expanded = next(m for n, m in driver.calls if n == "NodeExpandVolume")
+    assert (expanded["volume_id"], expanded["capacity_range"], expanded["volume_path"]) == ("h1", {"required_bytes": 2 << 30}, published["target_path"])
     await client.delete(PODS, "p", bench.namespace)
     await bench.until_gone("p")
     order = [n for n, _ in driver.calls if n not in ("NodeGetInfo", "NodeGetCapabilities")]
-    assert order == ["NodeStageVolume", "NodePublishVolume", "NodeUnpublishVolume", "NodeUnstageVolume"]
+    assert order == ["NodeStageVolume", "NodePublishVolume", "NodeExpandVolume", "NodeUnpublishVolume", "NodeUnstageVolume"]
     assert (driver.folder / "h1" / "file").read_text() == "data\n"
 
 

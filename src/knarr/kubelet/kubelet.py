@@ -119,7 +119,7 @@ class Kubelet:
         def container_event(pod: Object, name: str, kind: str, reason: str, message: str) -> None:
             self._record(pod, kind, reason, message, field_path=podutil.field_path(pod, name))
 
-        self.csi = CSIVolumes(config, client)
+        self.csi = CSIVolumes(config, client, event)
         self.devices = DeviceManager(config.device_plugins_dir or os.path.join(config.root_dir, "device-plugins"), self._devices_changed)
         self.dynamic = DynamicResources(
             config.root_dir, client, config.node_name, lambda: [worker.uid for worker in self.workers.workers()]
@@ -222,6 +222,7 @@ class Kubelet:
                     ("plugins", self.plugins.run()),
                     ("devices", self.devices.run()),
                     ("affinity", self.node.affinity.run()),
+                    ("volume-growth", self.csi.growth.run()),
                     ("dynamic-resources", self.dynamic.run(self.ready)),
                     ("pods", self._run_pods()),
                     *self._certificate_loops(),

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.faults import UNREACHABLE
 from knarr.kubelet.plugins.wire import Message, Plugin, PluginError
 from knarr.kubelet.volumes import mounts
+from knarr.kubelet.volumes.growth import Growth, InUse
 from knarr.kubelet.volumes.model import MountedVolume, VolumeError
 
 log = get_logger(__name__)
@@ -49,9 +51,11 @@ class _Driver:
 class CSIVolumes:
     """Volumes served by CSI drivers."""
 
-    def __init__(self, config: KubeletConfig, client: Client) -> None:
+    def __init__(self, config: KubeletConfig, client: Client, event: Callable[[Object, str, str, str], None] = lambda *_: None) -> None:
+        """`event` records (pod, type, reason, message)."""
         self._config = config
         self._client = client
+        self.growth = Growth(client, self._grows, self._expand, event)
         self._drivers: dict[str, _Driver] = {}
         self._staging: dict[str, asyncio.Lock] = {}
 
@@ -177,7 +181,9 @@ class CSIVolumes:
             request["staging_target_path"] = staging
         context = dict(source.get("volumeAttributes") or {})
         read_only = read_only or bool(source.get("readOnly"))
-        return await self._publish(pod, name, inner, driver, spec, request, context, secrets, pod_dir, read_only=read_only, inline=False)
+        mounted = await self._publish(pod, name, inner, driver, spec, request, context, secrets, pod_dir, read_only=read_only, inline=False)
+        self._use(pod, persistent, request, mounted.path)
+        return mounted
 
     async def publish_block(self, pod: Object, name: str, persistent: Object, pod_dir: str, *, read_only: bool) -> MountedVolume:
         """Publish a volume as a device file. Raises VolumeError."""
@@ -204,6 +210,7 @@ class CSIVolumes:
         await self._call(driver, "NodePublishVolume", "NodePublishVolumeRequest", request)
         data = {"driver": driver.name, "handle": source["volumeHandle"], "target": target, "staging": staging}
         _record(os.path.join(pod_dir, "volumeDevices", "kubernetes.io~csi", inner), data)
+        self._use(pod, persistent, request, target)
         return MountedVolume(name, os.path.realpath(target), read_only=read_only, block=True)
 
     def _add_group(self, pod: Object, driver: _Driver, capability: Message) -> None:
@@ -325,6 +332,7 @@ class CSIVolumes:
 
     async def unmount(self, pod_uid: str, pod_dir: str) -> None:
         """Unpublish what the pod had and unstage what nobody else has. Raises VolumeError."""
+        self.growth.forget(pod_uid)
         for kind in ("volumes", "volumeDevices"):
             folder = os.path.join(pod_dir, kind, "kubernetes.io~csi")
             for entry in os.listdir(folder) if os.path.isdir(folder) else []:
@@ -365,15 +373,25 @@ class CSIVolumes:
                     os.rmdir(path)
         self._staging.pop(staging, None)
 
-    async def expand(self, persistent: Object, path: str, size_bytes: int) -> bool:
-        """Let the driver grow the file system after the volume has grown; False when it does not do that. Raises VolumeError."""
+    # --- growing ---
+
+    def _grows(self, driver: str) -> bool:
+        found = self._drivers.get(driver)
+        return found is not None and _EXPAND in found.capabilities
+
+    async def _expand(self, driver: str, request: Message, secrets: Object | None) -> None:
+        await self._call(self._driver(driver), "NodeExpandVolume", "NodeExpandVolumeRequest", {**request, "secrets": await self._secrets(secrets)})
+
+    def _use(self, pod: Object, persistent: Object, request: Message, path: str) -> None:
+        """Have the file system grow with the volume while this pod uses it."""
         source = persistent["spec"]["csi"]
-        driver = self._driver(source["driver"])
-        if _EXPAND not in driver.capabilities:
-            return False
-        request = {"volume_id": source["volumeHandle"], "volume_path": path, "capacity_range": {"required_bytes": size_bytes}}
-        await self._call(driver, "NodeExpandVolume", "NodeExpandVolumeRequest", request)
-        return True
+        growing = {
+            "volume_id": source["volumeHandle"],
+            "volume_path": path,
+            "staging_target_path": request.get("staging_target_path", ""),
+            "volume_capability": request["volume_capability"],
+        }
+        self.growth.use(source["driver"], InUse(pod, persistent["metadata"]["name"], growing, source.get("nodeExpandSecretRef")))
 
 
 def _owned_by_kubelet(spec: Object, request: Message, pod: Object) -> bool:
