@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+from knarr.http.transports import close_once
+
 HIGH_WATER_BYTES = 256 * 1024
 
 
@@ -98,11 +100,11 @@ class RawConnection:
         if self._transport.can_write_eof():
             self._transport.write_eof()
         else:
-            self._transport.close()
+            close_once(self._transport)
 
     def close(self) -> None:
         """Close after what was written has been sent."""
-        self._transport.close()
+        close_once(self._transport)
 
     def abort(self) -> None:
         """Drop the connection at once."""

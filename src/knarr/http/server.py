@@ -30,6 +30,7 @@ from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
 from knarr.http.errors import BadRequest, BodyTooLarge
 from knarr.http.raw import RawConnection
+from knarr.http.transports import close_once
 
 log = get_logger(__name__)
 
@@ -385,9 +386,9 @@ class _Connection(asyncio.Protocol):
                 render_head(status, [("Content-Type", "text/plain; charset=utf-8"), ("Connection", "close")])
                 + b"Content-Length: %d\r\n\r\n" % len(body) + body
             )
-            self.transport.close()
+            close_once(self.transport)
         elif self.transport is not None and self.stream is not None:
-            self.transport.close()
+            close_once(self.transport)
 
     def _drop(self) -> None:
         if self.transport is not None:
@@ -515,7 +516,7 @@ class _Connection(asyncio.Protocol):
         if transport is None:
             return
         if not keep or self._closing:
-            transport.close()
+            close_once(transport)
             return
         if self._waiting:
             # Through the loop, not by recursion: hundreds of pipelined requests must not nest.
@@ -645,7 +646,7 @@ class HTTPServer:
             self._sweeper = None
         for connection in list(self.connections):
             if connection.current is None and connection.raw is None and connection.transport is not None:
-                connection.transport.close()
+                close_once(connection.transport)
         busy = [c.gone for c in self.connections if c.current is not None]
         if busy and grace_seconds > 0:
             await asyncio.wait(busy, timeout=grace_seconds)
