@@ -128,16 +128,17 @@ class Pod(Strategy):
         self.raise_generation(obj, old)
 
     def prepare_resize(self, call: Call, obj: Object, old: Object) -> None:
-        """Only the resources and resize policies of containers are taken over."""
-        wanted = {c.get("name"): c for c in (obj.get("spec") or {}).get("containers") or []}
-        wanted_init = {c.get("name"): c for c in (obj.get("spec") or {}).get("initContainers") or []}
+        """Only the resources and resize policies of containers are taken over; other containers than before are left for validation to refuse."""
+        given, before = obj.get("spec") or {}, old["spec"]
+        if any(len(given.get(kind) or []) != len(before.get(kind) or []) for kind in ("containers", "initContainers")):
+            return
         metadata = {**old["metadata"], "resourceVersion": obj["metadata"]["resourceVersion"]}
         if "managedFields" in obj["metadata"]:
             metadata["managedFields"] = obj["metadata"]["managedFields"]
-        spec = dict(old["spec"])
-        spec["containers"] = [_resized(c, wanted.get(c.get("name"))) for c in old["spec"].get("containers") or []]
-        if old["spec"].get("initContainers"):
-            spec["initContainers"] = [_resized(c, wanted_init.get(c.get("name"))) for c in old["spec"]["initContainers"]]
+        spec = dict(before)
+        for kind in ("containers", "initContainers"):
+            if before.get(kind):
+                spec[kind] = _resized(before[kind], given[kind])
         obj.clear()
         obj.update({**old, "metadata": metadata, "spec": spec})
         self.raise_generation(obj, old)
@@ -157,15 +158,14 @@ class Pod(Strategy):
         return True
 
 
-def _resized(old: Object, wanted: Object | None) -> Object:
-    if wanted is None:
-        return old
-    out = dict(old)
-    for key in ("resources", "resizePolicy"):
-        if key in wanted:
-            out[key] = wanted[key]
-        else:
-            out.pop(key, None)
+def _resized(old: list[Object], given: list[Object]) -> list[Object]:
+    """The old containers with what may be resized; those given as they are when their names or order differ."""
+    if [c.get("name") for c in old] != [c.get("name") for c in given]:
+        return given
+    out: list[Object] = []
+    for before, wanted in zip(old, given, strict=True):
+        container: Object = {key: value for key, value in before.items() if key not in ("resources", "resizePolicy")}
+        out.append({**container, **{key: wanted[key] for key in ("resources", "resizePolicy") if key in wanted}})
     return out
 
 
