@@ -185,7 +185,7 @@ async def test_oci_docker_and_compressed_archives_give_the_same_image(bench: Ben
     assert {image.id for image in await bench.runtime.load_images(str(path))} == before
     layout = bench.folder / "layout"
     with tarfile.open(build.busybox()) as archive:
-        archive.extractall(layout, filter="data")
+        archive.extractall(layout)  # our own archive; Debian 12's tarfile knows no filter
     assert {image.id for image in await bench.runtime.load_images(str(layout))} == before
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -182,8 +183,21 @@ async def test_a_debug_container_joins_the_processes_of_its_target(bench: Bench)
     assert "sleep 1234" in log
 
 
+# The kernel refuses user namespaces to whom is in a chroot, and administrators may forbid them.
+USER_NAMESPACES = subprocess.run(["unshare", "--user", "true"], check=False, capture_output=True).returncode == 0
+
+
+async def refused(bench: Bench, options: NamespaceOptions) -> None:
+    """Where the kernel allows no user namespaces, the sandbox is refused in one line and leaves nothing."""
+    with pytest.raises(RuntimeFault, match="the kernel does not allow user namespaces here"):
+        await bench.runtime.run_pod_sandbox(bench.sandbox(namespaces=options))
+    assert await bench.runtime.list_pod_sandboxes() == []
+
+
 async def test_a_user_namespace_maps_root_to_nobody_on_the_host(bench: Bench) -> None:
     options = NamespaceOptions(user_mappings=[IDMapping(200000, 0, 65536)])
+    if not USER_NAMESPACES:
+        return await refused(bench, options)
     sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox(namespaces=options))
     container_id = await bench.run(
         "sh", "-c", "id -u; cat /proc/self/uid_map; ls -ln /bin/busybox | cut -c1-30; touch /made && ls -ln /made; hostname; sleep 1000",
@@ -208,6 +222,8 @@ async def test_a_user_namespace_maps_root_to_nobody_on_the_host(bench: Bench) ->
 
 async def test_a_user_namespace_with_a_shared_pid_namespace(bench: Bench) -> None:
     options = NamespaceOptions(pid="POD", user_mappings=[IDMapping(200000, 0, 65536)])
+    if not USER_NAMESPACES:
+        return await refused(bench, options)
     sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox(namespaces=options))
     _, log = await bench.output("ps", "-o", "pid,args", sandbox_id=sandbox_id, security=ContainerSecurity(namespaces=options))
     assert log.splitlines()[1].split() == ["1", "/pause"]
@@ -262,6 +278,8 @@ async def test_volumes_of_a_user_namespace_show_its_owners(bench: Bench) -> None
     single = bench.folder / "single"
     single.write_text("y")
     options = NamespaceOptions(user_mappings=[IDMapping(300000, 0, 65536)])
+    if not USER_NAMESPACES:
+        return await refused(bench, options)
     sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox(namespaces=options))
     _, log = await bench.output(
         "sh", "-c", "stat -c %u /v/f /s; touch /v/made; stat -c %u /v/made; echo z >> /s", sandbox_id=sandbox_id,
