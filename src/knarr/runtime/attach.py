@@ -14,7 +14,8 @@ import socket
 from collections.abc import AsyncIterator
 
 from knarr.runtime import conmon
-from knarr.runtime.container import Container, Containers
+from knarr.runtime.container import Containers
+from knarr.runtime.container_model import Container
 from knarr.runtime.cri import RuntimeFault
 from knarr.runtime.pipes import Merged, write_all
 

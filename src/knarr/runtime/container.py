@@ -6,7 +6,7 @@ not exist is a failed *start*: exit code 128, reason StartError.
 Invariants: state is derived from three times (created, started, finished); a record is on disk before the thing it describes
 is made; conmon's end is watched before the process is let go; after the end the OCI runtime's state, the groups and the mount
 are dropped at once, the writable layer and the record stay until remove.
-Longer than others because start, end and recovery share the same few lines of state and are one another's proof.
+Start, end and recovery are together because they share the same few lines of state and are one another's proof.
 Source: containerd internal/cri/server/container_{create,start,stop,remove}.go, restart.go.
 """
 
@@ -15,20 +15,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import select
 import signal
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
-
-import orjson
 
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
-from knarr.runtime import cdi, conmon, disk, process, records, users
+from knarr.runtime import conmon, disk, process, records
 from knarr.runtime.cgroups import Cgroups
 from knarr.runtime.conmon import Conmon, ConmonOptions, CreateFault, Held
+from knarr.runtime.container_model import Container, Live, merge_resources, signal_number
+from knarr.runtime.container_spec import change_resources, write_spec
 from knarr.runtime.cri import (
     ContainerConfig,
     ContainerEvent,
@@ -43,69 +41,14 @@ from knarr.runtime.images.store import ImageStore, StoredImage
 from knarr.runtime.roots import Prepared, Roots
 from knarr.runtime.runc import Runc, RuncFault
 from knarr.runtime.sandbox import Sandbox, Sandboxes
-from knarr.runtime.spec import SpecInput, build, resources
+from knarr.runtime.spec import resources
+from knarr.runtime.strays import kill_strays
 from knarr.runtime.undo import Undo
 from knarr.runtime.workers import Workers
 
 log = get_logger(__name__)
 _KILL_SECONDS = 30.0
-_STRAY_MILLISECONDS = 2000
 _EXIT_CANNOT_START, _EXIT_UNKNOWN = 128, 255
-
-
-@dataclass(slots=True)
-class Container:
-    """One container as it is recorded."""
-
-    id: str
-    sandbox_id: str
-    config: ContainerConfig
-    image_id: str
-    image_ref: str
-    chain: list[str]
-    created_at_ns: int
-    log_path: str = ""
-    cgroup: str = ""
-    stop_signal: str = ""
-    user: users.User | None = None
-    complete: bool = False
-    held: Held | None = None
-    started_at_ns: int = 0
-    finished_at_ns: int = 0
-    exit_code: int = 0
-    reason: str = ""
-    message: str = ""
-    cleaned: bool = False
-    """The OCI runtime's state, groups and mount are gone."""
-    handler: str = ""
-    """The sandbox's runtime handler."""
-    hooks: bool = False
-    """The specification has hooks, of which the OCI runtime runs some when it deletes."""
-    spec_process: dict[str, Any] = field(default_factory=dict)
-    """Template for exec: user, environment, directory, capabilities."""
-
-    @property
-    def state(self) -> ContainerState:
-        if self.finished_at_ns:
-            return ContainerState.EXITED
-        return ContainerState.RUNNING if self.started_at_ns else ContainerState.CREATED
-
-
-@dataclass(slots=True)
-class _Live:
-    """What a container needs in memory only."""
-
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the end is recorded."""
-    dropped: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when nothing of a run is left in the kernel."""
-    saving: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """A container may end while its start is being recorded: one record at a time, the newest last."""
-    announced: bool = False
-    """STARTED has been told (or was, by an earlier process of ours)."""
-    removed: bool = False
-    """The record is gone or going; nothing may write it again."""
 
 
 class Containers:
@@ -121,7 +64,7 @@ class Containers:
         self._conmon, self._runc, self._cgroups, self._events = conmon_, runc, cgroups, events
         self._workers, self._tasks, self._oom_score_floor = workers, tasks, oom_score_floor
         self._containers: dict[str, Container] = {}
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         self.by_sandbox: dict[str, set[str]] = {}
 
     # Facts
@@ -201,7 +144,7 @@ class Containers:
 
     def _register(self, container: Container) -> None:
         self._containers[container.id] = container
-        self._live[container.id] = _Live()
+        self._live[container.id] = Live()
         self.by_sandbox.setdefault(container.sandbox_id, set()).add(container.id)
 
     def _make_directories(self, container: Container) -> None:
@@ -210,40 +153,21 @@ class Containers:
         disk.write_record(os.path.join(self.directory(container.id), "container.json"), records.encode(container))
 
     def _write_spec(self, container: Container, sandbox: Sandbox, image: StoredImage, prepared: Prepared) -> None:
-        config, bundle = container.config, self.bundle(container.id)
-        image_config: dict[str, Any] = self._images.config(image).get("config") or {}
-        rootfs = os.path.join(bundle, "rootfs")
-        container.user = users.resolve(rootfs, str(image_config.get("User") or ""), config.security)
-        container.stop_signal = config.stop_signal or str(image_config.get("StopSignal") or "")
         paths = self._sandboxes.namespace_paths(sandbox)
-        self._choose_pid_namespace(paths, config)
-        directory = self._sandboxes.directory(sandbox.id)
-        document = build(
-            SpecInput(
-                id=container.id,
-                config=config,
-                image=image_config,
-                rootfs=rootfs,
-                user=container.user,
-                hostname=sandbox.config.hostname or os.uname().nodename,
-                namespace_paths=paths,
-                shm_path=self._sandboxes.shm_path(sandbox) if "ipc" in paths else "",
-                resolv_conf=os.path.join(directory, "resolv.conf"),
-                hostname_file=os.path.join(directory, "hostname"),
-                cgroups_path=container.cgroup,
-                cgroup_version=self._cgroups.version,
-                user_mappings=sandbox.config.namespaces.user_mappings,
-                image_mounts=prepared.image_mounts,
-                mapped_mounts=prepared.mapped_mounts,
-                volume_dirs=prepared.volume_dirs,
-                oom_score_floor=self._oom_score_floor,
-            )
+        self._choose_pid_namespace(paths, container.config)
+        image_config: dict[str, Any] = self._images.config(image).get("config") or {}
+        write_spec(
+            container,
+            sandbox,
+            image_config,
+            prepared,
+            bundle=self.bundle(container.id),
+            namespace_paths=paths,
+            shm_path=self._sandboxes.shm_path(sandbox) if "ipc" in paths else "",
+            sandbox_dir=self._sandboxes.directory(sandbox.id),
+            cgroup_version=self._cgroups.version,
+            oom_score_floor=self._oom_score_floor,
         )
-        cdi.apply(document, cdi.wanted(config.cdi_devices, config.annotations))
-        container.spec_process = document["process"]
-        container.hooks = "hooks" in document
-        with open(os.path.join(bundle, "config.json"), "wb") as file:
-            file.write(orjson.dumps(document))
 
     def _choose_pid_namespace(self, paths: dict[str, str], config: ContainerConfig) -> None:
         wanted = config.security.namespaces
@@ -490,8 +414,8 @@ class Containers:
                 await self.runc_of(container).update(container.id, document, self.bundle(container.id))
             else:
                 path = os.path.join(self.bundle(container.id), "config.json")
-                await self._workers.run(lambda: _change_resources(path, resources(wanted, self._cgroups.version)))
-            _merge_resources(container.config.resources, wanted)
+                await self._workers.run(lambda: change_resources(path, resources(wanted, self._cgroups.version)))
+            merge_resources(container.config.resources, wanted)
             await self._save(container)
 
     def reopen_log(self, container: Container) -> None:
@@ -595,57 +519,3 @@ class Containers:
 
     def _publish(self, kind: Any, container: Container) -> None:
         self._events.publish(ContainerEvent(kind, container.id, container.sandbox_id, time.time_ns()))
-
-
-def signal_number(name: str) -> int:
-    """TERM, SIGTERM, 15 or RTMIN+3; unknown names mean TERM."""
-    text = name.upper().removeprefix("SIG")
-    if text.isdigit():
-        return int(text)
-    base, sign, offset = text.partition("+") if "+" in text else text.partition("-")
-    number = getattr(signal, f"SIG{base}", None)
-    if number is None:
-        return int(signal.SIGTERM)
-    return int(number) + (int(offset) if sign == "+" and offset.isdigit() else -int(offset) if offset.isdigit() else 0)
-
-
-def kill_strays(container_id: str) -> None:
-    """Kill conmon and runc processes that name this container on their command line, and wait for their end. Blocks.
-
-    Only for starts that are taken back: a runc that is still at work would make again what is removed meanwhile.
-    """
-    needle = container_id.encode()
-    found: list[int] = []
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
-        with contextlib.suppress(OSError), open(f"/proc/{entry}/cmdline", "rb") as file:
-            words = file.read().split(b"\0")
-            if needle in words and os.path.basename(words[0]) in (b"conmon", b"runc", b"crun"):
-                found.append(os.pidfd_open(int(entry)))
-                signal.pidfd_send_signal(found[-1], signal.SIGKILL)
-    for pidfd in found:
-        waiting = select.poll()
-        waiting.register(pidfd, select.POLLIN)
-        waiting.poll(_STRAY_MILLISECONDS)
-        os.close(pidfd)
-
-
-def _change_resources(path: str, wanted: dict[str, Any]) -> None:
-    with open(path, "rb") as file:
-        document = orjson.loads(file.read())
-    for key, value in wanted.items():
-        if isinstance(value, dict):
-            document["linux"]["resources"].setdefault(key, {}).update(value)
-        else:
-            document["linux"]["resources"][key] = value
-    with open(f"{path}.new", "wb") as out:
-        out.write(orjson.dumps(document))
-    os.replace(f"{path}.new", path)
-
-
-def _merge_resources(current: LinuxResources, wanted: LinuxResources) -> None:
-    for name in LinuxResources.__slots__:
-        value = getattr(wanted, name)
-        if value:
-            setattr(current, name, value)

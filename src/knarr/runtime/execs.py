@@ -24,7 +24,8 @@ from typing import Any
 import orjson
 
 from knarr.runtime import process
-from knarr.runtime.container import Container, Containers
+from knarr.runtime.container import Containers
+from knarr.runtime.container_model import Container
 from knarr.runtime.cri import DeadlineExceeded, ExecResult, RuntimeFault
 from knarr.runtime.pipes import Merged, write_all
 from knarr.runtime.runc import last_words

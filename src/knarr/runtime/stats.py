@@ -12,7 +12,8 @@ from collections.abc import Mapping
 
 from knarr.runtime import disk, namespaces
 from knarr.runtime.cgroups import Cgroups
-from knarr.runtime.container import Container, Containers
+from knarr.runtime.container import Containers
+from knarr.runtime.container_model import Container
 from knarr.runtime.cri import ContainerState, ContainerStats, InterfaceStats, SandboxStats
 from knarr.runtime.sandbox import Sandbox, Sandboxes
 from knarr.runtime.workers import Workers, run_in_thread
