@@ -208,6 +208,10 @@ class Store(Protocol):
 
     def list_nowait(self, namespace: str | None = None) -> list[Object]: ...
 
+    async def get_live(self, namespace: str, name: str) -> Object | None:
+        """Like get_nowait, reading past the cache."""
+        ...
+
     def add_handler(self, handler: Callable[[str, Object, Object | None], None]) -> Callable[[], None]:
         """Call handler(type, object, old) for each later event (ADDED, MODIFIED, DELETED), at once in the publishing turn."""
         ...

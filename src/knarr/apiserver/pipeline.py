@@ -68,7 +68,7 @@ class Pipeline:
                 return False
         elif info.name and endpoint.resource.namespaced:
             return False
-        if impersonates(request):
+        if impersonates(request) or (server.storage.shared and wants_newest(request, info)):
             return False
         user = server.auth.authenticator.authenticate_nowait(request)
         if user is None:
@@ -231,6 +231,7 @@ class Pipeline:
                 raise
 
     async def _verb(self, call: Call, info: RequestInfo) -> None:
+        server = self.server
         endpoint = call.endpoint
         resource = endpoint.resource
         if info.subresource:
@@ -252,6 +253,8 @@ class Pipeline:
                 raise errors.route_not_found() if info.name else errors.method_not_allowed()
             if verb == "create":
                 raise errors.method_not_allowed()
+        if server.storage.shared and wants_newest(call.request, info):
+            await server.storage.catch_up()
         if verb in READS:
             READS[verb](call)
         elif verb == "create":
@@ -268,6 +271,16 @@ class Pipeline:
             await delete.delete_collection(call)
         else:
             raise errors.method_not_allowed()
+
+
+def wants_newest(request: Request, info: RequestInfo) -> bool:
+    """Whether a request is to see all that is stored: reads that name no revision, or one that may not have come yet."""
+    if info.verb not in READS:
+        return info.verb == "deletecollection"
+    if not request.query_string:
+        return True
+    version = request.query.get("resourceVersion", ("",))[0]
+    return version != "0" and not (version and info.verb == "watch") and not request.query.get("continue", ("",))[0]
 
 
 def impersonates(request: Request) -> bool:

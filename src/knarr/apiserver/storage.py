@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from knarr.aiokits.log import get_logger
+from knarr.api import errors
 from knarr.apiserver.cache import FieldsFunction, ResourceCache
 from knarr.apiserver.metrics import family
-from knarr.storage.errors import CompactedError
+from knarr.storage.errors import CompactedError, UnavailableError
 from knarr.storage.protocol import Event, RevisionStore
 
 log = get_logger(__name__)
@@ -35,6 +36,18 @@ class Storage:
     def revision(self) -> int:
         """The newest revision that every cache has seen."""
         return self.store.revision
+
+    @property
+    def shared(self) -> bool:
+        """Whether other servers write to the same store."""
+        return self.store.shared
+
+    async def catch_up(self) -> None:
+        """Wait until the caches show all that was stored before this call, by whomever. Raises StatusError."""
+        try:
+            await self.store.catch_up()
+        except UnavailableError as error:
+            raise errors.internal(str(error)) from error
 
     def add(self, prefix: str, field_names: tuple[str, ...] = (), fields: FieldsFunction | None = None, trigger: str = "") -> ResourceCache:
         """Return the cache of a prefix, made at first; before `start` it is filled then, later by `load`."""
@@ -81,10 +94,12 @@ class Storage:
     async def _load_recent(self) -> int:
         """Fill the caches with the state of a little while ago and replay what came since; returns the revision reached.
 
-        So watchers that resume after a restart of this process find their events, instead of having to list again.
+        So watchers that resume after a restart of this process find their events, instead of having to list again. Not where others
+        write too: there a revision need not be one of ours, so nothing tells when the last has been replayed; and watchers turn to
+        another server meanwhile.
         """
         revision = self.store.revision
-        base = max(self.store.compacted, revision - REPLAYED_EVENTS)
+        base = revision if self.shared else max(self.store.compacted, revision - REPLAYED_EVENTS)
         try:
             items = (await self.store.scan("/registry/", at=base)).items if base else ()
         except CompactedError:

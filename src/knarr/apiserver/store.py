@@ -150,6 +150,15 @@ class ResourceStore:
             raise errors.internal(str(error)) from error
         return cached.at_revision(put.revision) if put.won else None
 
+    async def live(self, key: str) -> CachedObject | None:
+        """Return the object to change: where other servers write too, as it is stored now."""
+        return await self.refresh(key) if self.storage.shared else self.cache.objects.get(key)
+
+    async def get_live(self, namespace: str, name: str) -> Object | None:
+        """Like get_nowait, reading past the cache."""
+        stored = await self.refresh(object_key(namespace, name))
+        return self.cache.decoded(stored) if stored is not None else None
+
     async def refresh(self, key: str) -> CachedObject | None:
         """Read past the cache: after a lost race with another server the cache may be behind."""
         current = self.cache.objects.get(key)

@@ -222,6 +222,13 @@ class EncryptedStore:
     def compacted(self) -> int:
         return self._inner.compacted
 
+    @property
+    def shared(self) -> bool:
+        return self._inner.shared
+
+    async def catch_up(self) -> None:
+        await self._inner.catch_up()
+
     async def start(self) -> None:
         await self._inner.start()
         self._tasks.spawn(self._rewrite_stale(), "store-reencryption")

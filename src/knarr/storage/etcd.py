@@ -94,6 +94,10 @@ class EtcdStore:
         self._closed = True
         self._broken: StoreError | None = None
         self._lost = asyncio.Event()
+        self._main_watch: Any = None
+        self._main_turn = asyncio.Lock()
+        self._index_read: asyncio.Task[StoreError | None] | None = None
+        """A question for etcd's newest revision that has not been sent yet: whoever asks now may share it."""
 
     # -- life ------------------------------------------------------------------------------------------------------
     @property
@@ -103,6 +107,10 @@ class EtcdStore:
     @property
     def compacted(self) -> int:
         return self._compacted
+
+    @property
+    def shared(self) -> bool:
+        return True
 
     async def start(self) -> None:
         failure: UnavailableError | None = None
@@ -208,6 +216,38 @@ class EtcdStore:
         remaining = answer.total - len(items)
         return Page(revision, items, items[-1].key if remaining else None, remaining)
 
+    async def catch_up(self) -> None:
+        # The answer must be younger than the call: a question that is under way already is of no use, one still to be sent is.
+        if self._index_read is None:
+            self._index_read = self._tasks.spawn(self._catch_up(), "etcd-read-index")
+        failure = await asyncio.shield(self._index_read)
+        if failure is not None:
+            raise failure
+
+    async def _catch_up(self) -> StoreError | None:
+        """Ask for the newest revision, by quorum, and wait until the main watch has come so far."""
+        self._index_read = None
+        try:
+            revision = (await self._read(wire.range_request(b"\0", count_only=True))).revision
+            if revision > self._revision and self._prefix:
+                # Writes of others under another prefix raise the revision too; of these the watch tells only when asked.
+                await self._ask_progress()
+            async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
+                await self._published(revision)
+        except TimeoutError:
+            return UnavailableError("etcd: the watch does not keep up")
+        except StoreError as error:
+            return error
+        return None
+
+    async def _ask_progress(self) -> None:
+        async with self._main_turn:
+            if self._main_watch is not None:
+                try:
+                    await self._main_watch.write(wire.watch_progress_request())
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+                    raise UnavailableError(f"etcd: the watch is interrupted: {error}") from error
+
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         return self._publisher.subscribe(subscriber)
 
@@ -262,11 +302,13 @@ class EtcdStore:
             return granted
 
     # -- watching --------------------------------------------------------------------------------------------------
-    async def _events(self, prefix: bytes, since: int) -> AsyncIterator[wire.WatchAnswer]:
+    async def _events(self, prefix: bytes, since: int, *, main: bool = False) -> AsyncIterator[wire.WatchAnswer]:
         """Answers of one watch over a prefix from a revision on."""
         call = self._channel.stream_stream("/etcdserverpb.Watch/Watch")()
         try:
             await call.write(wire.watch_create_request(prefix or b"\0", _end(prefix) if prefix else b"\0", since + 1))
+            if main:
+                self._main_watch = call
             while True:
                 body = await call.read()
                 if body is grpc.aio.EOF:
@@ -280,6 +322,8 @@ class EtcdStore:
         except grpc.aio.AioRpcError as error:
             raise _translated(error, self._revision, self._compacted) from error
         finally:
+            if main:
+                self._main_watch = None
             call.cancel()
 
     def _convert(self, events: Sequence[wire.WatchEvent]) -> list[Event]:
@@ -298,7 +342,7 @@ class EtcdStore:
         backoff = Backoff(initial_seconds=0.1, maximum_seconds=5.0, factor=2.0, reset_after_seconds=30.0)
         while True:
             try:
-                async for answer in self._events(self._prefix, self._revision):
+                async for answer in self._events(self._prefix, self._revision, main=True):
                     if not ready.done():
                         ready.set_result(None)
                     self._take(answer)

@@ -122,6 +122,10 @@ def watch_create_request(key: bytes, range_end: bytes, start_revision: int) -> b
     return message(1, body)
 
 
+def watch_progress_request() -> bytes:
+    return message(3, b"")
+
+
 # -- decoding --------------------------------------------------------------------------------------------------------------
 def _read_varint(body: bytes, position: int) -> tuple[int, int]:
     value = shift = 0

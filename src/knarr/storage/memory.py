@@ -44,6 +44,13 @@ class MemoryStore:
     def compacted(self) -> int:
         return self._compacted
 
+    @property
+    def shared(self) -> bool:
+        return False
+
+    async def catch_up(self) -> None:
+        return
+
     async def start(self) -> None:
         self._closed = False
 

@@ -90,6 +90,15 @@ class RevisionStore(Protocol):
         """Reads below this revision are refused."""
         ...
 
+    @property
+    def shared(self) -> bool:
+        """Whether others may write to the same data: then subscribers may be behind what is stored, and `catch_up` helps."""
+        ...
+
+    async def catch_up(self) -> None:
+        """Wait until subscribers have seen all that was stored before this call. Raises UnavailableError."""
+        ...
+
     async def start(self) -> None:
         """Open the store and load what it needs. Raises UnavailableError."""
         ...

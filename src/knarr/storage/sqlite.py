@@ -97,6 +97,13 @@ class SQLiteStore:
     def compacted(self) -> int:
         return self._compacted
 
+    @property
+    def shared(self) -> bool:
+        return False
+
+    async def catch_up(self) -> None:
+        return
+
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._writer_thread = ThreadPoolExecutor(1, "store-writer")

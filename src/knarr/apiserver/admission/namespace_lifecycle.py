@@ -5,8 +5,11 @@ Source: apiserver pkg/admission/plugin/namespace/lifecycle.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+
 from knarr.api.errors import forbidden, not_found
 from knarr.api.scheme import Resource
+from knarr.api.types import Object
 from knarr.apiserver.admission.plugin import CREATE, DELETE, UPDATE, Plugin, is_resource, refuse
 from knarr.apiserver.attributes import AdmissionRequest, Store
 
@@ -26,16 +29,28 @@ class NamespaceLifecycle(Plugin):
             return False
         return resource.namespaced and operation in (CREATE, UPDATE)
 
-    def admit(self, request: AdmissionRequest) -> None:
+    def admit(self, request: AdmissionRequest) -> Awaitable[None] | None:
         if request.operation == DELETE:
             if request.name in _IMMORTAL:
                 raise forbidden(request.resource, request.name, "this namespace may not be deleted")
-            return
+            return None
         if not request.namespace:
-            return
+            return None
         namespace = self._namespaces.get_nowait("", request.namespace)
         if namespace is None:
+            return self._look(request)
+        self._check(request, namespace)
+        return None
+
+    async def _look(self, request: AdmissionRequest) -> None:
+        """Another server may have made the namespace just now."""
+        namespace = await self._namespaces.get_live("", request.namespace)
+        if namespace is None:
             raise not_found("namespaces", request.namespace)
+        self._check(request, namespace)
+
+    @staticmethod
+    def _check(request: AdmissionRequest, namespace: Object) -> None:
         if request.operation != CREATE or (namespace.get("status") or {}).get("phase") != "Terminating":
             return
         error = refuse(request, f"unable to create new content in namespace {request.namespace} because it is being terminated")

@@ -178,12 +178,12 @@ async def _try_create(call: Call, obj: Object) -> CachedObject | Object | None:
             if waiting is not None:
                 await waiting
         if call.dry_run:
-            return None if key in store.cache.objects else obj
+            return None if await store.live(key) is not None else obj
         given_version = metadata.pop("resourceVersion", None)
         if given_version:
             # Upstream's storage refuses it: after admission has had its say, and unnoticed by a dry run.
             raise StatusError(500, "", "resourceVersion should not be set on objects to be created")
-        if key in store.cache.objects:
+        if key in store.cache.objects and await store.live(key) is not None:
             return None
         dumped = obj if endpoint.stored_as_is else await endpoint.dump(obj)
         written = await store.put(key, dumped, 0, endpoint.form_of_written(obj, dumped))

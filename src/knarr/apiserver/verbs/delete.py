@@ -118,7 +118,7 @@ async def delete_object(call: Call, name: str, options: Object) -> tuple[bool, C
     endpoint = call.endpoint
     store = endpoint.live_store
     key = f"{call.namespace}/{name}" if call.namespace else name
-    cached = store.cache.objects.get(key)
+    cached = await store.live(key)
     asked_grace = options.get("gracePeriodSeconds")
     for _ in range(64):
         if cached is None:

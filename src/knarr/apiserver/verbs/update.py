@@ -120,7 +120,7 @@ async def change_object(call: Call, mode: UpdateMode, change: Change, *, tries: 
     endpoint = call.endpoint
     store = endpoint.live_store
     key = f"{call.namespace}/{call.info.name}" if call.namespace else call.info.name
-    cached = store.cache.objects.get(key)
+    cached = await store.live(key)
     for attempt in range(tries):
         if cached is None:
             if not mode.may_create:
