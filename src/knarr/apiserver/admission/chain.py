@@ -18,6 +18,7 @@ from knarr.apiserver.admission.always_pull_images import AlwaysPullImages
 from knarr.apiserver.admission.certificates import CertificateApproval, CertificateSigning, CertificateSubjectRestriction
 from knarr.apiserver.admission.conditions import Conditions
 from knarr.apiserver.admission.default_toleration_seconds import DefaultTolerationSeconds
+from knarr.apiserver.admission.event_rate_limit import EventRateLimit
 from knarr.apiserver.admission.extended_resource_toleration import ExtendedResourceToleration
 from knarr.apiserver.admission.external_ips import DenyServiceExternalIPs
 from knarr.apiserver.admission.ingress_class import DefaultIngressClass
@@ -27,13 +28,22 @@ from knarr.apiserver.admission.namespace_lifecycle import NamespaceLifecycle
 from knarr.apiserver.admission.node_restriction import NodeRestriction
 from knarr.apiserver.admission.owner_references import OwnerReferencesPermissionEnforcement
 from knarr.apiserver.admission.plugin import Plugin
+from knarr.apiserver.admission.pod_node_selector import PodNodeSelector
 from knarr.apiserver.admission.pod_security import PodSecurity
+from knarr.apiserver.admission.pod_tolerations import PodTolerationRestriction
 from knarr.apiserver.admission.policies import ValidatingAdmissionPolicies
 from knarr.apiserver.admission.priority import Priority
 from knarr.apiserver.admission.rbac_escalation import RBACEscalation
 from knarr.apiserver.admission.resource_quota import ResourceQuota
 from knarr.apiserver.admission.runtime_class import RuntimeClass
 from knarr.apiserver.admission.service_account import ServiceAccount
+from knarr.apiserver.admission.simple_plugins import (
+    AlwaysAdmit,
+    AlwaysDeny,
+    LimitPodHardAntiAffinityTopology,
+    NamespaceAutoProvision,
+    NamespaceExists,
+)
 from knarr.apiserver.admission.storage import DefaultStorageClass, PersistentVolumeClaimResize, StorageObjectInUseProtection
 from knarr.apiserver.admission.taint_nodes import TaintNodesByCondition
 from knarr.apiserver.admission.topology_labels import PodTopologyLabels
@@ -204,19 +214,26 @@ def _plugins(services: Services) -> list[Plugin]:
     auth = services.auth
     storage_classes = store("storage.k8s.io", "storageclasses")
     namespaces, pods, nodes = store("", "namespaces"), store("", "pods"), store("", "nodes")
-    plugins: list[Plugin] = [NamespaceLifecycle(namespaces), LimitRanger(store("", "limitranges")), ServiceAccount(store("", "serviceaccounts"))]
+    plugins: list[Plugin] = [
+        AlwaysAdmit(), NamespaceAutoProvision(namespaces), NamespaceLifecycle(namespaces), NamespaceExists(namespaces),
+        LimitPodHardAntiAffinityTopology(), LimitRanger(store("", "limitranges")), ServiceAccount(store("", "serviceaccounts")),
+    ]  # fmt: skip
     if auth is not None:
         plugins.append(NodeRestriction(
             pods, nodes, auth.authorizer, claims=store("", "persistentvolumeclaims"), volumes=store("", "persistentvolumes"),
             drivers=store("storage.k8s.io", "csidrivers"),
         ))  # fmt: skip
-    pod_security = services.config.admission_config.get("PodSecurity")
+    configured = services.config.admission_config
+    pod_security = configured.get("PodSecurity")
     plugins += [
         TaintNodesByCondition(),
         AlwaysPullImages(),
         PodSecurity(namespaces, pods, pod_security if isinstance(pod_security, dict) else None),
+        PodNodeSelector(namespaces, configured.get("PodNodeSelector")),
         Priority(store("scheduling.k8s.io", "priorityclasses")),
         DefaultTolerationSeconds(),
+        PodTolerationRestriction(namespaces, configured.get("PodTolerationRestriction")),
+        EventRateLimit(configured.get("EventRateLimit")),
         ExtendedResourceToleration(),
         DefaultStorageClass(storage_classes),
         StorageObjectInUseProtection(),
@@ -250,7 +267,7 @@ def _plugins(services: Services) -> list[Plugin]:
     if escalation is not None:
         plugins.append(RBACEscalation(escalation))
     plugins += validating
-    plugins.append(ResourceQuota(store("", "resourcequotas"), services.tasks))
+    plugins += [ResourceQuota(store("", "resourcequotas"), services.tasks), AlwaysDeny()]
     return plugins
 
 
