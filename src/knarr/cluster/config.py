@@ -76,6 +76,10 @@ class ClusterConfig:
     """NAME=VALUE options of the controllers."""
     balancer_range: str = ""
     """Of the cluster joined; "" decides by the slot."""
+    machine_node: str = ""
+    """Of the cluster joined: the node that is the control machine itself."""
+    machine_cidr: str = ""
+    """Of the cluster joined: addresses of further nodes on the control machine, which are reached through machine_node."""
     tunnel_id: int = 0
     """VXLAN id of the cluster joined; 0 decides by the slot."""
     nodes: list[NodeConfig] = field(default_factory=list)

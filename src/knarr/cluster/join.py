@@ -187,6 +187,8 @@ def _write(options: JoinOptions, node_name: str, authority: bytes, settings: dic
     config.node_ports = (low, high)
     config.cluster_domain = settings["clusterDomain"]
     config.tunnel_id = settings["tunnelID"]
+    config.machine_node = settings["machineNode"]
+    config.machine_cidr = settings["machineCIDR"]
     config.pki.mkdir(parents=True, exist_ok=True)
     (config.pki / "ca.crt").write_bytes(authority)
     certificates.store(config.client_certificate(node_name), *pair)

@@ -56,6 +56,8 @@ def settings(config: ClusterConfig) -> dict[str, Any]:
         "nodePorts": list(config.node_ports),
         "clusterDomain": config.cluster_domain,
         "tunnelID": config.tunnel,
+        "machineNode": config.nodes[0].name,
+        "machineCIDR": config.node_cidr,
     }
 
 

@@ -81,6 +81,7 @@ class NodeRoutes:
       mode: "routes" never tunnels, "vxlan" always, "auto" tunnels to peers that are not on a directly attached network.
       next_hops: Node name to the neighbour that leads there without a tunnel, for nodes that share this machine.
       device: Name of the tunnel device.
+      behind: Name of the node through whose tunnel a peer is reached that has no address of its own out there; "" for all others.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class NodeRoutes:
         device: str = "knp-vx",
         vni: int = 4040,
         port: int = 8472,
+        behind: Callable[[Peer], str] = lambda peer: "",
     ) -> None:
         self._informers = informers
         self._nodes = informers.get(NODES)
@@ -102,6 +104,7 @@ class NodeRoutes:
         self._mode: Mode = mode
         self._next_hops = dict(next_hops or {})
         self._device, self._vni, self._port = device, vni, port
+        self._behind = behind
         self._peers: dict[str, Peer] = {}
         self._applied: dict[str, Peer] = {}
         self._own: Peer | None = None
@@ -164,7 +167,14 @@ class NodeRoutes:
             self._remove_device()
             self._applied = {}
         with open_netlink(self._network.netns) as netlink:
-            wanted = dict(self._peers)
+            self._drop_stale_device(netlink)
+            # A peer behind another comes after it and moves with it.
+            wanted = dict(sorted(self._peers.items(), key=lambda item: bool(self._behind(item[1]))))
+            for name, peer in list(self._applied.items()):
+                end = self._behind(peer)
+                if end and wanted.get(end) != self._applied.get(end):
+                    self._remove(netlink, peer)
+                    del self._applied[name]
             for name, peer in list(self._applied.items()):
                 if wanted.get(name) != peer:
                     self._remove(netlink, peer)
@@ -213,13 +223,26 @@ class NodeRoutes:
                 messages += self._tunnel(netlink, peer, network, source)
         netlink.send(*messages)
 
+    def _drop_stale_device(self, netlink: NetlinkSocket) -> None:
+        """A device of an earlier life of this node, whose pod CIDR was another, would refuse what is sent to this one."""
+        try:
+            found = rtnl.link(netlink, self._device)
+        except NetlinkError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            return
+        if found.mac != tunnel_mac(self._network.pod_cidrs[0]):
+            netlink.send(rtnl.delete_link(self._device), ignore=GONE)
+            self._applied = {}
+
     def _tunnel(self, netlink: NetlinkSocket, peer: Peer, network: rtnl.Network, source: rtnl.Address) -> list[Message]:
-        index = self._ensure_device(netlink, peer)
-        mac = tunnel_mac(peer.pod_cidrs[0])
+        end = self._peers.get(self._behind(peer)) or peer
+        index = self._ensure_device(netlink, end)
+        mac = tunnel_mac(end.pod_cidrs[0])
         # The peer's own address in its pod CIDR serves as the neighbour behind the tunnel.
         neighbour = network.network_address + 1
         return [
-            rtnl.add_fdb(index, mac, ip_address(peer.address)),
+            rtnl.add_fdb(index, mac, ip_address(end.address)),
             rtnl.add_neighbour(index, neighbour, mac),
             rtnl.add_route(network, index=index, gateway=neighbour, source=source, onlink=True),
         ]

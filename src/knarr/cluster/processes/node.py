@@ -7,6 +7,7 @@ the node its pod CIDR, proxy and DNS run beside. Everything but the runtime meet
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import signal
 import socket
@@ -276,7 +277,7 @@ class Node:
 
     async def reach_other_nodes(self, informers: Informers, network: BridgeNetwork | PluginNetwork) -> None:
         """Keep the ways to the pods of other nodes; the node that is this machine itself is behind the gateway of those that are namespaces."""
-        from knarr.network.overlay import NodeRoutes
+        from knarr.network.overlay import NodeRoutes, Peer
         from knarr.network.podnet import BridgeNetwork
 
         await self.network_started.wait()
@@ -284,7 +285,14 @@ class Node:
             return
         hops = {node.name: nodes.gateway(self.config) for node in self.config.nodes if not node.netns} if self.node.netns else {}
         device = f"kp{self.config.slot}-vx"
-        await NodeRoutes(informers, network, node_name=self.node.name, next_hops=hops, device=device, vni=self.config.tunnel).run()
+
+        def behind(peer: Peer) -> str:
+            far = self.config.machine_cidr
+            return self.config.machine_node if far and ipaddress.ip_address(peer.address) in ipaddress.ip_network(far) else ""
+
+        await NodeRoutes(
+            informers, network, node_name=self.node.name, next_hops=hops, device=device, vni=self.config.tunnel, behind=behind
+        ).run()
 
     async def report_ready(self, informers: Informers, proxy: ServiceProxy) -> None:
         """Tell `up` when the API shows this node Ready, and when a name resolves through the cluster's DNS address."""
