@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import orjson
 import pytest
 
 from knarr.api import errors
@@ -19,8 +20,6 @@ async def fill(server: RunningAPIServer, count: int) -> None:
 
 
 async def page(server: RunningAPIServer, query: str) -> dict:  # type: ignore[type-arg]
-    import orjson
-
     return orjson.loads((await server.client.request("GET", f"{PATH}?{query}")).body)
 
 
@@ -86,3 +85,11 @@ async def test_restart_shows_the_same_world(tmp_path: object) -> None:
         async with asyncio.timeout(5):
             kind, obj = await anext(aiter(watched))
         assert (kind, obj["metadata"]["name"]) == ("DELETED", "c000")
+
+
+async def test_a_large_object_that_was_written_is_answered_packed(apiserver: RunningAPIServer) -> None:
+    body = {"metadata": {"name": "large", "namespace": "default"}, "data": {"text": "x" * 700_000}}
+    headers = [*await apiserver.client.headers(content_type="application/json"), ("Accept-Encoding", "gzip")]
+    answer = await apiserver.client.http.request("POST", "/api/v1/namespaces/default/configmaps", headers, orjson.dumps(body))
+    assert answer.status == 201
+    assert len(orjson.loads(answer.body)["data"]["text"]) == 700_000

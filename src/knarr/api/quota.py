@@ -1,7 +1,8 @@
 """What objects count against a ResourceQuota: pure functions shared by admission (charges) and the quota controller (recounts).
 
 Names of quota resources: count/<plural>[.<group>] for every kind; for core kinds also the plain plural; for pods compute
-resources, for claims storage (also per storage class), for services node ports and load balancers.
+resources, for claims storage (also per storage class), for services node ports and load balancers, for resource claims devices
+per device class.
 
 Source: kubernetes pkg/quota/v1/evaluator/core, apiserver pkg/quota/v1.
 """
@@ -24,6 +25,9 @@ _POD_RESOURCES = frozenset({
 })  # fmt: skip
 _MUST_SPECIFY = frozenset({"cpu", "memory", "requests.cpu", "requests.memory", "limits.cpu", "limits.memory"})
 _CLASS_SUFFIX = ".storageclass.storage.k8s.io/"
+DEVICE_SUFFIX = ".deviceclass.resource.k8s.io/devices"
+_MOST_DEVICES = 32
+"""What a claim for all devices may come to."""
 _CLAIM_RESOURCES = ("persistentvolumeclaims", "requests.storage")
 _SERVICE_RESOURCES = frozenset({"services", "count/services", "services.nodeports", "services.loadbalancers"})
 
@@ -56,6 +60,8 @@ def matching_resources(group: str, plural: str, names: Iterable[str]) -> list[st
         by_class = tuple(_CLASS_SUFFIX + name for name in _CLAIM_RESOURCES)
         return [name for name in names if name == "count/persistentvolumeclaims" or name in _CLAIM_RESOURCES or name.endswith(by_class)]
     own = {count_name(group, plural)}
+    if (group, plural) == ("resource.k8s.io", "resourceclaims"):
+        return [name for name in names if name in own or name.endswith(DEVICE_SUFFIX)]
     if group == "" and plural in _LEGACY_COUNTS:
         own.add(plural)
     return [name for name in names if name in own]
@@ -71,7 +77,7 @@ def handles(group: str, plural: str, operation: str, subresource: str, new: Obje
         return operation == CREATE or (operation == UPDATE and is_terminating(new or {}) != is_terminating(old or {}))
     if subresource:
         return False
-    if group == "" and plural in ("services", "persistentvolumeclaims"):
+    if (group, plural) in (("", "services"), ("", "persistentvolumeclaims"), ("resource.k8s.io", "resourceclaims")):
         return operation in (CREATE, UPDATE)
     return operation == CREATE
 
@@ -92,7 +98,25 @@ def usage(group: str, plural: str, obj: Object, *, now: float | None = None) -> 
     out: ResourceList = {count_name(group, plural): "1"}
     if group == "" and plural in _LEGACY_COUNTS:
         out[plural] = "1"
+    if (group, plural) == ("resource.k8s.io", "resourceclaims"):
+        out.update({name: str(number) for name, number in devices(obj).items()})
     return out
+
+
+def devices(claim: Object) -> dict[str, int]:
+    """Devices that a ResourceClaim may come to hold, by quota resource; of alternatives the worst per class."""
+    found: dict[str, int] = {}
+    for request in ((claim.get("spec") or {}).get("devices") or {}).get("requests") or ():
+        worst: dict[str, int] = {}
+        for wanted in request.get("firstAvailable") or [request.get("exactly") or {}]:
+            name = (wanted.get("deviceClassName") or "") + DEVICE_SUFFIX
+            mode = wanted.get("allocationMode")
+            number = _MOST_DEVICES if mode == "All" else wanted.get("count") or 0 if mode == "ExactCount" else 0
+            worst[name] = max(worst.get(name, 0), number)
+        for name, number in worst.items():
+            found[name] = found.get(name, 0) + number
+    found.pop(DEVICE_SUFFIX, None)
+    return found
 
 
 def _pod_usage(pod: Object, now: float) -> ResourceList:

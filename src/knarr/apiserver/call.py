@@ -190,7 +190,7 @@ class Call:
             packed = await asyncio.get_running_loop().run_in_executor(None, gzipped, body)
             self.request.respond_rendered(status, lines, packed)
 
-        self.server.tasks.spawn(compress(), "gzip-answer")
+        self.request.later = self.server.tasks.spawn(compress(), "gzip-answer")
 
 
 def gzipped(body: bytes) -> bytes:

@@ -11,6 +11,7 @@ from fractions import Fraction
 
 from knarr.aiokits import clock
 from knarr.api import quantity
+from knarr.api.quota import DEVICE_SUFFIX, devices
 from knarr.api.types import Object
 
 Usage = dict[str, Fraction]
@@ -23,6 +24,7 @@ _POD_NAMES = frozenset(
 _SERVICE_NAMES = frozenset(["services", "count/services", "services.nodeports", "services.loadbalancers"])
 _CLASS = ".storageclass.storage.k8s.io/"
 _CLAIM_NAMES = ("persistentvolumeclaims", "requests.storage")
+_RESOURCE_CLAIMS = "resourceclaims.resource.k8s.io"
 _COUNTED = ("configmaps", "resourcequotas", "replicationcontrollers", "secrets")
 
 
@@ -36,6 +38,8 @@ def group_resource(name: str) -> str:
         return name
     if name in _POD_NAMES or name.startswith(("hugepages-", "requests.")):
         return "pods"
+    if name.endswith(DEVICE_SUFFIX):
+        return _RESOURCE_CLAIMS
     return name.removeprefix("count/") if name.startswith("count/") else ""
 
 
@@ -48,6 +52,8 @@ def usage_of(resource: str, obj: Object) -> Usage:
     if resource == "persistentvolumeclaims":
         return claim_usage(obj)
     usage = {f"count/{resource}": ONE}
+    if resource == _RESOURCE_CLAIMS:
+        usage.update({name: Fraction(number) for name, number in devices(obj).items()})
     if resource in _COUNTED:
         usage[resource] = ONE
     return usage

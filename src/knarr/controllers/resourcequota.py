@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from knarr.aiokits.log import get_logger
 from knarr.api import quantity
-from knarr.api.resources import PERSISTENT_VOLUME_CLAIMS, PODS, REPLICATION_CONTROLLERS, RESOURCE_QUOTAS, SERVICES
+from knarr.api.resources import PERSISTENT_VOLUME_CLAIMS, PODS, REPLICATION_CONTROLLERS, RESOURCE_CLAIMS, RESOURCE_QUOTAS, SERVICES
 from knarr.api.scheme import SCHEME, Resource
 from knarr.api.types import Object
 from knarr.client.controller import Controller, Result
@@ -27,6 +27,7 @@ _SHARED: dict[str, Resource] = {
     "persistentvolumeclaims": PERSISTENT_VOLUME_CLAIMS,
     "replicationcontrollers": REPLICATION_CONTROLLERS,
     "resourcequotas": RESOURCE_QUOTAS,
+    "resourceclaims.resource.k8s.io": RESOURCE_CLAIMS,
 }
 # Admission writes the same status at the moment of creation; let it be first.
 _DELAY_SECONDS = 0.1

@@ -128,7 +128,7 @@ class Request:
 
     __slots__ = (
         "_body", "_connection", "_query", "_too_large", "answer_headers", "context", "done", "header_list", "headers", "keep_alive",
-        "method", "path", "query_string", "raw_path", "received_at", "sent_bytes", "status", "upgrade_wanted", "version",
+        "later", "method", "path", "query_string", "raw_path", "received_at", "sent_bytes", "status", "upgrade_wanted", "version",
     )  # fmt: skip
 
     def __init__(self, connection: _Connection) -> None:
@@ -148,6 +148,8 @@ class Request:
         self.keep_alive = True
         self.upgrade_wanted = False
         self.done = False
+        self.later: asyncio.Task[None] | None = None
+        """What will answer after the handler has returned."""
         self.status = 0
         """The status answered; 0 before."""
         self.answer_headers = b""
@@ -618,6 +620,8 @@ class HTTPServer:
         """Run the handler for one request; nothing escapes but cancellation."""
         try:
             await self.handler(request)
+            if request.later is not None:
+                await request.later
         except Exception as error:
             self.fault(request, error)
         if not request.done:

@@ -38,7 +38,9 @@ class ResourceQuota(Plugin):
             return False
         if subresource:
             return resource.plural == "pods" and not resource.group and subresource == "resize"
-        return operation == CREATE or (not resource.group and resource.plural in ("pods", "services", "persistentvolumeclaims"))
+        if operation == UPDATE and resource.group:
+            return (resource.group, resource.plural) == ("resource.k8s.io", "resourceclaims")
+        return operation == CREATE or resource.plural in ("pods", "services", "persistentvolumeclaims")
 
     def sources(self) -> tuple[Store, ...]:
         return (self._quotas,)
