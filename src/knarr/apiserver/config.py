@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass, field
 
+from knarr.api.types import Object
+
 
 @dataclass(slots=True)
 class APIServerConfig:
@@ -48,6 +50,10 @@ class APIServerConfig:
     authorization_modes: tuple[str, ...] = ("Node", "RBAC")
     authorization_webhook_config: str = ""
     authentication_webhook_config: str = ""
+    jwt_issuers: tuple[Object, ...] = ()
+    """Entries `jwt` of an AuthenticationConfiguration."""
+    authorizers: tuple[Object, ...] = ()
+    """Entries of an AuthorizationConfiguration; empty means authorization_modes."""
     oidc: dict[str, str] = field(default_factory=dict)
     """OIDC options by upstream's flag names without the prefix: issuer-url, client-id, username-claim, ..."""
     service_cidrs: tuple[str, ...] = ("10.96.0.0/16",)
@@ -75,6 +81,8 @@ class APIServerConfig:
     max_requests_inflight: int = 400
     max_mutating_requests_inflight: int = 200
     priority_and_fairness: bool = True
+    shutdown_delay_seconds: float = 0.0
+    """How long a server that has been told to stop goes on serving, not ready any more, so that load balancers turn away from it."""
     shutdown_grace_seconds: float = 10.0
     history_seconds: float = 300.0
     """Old revisions are kept at least this long before compaction."""

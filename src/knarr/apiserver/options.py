@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from knarr.api import times
+from knarr.apiserver.auth import structured
 from knarr.apiserver.config import APIServerConfig
 
 _FILES = {
@@ -28,12 +29,17 @@ _NUMBERS = {
     "max-requests-inflight": "max_requests_inflight", "max-mutating-requests-inflight": "max_mutating_requests_inflight",
     "min-request-timeout": "min_request_timeout_seconds",
 }  # fmt: skip
-_DURATIONS = {"event-ttl": "event_ttl_seconds", "service-account-max-token-expiration": "service_account_max_token_seconds"}
+_DURATIONS = {
+    "event-ttl": "event_ttl_seconds", "shutdown-delay-duration": "shutdown_delay_seconds", "service-account-max-token-expiration": "service_account_max_token_seconds",
+}  # fmt: skip
 _OIDC = frozenset(
     "issuer-url client-id username-claim username-prefix groups-claim groups-prefix required-claim ca-file signing-algs".split()
 )
 _CONFIGURATION = "admission-control-config-file"
-KNOWN = sorted([*_FILES, *_TEXTS, *_LISTS, *_NUMBERS, *_DURATIONS, _CONFIGURATION, "anonymous-auth", *(f"oidc-{name}" for name in _OIDC)])
+_STRUCTURED: dict[str, Callable[[str], dict[str, Any]]] = {
+    "authentication-config": structured.authentication_settings, "authorization-config": structured.authorization_settings,
+}  # fmt: skip
+KNOWN = sorted([*_FILES, *_TEXTS, *_LISTS, *_NUMBERS, *_DURATIONS, *_STRUCTURED, _CONFIGURATION, "anonymous-auth", *(f"oidc-{name}" for name in _OIDC)])
 
 
 class OptionError(ValueError):
@@ -49,7 +55,7 @@ def normalised(arguments: Iterable[str]) -> list[str]:
             raise OptionError(f"the API server has no option {name!r}; it has: {', '.join(KNOWN)}")
         if not equals:
             raise OptionError(f"option {name} needs a value: {name}=VALUE")
-        if name in _FILES or name in (_CONFIGURATION, "oidc-ca-file"):
+        if name in _FILES or name in _STRUCTURED or name in (_CONFIGURATION, "oidc-ca-file"):
             value = os.path.abspath(value)
             if not os.access(value, os.R_OK):
                 raise OptionError(f"option {name}: cannot read {value}")
@@ -69,6 +75,8 @@ def applied(config: APIServerConfig, arguments: Iterable[str]) -> APIServerConfi
         try:
             if name.startswith("oidc-") and name[5:] in _OIDC:
                 oidc[name[5:]] = value
+            elif name in _STRUCTURED:
+                changes.update(_STRUCTURED[name](value))
             else:
                 setting, read = _reader(name)
                 changes[setting] = read(value)

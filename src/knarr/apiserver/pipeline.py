@@ -17,7 +17,7 @@ nothing, as soon as a stage would have to wait.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from knarr.aiokits.log import get_logger
 from knarr.api import errors
@@ -27,6 +27,7 @@ from knarr.api.times import parse_duration
 from knarr.apiserver.attributes import ANONYMOUS, Attributes, ConnectRequest, Decision, ResourceKey, UserInfo
 from knarr.apiserver.call import Call, respond_error, respond_no_such_path
 from knarr.apiserver.flow import is_long_running
+from knarr.apiserver.metrics import VERBS
 from knarr.apiserver.requestinfo import RequestInfo, parse
 from knarr.apiserver.verbs import componentstatus, create, delete, patch, read, subresources, update
 from knarr.http.errors import HTTPError
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 BUILTIN_GROUPS = frozenset(group.name for group in SCHEME.groups())
+SLOW_SECONDS = 0.5
+"""Requests that take longer are told in the log, as upstream's traces are."""
 READS = {"get": read.get, "list": read.list_, "watch": read.watch}
 
 
@@ -114,6 +117,9 @@ class Pipeline:
         finally:
             server.metrics.end(info)
             server.metrics.observe(info, request)
+            seconds = server.loop.time() - request.received_at
+            if seconds > SLOW_SECONDS and not is_long_running(request, info):
+                trace_slow(request, info, seconds)
 
     async def _within(self, seconds: float, request: Request, info: RequestInfo) -> None:
         """Run the stages under the request's time limit. Raises TimeoutError.
@@ -281,6 +287,18 @@ def wants_newest(request: Request, info: RequestInfo) -> bool:
         return True
     version = request.query.get("resourceVersion", ("",))[0]
     return version != "0" and not (version and info.verb == "watch") and not request.query.get("continue", ("",))[0]
+
+
+def trace_slow(request: Request, info: RequestInfo, seconds: float) -> None:
+    """Tell of a slow request, by the names of upstream's traces."""
+    call = request.context
+    fields: dict[str, Any] = {
+        "verb": VERBS.get(info.verb) or request.method, "audit-id": call.audit_id if isinstance(call, Call) else "",
+        "client": request.peer[0], "api-group": info.group, "api-version": info.version, "name": info.name, "subresource": info.subresource,
+        "namespace": info.namespace, "protocol": f"HTTP/{request.version}", "resource": info.resource, "url": request.path,
+        "user-agent": request.headers.get("user-agent", ""), "status": request.status, "total-time-ms": round(1000 * seconds),
+    }  # fmt: skip
+    log.info("trace", **fields)
 
 
 def impersonates(request: Request) -> bool:

@@ -1,7 +1,7 @@
 """The API server: builds its parts, starts and stops them in order. Callers: knarr.cluster, knarr.testing.
 
 Order of start: store loaded, auth and admission built on the loaded caches, default objects written, then listening.
-Order of stop: not ready, no new connections, watches ended, running requests get a grace period, store closed.
+Order of stop: not ready, a delay if so configured, no new connections, watches ended, running requests get a grace period, store closed.
 """
 
 from __future__ import annotations
@@ -129,7 +129,10 @@ class APIServer:
         """Stop serving; idempotent."""
         if self.stopping:
             return
+        # From here on /readyz fails; everything else goes on for a while.
         self.stopping = True
+        if self.config.shutdown_delay_seconds and self._ready:
+            await asyncio.sleep(self.config.shutdown_delay_seconds)
         self._ready = False
         if self._bookmark_timer is not None:
             self._bookmark_timer.cancel()

@@ -43,6 +43,12 @@ class OIDCConfig:
     required_claims: tuple[tuple[str, str], ...] = ()
     ca_file: str = ""
     signing_algs: tuple[str, ...] = ("RS256",)
+    ca_data: str = ""
+    """CA bundle in PEM form, instead of a file."""
+    discovery_url: str = ""
+    """Where the discovery document is when not below the issuer's URL."""
+    audiences: tuple[str, ...] = ()
+    """A token must be for one of these; empty means for the client."""
 
     @classmethod
     def from_options(cls, options: dict[str, str]) -> OIDCConfig:
@@ -97,7 +103,8 @@ class OIDC:
 
     async def _fetch(self) -> dict[str, jwt.PublicKey]:
         config = self._config
-        document = orjson.loads(await self._get(config.issuer_url.rstrip("/") + "/.well-known/openid-configuration"))
+        url = config.discovery_url or config.issuer_url.rstrip("/") + "/.well-known/openid-configuration"
+        document = orjson.loads(await self._get(url))
         if document.get("issuer") != config.issuer_url:
             raise ValueError(f"discovery document names issuer {document.get('issuer')!r}")
         keys: dict[str, jwt.PublicKey] = {}
@@ -108,7 +115,7 @@ class OIDC:
 
     async def _get(self, url: str) -> bytes:
         parts = urlsplit(url)
-        context = ssl.create_default_context(cafile=self._config.ca_file or None)
+        context = ssl.create_default_context(cafile=self._config.ca_file or None, cadata=self._config.ca_data or None)
         client = HTTPClient(f"{parts.scheme}://{parts.netloc}", context, timeout_seconds=_FETCH_TIMEOUT_SECONDS, max_body_bytes=1 << 20)
         try:
             response = await client.request("GET", parts.path or "/", {"Accept": "application/json"})
@@ -119,6 +126,11 @@ class OIDC:
         return response.body
 
     def _user(self, claims: dict[str, object]) -> UserInfo:
+        self._check(claims)
+        return UserInfo(self._name(claims), "", self._groups(claims))
+
+    def _check(self, claims: dict[str, object]) -> None:
+        """Check times, audience and required claims. Raises TokenRefused."""
         config = self._config
         now = clock.now()
         expires, begins = claims.get("exp"), claims.get("nbf")
@@ -127,12 +139,12 @@ class OIDC:
         if isinstance(begins, int | float) and now < begins - 300:
             raise TokenRefused("oidc: verify token: oidc: current time is before the nbf (not before) time")
         audience = claims.get("aud")
-        if config.client_id not in (audience if isinstance(audience, list) else [audience]):
+        given = audience if isinstance(audience, list) else [audience]
+        if not any(one in given for one in config.audiences or (config.client_id,)):
             raise TokenRefused(f'oidc: verify token: oidc: expected audience "{config.client_id}" got {audience}')
         for name, wanted in config.required_claims:
             if claims.get(name) != wanted:
                 raise TokenRefused(f"oidc: required claim {name} not present in ID token" if name not in claims else f"oidc: required claim {name} value does not match. Got = {claims[name]}, want = {wanted}")
-        return UserInfo(self._name(claims), "", self._groups(claims))
 
     def _name(self, claims: dict[str, object]) -> str:
         config = self._config

@@ -8,6 +8,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from knarr.api import jwt
+from knarr.api.types import Object
 from knarr.apiserver.attributes import PathHandler, ResourceKey, ReviewHandler, Services, UserInfo
 from knarr.apiserver.auth import impersonation
 from knarr.apiserver.auth.authenticate import RequestAuthenticator
@@ -60,6 +61,10 @@ class APIServerAuth:
             from knarr.apiserver.auth.oidc import OIDC, OIDCConfig
 
             tokens.append(OIDC(OIDCConfig.from_options(config.oidc)))
+        if config.jwt_issuers:
+            from knarr.apiserver.auth.structured import StructuredJWT
+
+            tokens += [StructuredJWT(issuer, index) for index, issuer in enumerate(config.jwt_issuers)]
         if config.authentication_webhook_config:
             from knarr.apiserver.auth.webhooks import WebhookTokens
 
@@ -78,7 +83,9 @@ class APIServerAuth:
         cluster_roles, cluster_role_bindings = store(RBAC_GROUP, "clusterroles"), store(RBAC_GROUP, "clusterrolebindings")
         self.rbac = RBAC(roles, role_bindings, cluster_roles, cluster_role_bindings)
         self.references = NodeReferences(stores.pods, store("", "persistentvolumeclaims"), store("", "persistentvolumes"))
-        self.authorizer = UnionAuthorizer([self._mode(mode) for mode in config.authorization_modes])
+        self.authorizer = UnionAuthorizer(
+            [self._configured(one) for one in config.authorizers] or [self._mode(mode) for mode in config.authorization_modes]
+        )
         self._policy: BootstrapPolicy | None = None
         if "RBAC" in config.authorization_modes:
             self._policy = BootstrapPolicy(roles, role_bindings, cluster_roles, cluster_role_bindings, services.tasks)
@@ -97,6 +104,16 @@ class APIServerAuth:
         }
         metadata = OpenIDMetadata(issuer, f"{config.service_account_issuer.rstrip('/')}{KEYS_PATH}")
         self.paths: Mapping[str, PathHandler] = {DISCOVERY_PATH: metadata.configuration, KEYS_PATH: metadata.keys}
+
+    def _configured(self, entry: Object) -> SyncAuthorizer | AsyncAuthorizer:
+        """Make the authorizer of an entry of an AuthorizationConfiguration."""
+        if entry["type"] != "Webhook":
+            return self._mode(entry["type"])
+        from knarr.apiserver.auth.structured import webhook_authorizer
+
+        asked = webhook_authorizer(entry)
+        self._closing.append(asked.close)
+        return asked
 
     def _mode(self, mode: str) -> SyncAuthorizer | AsyncAuthorizer:
         store = self._services.store

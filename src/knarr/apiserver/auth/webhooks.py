@@ -8,6 +8,8 @@ Source: apiserver plugin/pkg/authenticator/token/webhook, plugin/pkg/authorizer/
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import orjson
@@ -79,27 +81,48 @@ class WebhookTokens:
 class WebhookAuthorizer:
     """Mode Webhook: asks with SubjectAccessReviews; remembered answers are given at once."""
 
-    def __init__(self, kubeconfig: str) -> None:
+    def __init__(
+        self, kubeconfig: str, *, allowed_seconds: float = ALLOWED_SECONDS, refused_seconds: float = REFUSED_SECONDS,
+        timeout_seconds: float = 30.0, denies_on_failure: bool = False, conditions: Sequence[Callable[[Object], object]] = (),
+    ) -> None:  # fmt: skip
+        """Args: conditions: say of a review's spec whether the server is asked at all; TokenRefused when that cannot be told."""
         self._caller = _Caller(kubeconfig)
+        self._allowed_seconds, self._refused_seconds = allowed_seconds, refused_seconds
+        self._timeout_seconds = timeout_seconds
+        self._failure = Decision.DENY if denies_on_failure else Decision.NO_OPINION
+        self._conditions = tuple(conditions)
         self._cache: dict[Attributes, tuple[float, Decision, str]] = {}
 
     def authorize(self, attributes: Attributes) -> tuple[Decision, str]:
         known = self._cache.get(attributes)
         if known is not None and clock.now() < known[0]:
             return known[1], known[2]
+        if self._conditions:
+            spec = _review(attributes)["spec"]
+            failed = False
+            for condition in self._conditions:
+                try:
+                    if condition(spec) is not True:
+                        return Decision.NO_OPINION, ""
+                except TokenRefused as error:
+                    log.warning("condition of an authorization webhook failed", error=str(error))
+                    failed = True
+            if failed:
+                return self._failure, ""
         return Decision.ASK, ""
 
     async def authorize_async(self, attributes: Attributes) -> tuple[Decision, str]:
         try:
-            status = (await self._caller.post(_review(attributes)))["status"]
-        except (HTTPError, StatusError, ValueError) as error:
+            async with asyncio.timeout(self._timeout_seconds):
+                status = (await self._caller.post(_review(attributes)))["status"]
+        except (HTTPError, StatusError, ValueError, TimeoutError) as error:
             log.warning("authorization webhook failed", error=str(error))
-            return Decision.NO_OPINION, ""
+            return self._failure, ""
         decision = Decision.ALLOW if status.get("allowed") else Decision.DENY if status.get("denied") else Decision.NO_OPINION
         reason = str(status.get("reason") or "")
         if len(self._cache) >= _MOST_CACHED:
             self._cache.clear()
-        self._cache[attributes] = (clock.now() + (ALLOWED_SECONDS if decision is Decision.ALLOW else REFUSED_SECONDS), decision, reason)
+        self._cache[attributes] = (clock.now() + (self._allowed_seconds if decision is Decision.ALLOW else self._refused_seconds), decision, reason)
         return decision, reason
 
     async def close(self) -> None:
