@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from knarr.api.errors import StatusError
 from knarr.api.resources import (
     DEVICE_CLASSES,
+    NAMESPACES,
     NODES,
     PODS,
     RESOURCE_CLAIM_TEMPLATES,
@@ -292,3 +294,27 @@ async def test_pods_with_claims_are_bound_to_the_nodes_of_their_devices_which_co
 
 async def _has_account(client: Client) -> bool:
     return bool((await client.list(SERVICE_ACCOUNTS, "default"))["items"])
+
+
+@pytest.mark.timeout(60)
+async def test_admin_access_is_for_marked_namespaces_and_fields_behind_gates_are_dropped() -> None:
+    async with running_apiserver() as server:
+        client = server.client
+        wanted = claim(exactly(adminAccess=True, tolerations=[{"operator": "Exists"}]), name="admin")
+        del wanted["metadata"]["uid"]
+        with pytest.raises(
+            StatusError, match=r"requires the `resource\.kubernetes\.io/admin-access: true` label on the containing namespace"
+        ):
+            await client.create(RESOURCE_CLAIMS, wanted)
+        await client.patch(NAMESPACES, "default", None, {"metadata": {"labels": {"resource.kubernetes.io/admin-access": "true"}}})
+        made = await client.create(RESOURCE_CLAIMS, wanted)
+        assert made["spec"]["devices"]["requests"][0]["exactly"]["adminAccess"] is True
+        assert "tolerations" not in made["spec"]["devices"]["requests"][0]["exactly"]
+        result = {"request": "r", "driver": DRIVER, "pool": "n", "device": "d0", "adminAccess": True}
+        allocated = {**made, "status": {"allocation": {"devices": {"results": [result]}}}}
+        await client.patch(NAMESPACES, "default", None, {"metadata": {"labels": {"resource.kubernetes.io/admin-access": None}}})
+        with pytest.raises(StatusError, match=r"status\.allocation\.devices\.results\[0\]\.adminAccess"):
+            await client.update(RESOURCE_CLAIMS, allocated, subresource="status")
+        taint = {"key": "k", "effect": "NoSchedule"}
+        stored = await client.create(RESOURCE_SLICES, slice_of("n", [device("d0", taints=[taint], allowMultipleAllocations=True)]))
+        assert sorted(stored["spec"]["devices"][0]) == ["attributes", "capacity", "name"]

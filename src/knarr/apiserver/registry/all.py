@@ -10,7 +10,7 @@ from knarr.api.scheme import SCHEME, Resource
 from knarr.apiserver.attributes import Services
 from knarr.apiserver.endpoint import Endpoint, TableFactory
 from knarr.apiserver.forms import Converter
-from knarr.apiserver.registry import core, jobs, pods, services, simple
+from knarr.apiserver.registry import core, devices, jobs, pods, services, simple
 from knarr.apiserver.registry.base import Strategy
 from knarr.apiserver.storage import Storage
 from knarr.apiserver.store import ResourceStore
@@ -62,9 +62,9 @@ STRATEGIES: dict[tuple[str, str], type[Strategy]] = {
     ("rbac.authorization.k8s.io", "rolebindings"): simple.CreateOnUpdate,
     ("rbac.authorization.k8s.io", "roles"): simple.CreateOnUpdate,
     ("resource.k8s.io", "deviceclasses"): simple.DeviceClass,
-    ("resource.k8s.io", "resourceclaims"): simple.ResourceClaim,
-    ("resource.k8s.io", "resourceclaimtemplates"): simple.ReturnsDeleted,
-    ("resource.k8s.io", "resourceslices"): simple.ResourceSlice,
+    ("resource.k8s.io", "resourceclaims"): devices.ResourceClaim,
+    ("resource.k8s.io", "resourceclaimtemplates"): devices.ResourceClaimTemplate,
+    ("resource.k8s.io", "resourceslices"): devices.ResourceSlice,
     ("scheduling.k8s.io", "priorityclasses"): simple.PriorityClass,
     ("storage.k8s.io", "csidrivers"): simple.CSIDriver,
     ("storage.k8s.io", "csinodes"): simple.CSINode,

@@ -122,6 +122,9 @@ class Strategy:
         if not self.status_owned_metadata:
             self.keep_metadata(obj, old)
 
+    def validate_status(self, call: Call, obj: Object, old: Object) -> list[FieldError]:
+        return []
+
     @staticmethod
     def keep_metadata(obj: Object, old: Object, *, names: tuple[str, ...] = ("labels",)) -> None:
         """Take the named parts of metadata over from old."""

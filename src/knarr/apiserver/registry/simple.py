@@ -386,26 +386,11 @@ def _data_sources(spec: Object) -> None:
             spec["dataSource"] = {key: value for key, value in reference.items() if key != "namespace"}
 
 
-class ResourceClaim(KeepsMostOnStatus):
-    returns_deleted = True
-    has_generation = False
-
-
 class ServiceAccount(Plain):
     returns_deleted = True
 
     def prepare_create(self, call: Call, obj: Object) -> None:
         """Secrets listed by clients are taken as they are."""
-
-
-class ResourceSlice(Plain):
-    returns_deleted = True
-    has_generation = True
-    field_names = ("spec.nodeName", "spec.driver")
-
-    def fields(self, obj: Object) -> tuple[str, ...]:
-        spec = obj.get("spec") or {}
-        return (spec.get("nodeName") or "", spec.get("driver") or "")
 
 
 class APIService(Strategy):

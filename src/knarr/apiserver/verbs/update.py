@@ -50,7 +50,9 @@ def mode_of(call: Call, subresource: str = "", *, may_create: bool = False) -> U
     """Return the mode of a plain or status update of the call's endpoint."""
     strategy = call.endpoint.strategy
     if subresource == "status":
-        return UpdateMode(strategy.prepare_status, "status", unconditional=strategy.unconditional_update)
+        return UpdateMode(
+            strategy.prepare_status, "status", unconditional=strategy.unconditional_update, validate=strategy.validate_status
+        )
     return UpdateMode(
         strategy.prepare_update, may_create=may_create or strategy.create_on_update, unconditional=strategy.unconditional_update,
         validate=strategy.validate_update,
