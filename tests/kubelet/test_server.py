@@ -99,3 +99,20 @@ async def test_a_followed_log_shows_new_lines_and_ends_with_the_container(served
         assert got == b"1\n2\n3\n"
     finally:
         await client.close()
+
+
+async def test_a_checkpoint_is_answered_as_upstream_does_where_the_runtime_has_none(served: Bench) -> None:
+    await served.run("p", "sleep 1000")
+    await served.until_ready("p")
+    client = _client(certificate=True)
+    try:
+        for path, status, words in (
+            ("/checkpoint/test/none/c", 404, b"pod does not exist"),
+            ("/checkpoint/test/p/none", 404, b"container none does not exist"),
+            ("/checkpoint/test/p/c?timeout=soon", 404, b"cannot parse value of timeout parameter"),
+            ("/checkpoint/test/p/c", 500, b"checkpointing of test/p/c failed (rpc error: code = Unimplemented"),
+        ):
+            answer = await client.request("POST", path)
+            assert (answer.status, answer.body[: len(words)]) == (status, words)
+    finally:
+        await client.close()

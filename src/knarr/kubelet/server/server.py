@@ -15,7 +15,7 @@ import orjson
 from knarr.aiokits.log import get_logger
 from knarr.api.types import Object
 from knarr.http.server import HTTPServer, Request
-from knarr.kubelet.server import configz, container_logs, metrics, node_logs, stats, streaming
+from knarr.kubelet.server import checkpoint, configz, container_logs, metrics, node_logs, stats, streaming
 from knarr.kubelet.server.auth import Authorizer
 from knarr.kubelet.volumes import local
 
@@ -82,6 +82,7 @@ _ROUTES: dict[str, Route] = {
     "metrics": metrics.serve,
     "configz": configz.serve,
     "logs": node_logs.serve,
+    "checkpoint": checkpoint.serve,
     "localvolumes": _local_volumes,
 }
 
