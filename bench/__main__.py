@@ -39,6 +39,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("bench/out/results.json"))
     parser.add_argument("--reference-apiserver", default=os.environ.get("BENCH_REFERENCE_APISERVER", ""), help="program of another API server to measure beside ours")
     parser.add_argument("--reference-etcd", default=os.environ.get("BENCH_REFERENCE_ETCD", "etcd"), help="its etcd")
+    parser.add_argument("--reference-scheduler", default="", help="its scheduler, for the scheduling rows")
     options = parser.parse_args()
     measured: list[Row] = []
     print(machine.describe(), file=sys.stderr)

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +19,7 @@ import uvloop
 from bench import scheduler_core_rows as core
 from bench.row import Row
 from bench.scheduler_rows import CLIENTS, client
+from bench.schedulers import scheduler
 from bench.servers import Target, ours
 from knarr.api.errors import StatusError
 from knarr.api.resources import NAMESPACES, NODES, PODS, PRIORITY_CLASSES, SERVICE_ACCOUNTS
@@ -98,7 +97,7 @@ async def _run_all(target: Target, size: int, workloads: list[Workload], repeat:
         rates: dict[str, list[float]] = {}
         for workload in workloads:
             for run in range(repeat):
-                async with _scheduler(target):
+                async with scheduler(target):
                     rates.setdefault(workload.name, []).append(await _Run(api, workload, f"{workload.name}-{run}").measure())
         return rates
     finally:
@@ -123,18 +122,6 @@ async def _add_node(api: Client, name: str, zone: str) -> None:
     await api.create(NODES, {"metadata": {"name": name, "labels": labels}, "status": status})
     # Admission marks new nodes as not ready, and no controller runs here that would take it back.
     await api.patch(NODES, name, None, {"spec": {"taints": None}})
-
-
-@asynccontextmanager
-async def _scheduler(target: Target) -> AsyncIterator[None]:
-    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "bench.scheduler", target.url, str(target.folder), stdout=subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        await process.stdout.readline()
-        yield
-    finally:
-        process.terminate()
-        await process.wait()
 
 
 class _Run:

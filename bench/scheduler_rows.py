@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import uvloop
 
 from bench.row import Row
-from bench.servers import TOKEN, Target, ours
+from bench.schedulers import scheduler
+from bench.servers import TOKEN, Target, ours, reference
 from knarr.api.resources import NAMESPACES, NODES, PODS, SERVICE_ACCOUNTS
 from knarr.client.config import ClientConfig
 from knarr.client.rest import Client
@@ -24,14 +24,25 @@ NODE_COUNT, POD_COUNT, CLIENTS = 1000, 2000, 8
 
 
 def measure(names: list[str], options: argparse.Namespace) -> Iterator[Row]:
+    rates, waits = _measure(options.repeat, ours, "")
+    their_rates: list[float] = []
+    their_waits: list[float] = []
+    if options.reference_apiserver and options.reference_scheduler:
+        their_rates, their_waits = _measure(
+            options.repeat, lambda: reference(options.reference_apiserver, options.reference_etcd), options.reference_scheduler
+        )
+    yield Row("schedule-2000-on-1000", "pods/s", rates, their_rates, note="8 clients creating")
+    yield Row("schedule-p99", "ms", waits, their_waits)
+
+
+def _measure(repeat: int, server: Callable[[], AbstractContextManager[Target]], program: str) -> tuple[list[float], list[float]]:
     rates, waits = [], []
-    for _ in range(options.repeat):
-        with ours() as target:
-            rate, wait = uvloop.run(_drive(target))
+    for _ in range(repeat):
+        with server() as target:
+            rate, wait = uvloop.run(_drive(target, program))
             rates.append(rate)
             waits.append(wait)
-    yield Row("schedule-2000-on-1000", "pods/s", rates, note="8 clients creating")
-    yield Row("schedule-p99", "ms", waits)
+    return rates, waits
 
 
 def client(target: Target) -> Client:
@@ -63,19 +74,27 @@ async def _add_node(api: Client, number: int) -> None:
     )  # admission marks new nodes as not ready; no controller runs here
 
 
-async def _drive(target: Target) -> tuple[float, float]:
+async def _drive(target: Target, program: str) -> tuple[float, float]:
     api = client(target)
+    try:
+        await _prepare(api)
+        async with scheduler(target, program):
+            return await _burst(api)
+    finally:
+        await api.close()
+
+
+async def _prepare(api: Client) -> None:
     await api.create(NAMESPACES, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "bench"}})
     await api.create(
         SERVICE_ACCOUNTS, {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default", "namespace": "bench"}}
     )
     for first in range(0, NODE_COUNT, 32):
         await asyncio.gather(*(_add_node(api, number) for number in range(first, min(first + 32, NODE_COUNT))))
-    scheduler = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "bench.scheduler", target.url, str(target.folder), stdout=subprocess.PIPE
-    )
-    assert scheduler.stdout is not None
-    await scheduler.stdout.readline()
+
+
+async def _burst(api: Client) -> tuple[float, float]:
+    """Give pods bound per second, and the 99th percentile of the milliseconds from a pod's creation to its binding seen."""
     created: dict[str, float] = {}
     bound: dict[str, float] = {}
     listed = await api.list(PODS, "bench")
@@ -99,8 +118,5 @@ async def _drive(target: Target) -> tuple[float, float]:
     await asyncio.wait_for(all_bound.wait(), 120)
     elapsed = max(bound.values()) - start
     watcher.cancel()
-    scheduler.terminate()
-    await scheduler.wait()
-    await api.close()
     waits = sorted(bound[name] - created[name] for name in bound)
     return POD_COUNT / elapsed, 1000 * statistics.quantiles(waits, n=100)[98]
