@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
-from knarr.api.resources import LEASES, NODES
+from knarr.api.resources import LEASES, NODES, PODS
 from tests.kubelet.conftest import Bench, condition
 
 
@@ -94,3 +95,24 @@ async def test_a_node_that_others_called_unknown_says_at_once_that_it_is_there(b
     async with asyncio.timeout(5):
         while condition(await bench.client.get(NODES, bench.node_name), "Ready") != "True":
             await asyncio.sleep(0.05)
+
+
+async def test_the_burstable_group_has_the_cpu_share_of_its_pods_together(bench: Bench) -> None:
+    assert bench.kubelet is not None
+    groups = bench.kubelet.node.cgroups
+    name, one, two = ("cpu.weight", "20", "39") if groups.is_v2 else ("cpu.shares", "512", "1024")
+    file = Path((groups.hierarchies.v2 or groups.hierarchies.v1["cpu"]) + groups.qos_parent("Burstable"), name)
+
+    async def until_share(wanted: str) -> None:
+        async with asyncio.timeout(10):
+            while file.read_text().strip() != wanted:
+                await asyncio.sleep(0.05)
+
+    await bench.run("a", "sleep 1000", container={"resources": {"requests": {"cpu": "500m"}}})
+    await bench.until_ready("a")
+    await until_share(one)
+    await bench.run("b", "sleep 1000", container={"resources": {"requests": {"cpu": "500m"}}})
+    await bench.until_ready("b")
+    await until_share(two)
+    await bench.client.delete(PODS, "b", bench.namespace, grace_period_seconds=0)
+    await until_share(one)

@@ -19,7 +19,7 @@ from knarr.aiokits.log import get_logger
 from knarr.api.types import Object
 from knarr.kubelet import podutil
 from knarr.kubelet.config import KubeletConfig
-from knarr.kubelet.resources import pod_cgroup_limits, pod_totals
+from knarr.kubelet.resources import cpu_shares, pod_cgroup_limits, pod_totals
 from knarr.runtime.cri import LinuxResources
 
 log = get_logger(__name__)
@@ -206,7 +206,7 @@ class Cgroups:
     def update_qos(self, pods: list[Object]) -> None:
         """Give the Burstable group the CPU share of its pods together."""
         total = sum(pod_totals(p)[0]["cpu"] for p in pods if podutil.qos_class(p) == "Burstable")
-        self._apply(self.qos_parent("Burstable"), LinuxResources(cpu_shares=max(2, total * 1024 // 1000)))
+        self._apply(self.qos_parent("Burstable"), LinuxResources(cpu_shares=cpu_shares(total)))
 
     async def remove_path(self, path: str) -> None:
         """Remove one group below kubepods with all its children; processes still in it are killed."""

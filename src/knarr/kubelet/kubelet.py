@@ -52,6 +52,7 @@ from knarr.runtime.cri import ImageService, RuntimeFault, RuntimeService
 log = get_logger(__name__)
 
 _RETRY_SECONDS = 1.0
+_QOS_SECONDS = 0.5
 _RETIRE_SECONDS = 30.0
 """What requests under way may still take when the client certificate changed."""
 
@@ -222,6 +223,7 @@ class Kubelet:
                     ("plugins", self.plugins.run()),
                     ("devices", self.devices.run()),
                     ("affinity", self.node.affinity.run()),
+                    ("qos-groups", self._run_qos()),
                     ("volume-growth", self.csi.growth.run()),
                     ("dynamic-resources", self.dynamic.run(self.ready)),
                     ("pods", self._run_pods()),
@@ -230,6 +232,15 @@ class Kubelet:
                     group.create_task(loop, name=f"kubelet-{name}")
         finally:
             await self._close()
+
+    async def _run_qos(self) -> None:
+        """Give the Burstable group the CPU share of its pods, a moment after the last of a burst of changes. Eternal."""
+        while self.config.cgroups_per_qos:
+            await self.node.pods_changed.wait()
+            await asyncio.sleep(_QOS_SECONDS)
+            self.node.pods_changed.clear()
+            self.node.cgroups.update_qos(self.workers.active_pods())
+        await asyncio.Event().wait()
 
     async def _start_server(self) -> None:
         config = self.config

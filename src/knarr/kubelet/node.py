@@ -5,6 +5,7 @@ Must not know workers. Everything here lives as long as the kubelet.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -73,6 +74,8 @@ class Node:
     dynamic: DynamicResources
     affinity: Affinity
     resize: Resizes | None = None
+    pods_changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when pods came, went or were resized: what groups of pods share has to be set anew."""
     counters: dict[str, int] = field(default_factory=dict)
     """Metric name (with labels) to its count since the start."""
 

@@ -71,6 +71,7 @@ class PodWorkers:
         self._spawn(worker)
 
     def _spawn(self, worker: PodWorker) -> None:
+        self._node.pods_changed.set()
         worker.task = self._node.tasks.spawn(worker.run(), f"pod-{worker.key}")
         worker.task.add_done_callback(lambda _: self._ended(worker))
 
@@ -115,6 +116,8 @@ class PodWorkers:
         if worker is None:
             self.add(pod)
             return
+        if worker.pod["spec"] != pod["spec"]:
+            self._node.pods_changed.set()
         worker.update(self._allocated(pod))
         self._node.status.on_api_update(pod)
 
@@ -126,6 +129,7 @@ class PodWorkers:
 
     def _room_made(self) -> None:
         """A pod ended: a resize that waits may fit now."""
+        self._node.pods_changed.set()
         if self._node.resize is None:
             return
         for pod in self._node.resize.deferred():
