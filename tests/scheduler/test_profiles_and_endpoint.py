@@ -101,6 +101,9 @@ async def test_each_profile_schedules_its_pods_by_its_own_rules_and_other_names_
         await client.create(PODS, _pod("sees-nothing", "blind"))
         await _bound(client, "sees-nothing")
         assert not (await client.get(PODS, "stranger", "default"))["spec"].get("nodeName")
+        text = scheduler.exposition().decode()
+        assert 'scheduler_schedule_attempts_total{profile="packing",result="scheduled"} 1.0' in text
+        assert 'scheduler_queue_incoming_pods_total{event="PodAdd",queue="active"} 5' in text
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

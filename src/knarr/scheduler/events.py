@@ -37,6 +37,14 @@ class ClusterEvent(NamedTuple):
     action: Action
     label: str = ""
 
+    @property
+    def text(self) -> str:
+        """What metrics call it, e.g. "AssignedPodDelete"."""
+        if self.label:
+            return self.label
+        name = self.action.name or ""
+        return self.resource + ("Update" if self.action == Action.UPDATE_OTHER else name.title().replace("_", ""))
+
     def covers(self, happened: ClusterEvent) -> bool:
         """Whether a plugin that registered this event wants to know of what happened."""
         if not self.action & happened.action:

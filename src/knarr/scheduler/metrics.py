@@ -40,6 +40,15 @@ class Metrics:
         self.preemption_victims = Histogram(
             "scheduler_preemption_victims", "Victims per preemption.", buckets=[2**i for i in range(7)], registry=self.registry
         )
+        self._algorithm_seconds = Histogram(
+            "scheduler_scheduling_algorithm_duration_seconds",
+            "Seconds of choosing a node.",
+            buckets=_ATTEMPT_BUCKETS,
+            registry=self.registry,
+        )
+        self._unschedulable = Gauge(
+            "scheduler_unschedulable_pods", "Pods that a plugin holds back.", ["plugin", "profile"], registry=self.registry
+        )
         self.pending_pods = Gauge("scheduler_pending_pods", "Pending pods by queue.", ["queue"], registry=self.registry)
         self.cache_size = Gauge("scheduler_cache_size", "Nodes, pods and assumed pods.", ["type"], registry=self.registry)
         # Children are looked up once: the label lookup costs more than the observation.
@@ -67,15 +76,33 @@ class Metrics:
         self._wait_seconds.labels(str(attempts) if attempts < 15 else "15+").observe(seconds)
         self._attempts_per_pod.observe(attempts)
 
-    def exposition(self, pending: Mapping[str, int], sizes: Mapping[str, int]) -> bytes:
+    def chosen(self, seconds: float) -> None:
+        """The algorithm has given its answer, a node or none."""
+        self._algorithm_seconds.observe(seconds)
+
+    def exposition(
+        self,
+        pending: Mapping[str, int],
+        sizes: Mapping[str, int],
+        held_back: Mapping[tuple[str, str], int],
+        incoming: Mapping[tuple[str, str], int],
+    ) -> bytes:
         """Give the text for /metrics.
 
         Args:
           pending: pods per part of the queue.
           sizes: nodes, pods and assumed pods that the scheduler holds.
+          held_back: waiting pods by (plugin, profile).
+          incoming: pods that entered a part of the queue, by (part, what happened).
         """
         for queue, number in pending.items():
             self.pending_pods.labels(queue).set(number)
         for kind, number in sizes.items():
             self.cache_size.labels(kind).set(number)
-        return bytes(generate_latest(self.registry))
+        self._unschedulable.clear()
+        for (plugin, profile), number in held_back.items():
+            self._unschedulable.labels(plugin, profile).set(number)
+        name = "scheduler_queue_incoming_pods_total"
+        lines = [f"# HELP {name} Pods added to scheduling queues, by event and queue.", f"# TYPE {name} counter"]
+        lines += [f'{name}{{event="{event}",queue="{queue}"}} {number}' for (queue, event), number in sorted(incoming.items())]
+        return bytes(generate_latest(self.registry)) + ("\n".join(lines) + "\n").encode()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -122,6 +123,9 @@ class SchedulingQueue:
         self._backoff: list[tuple[float, int, float, int, QueuedPod]] = []
         self._error_backoff: list[tuple[float, int, float, int, QueuedPod]] = []
         self._unschedulable: dict[str, QueuedPod] = {}
+        self.incoming: Counter[tuple[str, str]] = Counter()
+        """Pods that entered a place, by (place, what happened)."""
+        self._happened = ""
         self._counts = {ACTIVE: 0, BACKOFF: 0, ERROR_BACKOFF: 0, UNSCHEDULABLE: 0, RUNNING: 0}
         self._interested: dict[tuple[str, ClusterEvent], list[tuple[str, Hint | None]]] = {}
         self._waiter: asyncio.Future[None] | None = None
@@ -146,6 +150,8 @@ class SchedulingQueue:
         self._leave(queued)
         queued.place = place
         self._counts[place] += 1
+        if place != RUNNING:
+            self.incoming[place, self._happened] += 1
         age = queued.since
         if place == ACTIVE:
             heapq.heappush(self._active, (-queued.info.priority, age, queued.serial, queued))
@@ -198,6 +204,7 @@ class SchedulingQueue:
             self.update(info, info.pod)
             return
         queued = self.pods[info.uid] = QueuedPod(info, self._clock())
+        self._happened = "PodAdd"
         self._activate(queued)
         if info.nominated_node:
             self.nominator.set(info, info.nominated_node)
@@ -210,6 +217,7 @@ class SchedulingQueue:
             return
         before = queued.info
         queued.info = info
+        self._happened = "PodUpdate"
         nominated = self.nominator.node_of(info.uid)
         if info.nominated_node and info.nominated_node != nominated:
             self.nominator.set(info, info.nominated_node)
@@ -294,6 +302,7 @@ class SchedulingQueue:
 
     def _flush_backoff(self) -> None:
         now = float(int(self._clock()))
+        self._happened = "BackoffComplete"
         for heap in (self._backoff, self._error_backoff):
             while heap and (heap[0][0] < now or heap[0][-2] != heap[0][-1].serial):
                 entry = heapq.heappop(heap)
@@ -305,6 +314,7 @@ class SchedulingQueue:
         if now - self._last_flush < FLUSH_SECONDS:
             return
         self._last_flush = now
+        self._happened = TIMEOUT.label
         for queued in list(self._unschedulable.values()):
             if now - queued.since > UNSCHEDULABLE_SECONDS and queued.gated_by is None:
                 self._requeue(queued)
@@ -317,6 +327,7 @@ class SchedulingQueue:
             return
         queued.since = self._clock()
         queued.gated_by = None
+        self._happened = "ScheduleAttemptFailure"
         if is_error:
             queued.errors += 1
         else:
@@ -331,6 +342,7 @@ class SchedulingQueue:
         """Move a waiting pod to the active heap at once."""
         queued = self.pods.get(uid)
         if queued is not None and queued.place not in (ACTIVE, RUNNING):
+            self._happened = FORCE_ACTIVATE.label
             self._activate(queued)
 
     def _requeue(self, queued: QueuedPod, *, at_once: bool = False) -> None:
@@ -347,6 +359,7 @@ class SchedulingQueue:
         """Wake the unschedulable pods that this event may help."""
         if not self._unschedulable:
             return
+        self._happened = event.text
         for queued in list(self._unschedulable.values()):
             if only is not None and not only(queued.info):
                 continue

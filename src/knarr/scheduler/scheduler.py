@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,11 @@ class Scheduler:
             "gated": gated,
         }
         sizes = {"nodes": len(self.handle.table), "pods": len(self.handlers.placed), "assumed_pods": len(self.handlers.assumed)}
-        return self.metrics.exposition(pending, sizes)
+        held_back = Counter((plugin, queued.info.shape.scheduler_name) for queued in self.queue.waiting() for plugin in queued.plugins)
+        incoming: Counter[tuple[str, str]] = Counter()
+        for (place, happened), number in self.queue.incoming.items():
+            incoming["backoff" if place == queue.ERROR_BACKOFF else place, happened] += number
+        return self.metrics.exposition(pending, sizes, held_back, incoming)
 
     def settings(self) -> dict[str, Any]:
         """What /configz shows: a KubeSchedulerConfiguration."""
@@ -186,6 +191,7 @@ class Scheduler:
         except Exception as error:
             self._error(queued, error)
             return
+        self.metrics.chosen(time.perf_counter() - started)
         self._conclude(profile, queued, result, started)
 
     async def _schedule_with_extenders(self, queued: QueuedPod) -> None:
