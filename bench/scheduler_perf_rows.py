@@ -18,7 +18,7 @@ import uvloop
 
 from bench import scheduler_core_rows as core
 from bench.row import Row
-from bench.scheduler_rows import CLIENTS, client
+from bench.scheduler_rows import CLIENTS, changes, client
 from bench.schedulers import scheduler
 from bench.servers import Target, ours
 from knarr.api.errors import StatusError
@@ -141,7 +141,7 @@ class _Run:
         return {"metadata": metadata, "spec": {"terminationGracePeriodSeconds": 0, "containers": [container], **spec}}
 
     async def _watch(self, version: str) -> None:
-        async for _, pod in self._api.watch(PODS, self._namespace, resource_version=version):
+        async for pod in changes(self._api, self._namespace, version):
             if pod.get("spec", {}).get("nodeName"):
                 self._bound.add(pod["metadata"]["name"])
                 self._changed.set()

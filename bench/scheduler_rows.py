@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -84,6 +84,14 @@ async def _drive(target: Target, program: str) -> tuple[float, float]:
         await api.close()
 
 
+async def changes(api: Client, namespace: str, version: str) -> AsyncIterator[dict[str, Any]]:
+    """Give the pods of a namespace as they change; goes on where a server cut off a reader that it found too slow."""
+    while True:
+        async for _, obj in api.watch(PODS, namespace, resource_version=version):
+            version = obj["metadata"]["resourceVersion"]
+            yield obj
+
+
 async def _prepare(api: Client) -> None:
     await api.create(NAMESPACES, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "bench"}})
     await api.create(
@@ -101,7 +109,7 @@ async def _burst(api: Client) -> tuple[float, float]:
     all_bound = asyncio.Event()
 
     async def watch() -> None:
-        async for _, obj in api.watch(PODS, "bench", resource_version=listed["metadata"]["resourceVersion"]):
+        async for obj in changes(api, "bench", listed["metadata"]["resourceVersion"]):
             if obj.get("spec", {}).get("nodeName") and obj["metadata"]["name"] not in bound:
                 bound[obj["metadata"]["name"]] = time.monotonic()
                 if len(bound) == POD_COUNT:
@@ -115,7 +123,13 @@ async def _burst(api: Client) -> tuple[float, float]:
     watcher = asyncio.ensure_future(watch())
     start = time.monotonic()
     await asyncio.gather(*(create(which) for which in range(CLIENTS)))
-    await asyncio.wait_for(all_bound.wait(), 120)
+    waiting = asyncio.ensure_future(all_bound.wait())
+    done, _ = await asyncio.wait((waiting, watcher), timeout=120, return_when=asyncio.FIRST_COMPLETED)
+    if waiting not in done:
+        waiting.cancel()
+        why = repr(watcher.exception() or "it ended") if watcher in done else "it still runs"
+        watcher.cancel()
+        raise RuntimeError(f"only {len(bound)} of {POD_COUNT} pods were seen bound; the watch: {why}")
     elapsed = max(bound.values()) - start
     watcher.cancel()
     waits = sorted(bound[name] - created[name] for name in bound)
