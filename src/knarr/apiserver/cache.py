@@ -230,6 +230,9 @@ class ResourceCache:
             old = self.decoded(event.previous) if event.previous is not None else None
             for handler in self.handlers:
                 handler(event.type, obj, old)
+            # The ring keeps what has passed for a while, as bytes; hardly anybody asks for it decoded again.
+            if event.previous is not None:
+                event.previous.obj = None
 
     def _fan_out(self, events: list[Event]) -> None:
         """Give each group that can see something its events; a group renders once for all its watchers."""

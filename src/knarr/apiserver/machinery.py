@@ -30,7 +30,8 @@ def decode(endpoint: Endpoint, body: bytes, content_type: str, field_validation:
     obj, warnings = decoding.decode(endpoint.resource, body, content_type, field_validation or "Warn")
     if schema is not None:
         warnings += schema.prune(obj, field_validation)
-        schema.default(obj)
+        # JSON that has no null spares the search for them.
+        schema.default(obj, nulls=b"null" in body or not body.startswith(b"{"))
     else:
         default_builtin(endpoint.resource, obj)
     return obj, warnings

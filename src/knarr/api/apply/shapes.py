@@ -34,6 +34,9 @@ def shape(value: Any, listed: bool = False) -> Any:
             out.append(shape(each, True) if inner is dict or inner is list else (inner, each))
         return tuple(out)
     if kind is list:
+        classes = tuple(map(type, value))
+        if dict not in classes and list not in classes:
+            return (list, classes, tuple(value))
         return (list, *[shape(each, True) for each in value])
     return (kind, value) if listed else value is None
 

@@ -97,20 +97,40 @@ class CustomSchema:
         self._convert = convert
         self._schema_of = schema_of
         schema = self._schema = self.open_api_schema or {}
-        self._prune = None if preserve_unknown_fields or self.open_api_schema is None else compiled.pruner(schema, root=True)
-        self._default = compiled.defaulter(schema)
-        self._drop_nulls = compiled.null_dropper(schema)
-        self._valid = compiled.validator({key: value for key, value in schema.items() if key != "x-kubernetes-embedded-resource"})
-        self._list_types = embedded.list_type_checker(schema)
+        self._keeps_unknown = preserve_unknown_fields or self.open_api_schema is None
         self._embedded = embedded.has_embedded(schema)
         subresources = version.get("subresources") or {}
         self.has_status = "status" in subresources
         self.scale = Scaler.of(subresources["scale"]) if subresources.get("scale") else None
         self._scale_spec: Object = subresources.get("scale") or {}
         self._managers: dict[str, apply.FieldManager] = {}
-        status = (schema.get("properties") or {}).get("status") or {}
-        self.settled = status.get("default") is None and compiled.defaulter(status) is None
+
+    # Compiled when the first object comes: of many definitions on a cluster few are used.
+    @cached_property
+    def _prune(self) -> compiled.Pruner | None:
+        return None if self._keeps_unknown else compiled.pruner(self._schema, root=True)
+
+    @cached_property
+    def _default(self) -> compiled.Changer | None:
+        return compiled.defaulter(self._schema)
+
+    @cached_property
+    def _drop_nulls(self) -> compiled.Changer | None:
+        return compiled.null_dropper(self._schema)
+
+    @cached_property
+    def _valid(self) -> compiled.Valid | None:
+        return compiled.validator({key: value for key, value in self._schema.items() if key != "x-kubernetes-embedded-resource"})
+
+    @cached_property
+    def _list_types(self) -> Callable[[Object], list[FieldError]] | None:
+        return embedded.list_type_checker(self._schema)
+
+    @cached_property
+    def settled(self) -> bool:
         """Whether what was completed before its write is complete when read: no defaults come back for a status that was taken off."""
+        status = (self._schema.get("properties") or {}).get("status") or {}
+        return status.get("default") is None and compiled.defaulter(status) is None
 
     @cached_property
     def columns(self) -> CustomColumns:
@@ -143,9 +163,9 @@ class CustomSchema:
             )
         return found
 
-    def default(self, obj: Object) -> None:
-        """Fill in defaults in place; nulls where none may be are dropped."""
-        if self._drop_nulls is not None:
+    def default(self, obj: Object, *, nulls: bool = True) -> None:
+        """Fill in defaults in place; nulls where none may be are dropped (nulls False: there are none)."""
+        if nulls and self._drop_nulls is not None:
             self._drop_nulls(obj)
         if self._default is not None:
             self._default(obj)
