@@ -1,7 +1,7 @@
 """A hollow node and a simple scheduler, so that controllers have pods that run and end.
 
-Commands of containers run as real processes on this machine, in a folder of their own instead of
-/tmp; images that only pause are imitated. Statuses are written as a kubelet writes them.
+Commands of containers are interpreted (tests.controllers.shell); images that only pause are imitated.
+Statuses are written as a kubelet writes them. All timers are the event loop's.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
-import signal
-import tempfile
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from knarr.aiokits import clock
 from knarr.aiokits.tasks import Tasks
@@ -25,9 +23,12 @@ from knarr.client.informer import Informers
 from knarr.client.rest import Client
 from knarr.controllers import taints
 from knarr.controllers.nodeaffinity import matches_required
+from tests.controllers.shell import Shell
 
 NODE = "hollow"
 _ADDRESSES = itertools.count(10)
+_NOTICED_SECONDS = 0.3
+_APART_SECONDS = 0.005
 
 
 def ready_conditions() -> list[Object]:
@@ -41,7 +42,7 @@ def ready_conditions() -> list[Object]:
 @dataclass
 class _Container:
     name: str
-    process: asyncio.subprocess.Process | None = None
+    shell: Shell | None = None
     state: Object = field(default_factory=lambda: {"waiting": {"reason": "ContainerCreating"}})
     restarts: int = 0
     ready: bool = False
@@ -50,9 +51,9 @@ class _Container:
 
 
 class HollowNode:
-    """Registers one node, binds pods to fitting nodes, runs those bound to its own."""
+    """Registers its nodes, one by default, binds pods to fitting nodes, runs those bound to its own."""
 
-    def __init__(self, client: Client, start_seconds: float = 0.7) -> None:
+    def __init__(self, client: Client, start_seconds: float = 0.7, names: Sequence[str] = (NODE,)) -> None:
         self.client = client
         self._informers = Informers(client)
         self._pods = self._informers.get(PODS)
@@ -62,27 +63,31 @@ class HollowNode:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._deleted: dict[str, asyncio.Event] = {}
         self._deadlines: dict[str, asyncio.Event] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="knarr-hollow-")
+        self._files: dict[str, set[str]] = {}
         self._start_seconds = start_seconds
+        self._names = names
+        self._bound: Counter[str] = Counter()
+        self._started = 0
         self._pending: dict[str, Object] = {}
 
     async def __aenter__(self) -> HollowNode:
-        labels = {"kubernetes.io/hostname": NODE, "kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64"}
-        await self.client.create(NODES, {"metadata": {"name": NODE, "labels": labels}})
-        status = {"conditions": ready_conditions(), "allocatable": {"cpu": "64", "memory": "64Gi", "pods": "1000"}}
-        await self.client.patch(NODES, NODE, None, {"status": status}, type="strategic", subresource="status")
+        for name in self._names:
+            labels = {"kubernetes.io/hostname": name, "kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64"}
+            await self.client.create(NODES, {"metadata": {"name": name, "labels": labels}})
+            status = {"conditions": ready_conditions(), "allocatable": {"cpu": "64", "memory": "64Gi", "pods": "1000"}}
+            await self.client.patch(NODES, name, None, {"status": status}, type="strategic", subresource="status")
         self._pods.add_handler(self._changed, lambda old, new: self._changed(new), self._gone)
         self._nodes.add_handler(lambda _: self._retry(), lambda old, new: self._retry())
         self._claims.add_handler(lambda _: self._retry(), lambda old, new: self._retry())
         await self._informers.start()
         await self._informers.wait_synced()
-        self._tasks.spawn(self._beat(NODE), "heartbeat")
+        for name in self._names:
+            self.beat(name)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._tasks.close()
         await self._informers.close()
-        self._folder.cleanup()
 
     async def _beat(self, name: str, every: float = 5.0) -> None:
         lease = {"metadata": {"name": name, "namespace": "kube-node-lease"}, "spec": {"holderIdentity": name, "leaseDurationSeconds": 40}}
@@ -111,7 +116,7 @@ class HollowNode:
             if "deletionTimestamp" not in pod["metadata"] and not pod["spec"].get("schedulingGates"):
                 self._pending[uid] = pod
                 self._tasks.spawn(self._bind(pod), "bind")
-        elif node == NODE and uid not in self._running and pod["status"].get("phase") not in ("Succeeded", "Failed"):
+        elif node in self._names and uid not in self._running and pod["status"].get("phase") not in ("Succeeded", "Failed"):
             self._deleted[uid] = asyncio.Event()
             self._deadlines[uid] = asyncio.Event()
             if deadline is not None:
@@ -119,7 +124,7 @@ class HollowNode:
             if "deletionTimestamp" in pod["metadata"]:
                 self._deleted[uid].set()
             self._running[uid] = self._tasks.spawn(self._run(pod), f"pod-{pod['metadata']['name']}")
-        elif node == NODE and uid not in self._running and "deletionTimestamp" in pod["metadata"]:
+        elif node in self._names and uid not in self._running and "deletionTimestamp" in pod["metadata"]:
             # Over already, with nobody running it: what is left is to let it go.
             self._running[uid] = self._tasks.spawn(self._remove(pod), "remove")
 
@@ -174,7 +179,8 @@ class HollowNode:
                     break
 
     async def _bind(self, pod: Object) -> None:
-        nodes = sorted((node for node in self._nodes if self._fits(pod, node)), key=lambda node: node["metadata"]["name"] != NODE)
+        fitting = [node["metadata"]["name"] for node in self._nodes if self._fits(pod, node)]
+        nodes = sorted(fitting, key=lambda name: (name not in self._names, self._bound[name]))
         if not nodes:
             return
         if not self._claims_bound(pod):
@@ -183,7 +189,8 @@ class HollowNode:
         if self._pending.pop(pod["metadata"]["uid"], None) is None:
             return
         name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
-        binding = {"metadata": {"name": name}, "target": {"kind": "Node", "name": nodes[0]["metadata"]["name"]}}
+        binding = {"metadata": {"name": name}, "target": {"kind": "Node", "name": nodes[0]}}
+        self._bound[nodes[0]] += 1
         with contextlib.suppress(StatusError):
             await self.client.create(PODS, binding, namespace, subresource="binding", name=name)
 
@@ -257,7 +264,9 @@ class HollowNode:
     async def _live(self, pod: Object, deleted: asyncio.Event) -> None:
         containers = [_Container(item["name"]) for item in pod["spec"]["containers"]]
         await self._write(pod, self._status(pod, containers, "Pending", ""))
-        await asyncio.sleep(self._start_seconds)
+        # No two pods of a node start in the same moment.
+        self._started += 1
+        await asyncio.sleep(self._start_seconds + self._started % 64 * _APART_SECONDS)
         if any(item["image"].startswith("rec.invalid") for item in pod["spec"]["containers"]):
             for container in containers:
                 container.state = {"waiting": {"reason": "ErrImagePull"}}
@@ -267,12 +276,10 @@ class HollowNode:
             return
         count = next(_ADDRESSES)
         address = f"10.244.{count // 250}.{count % 250}"
-        folder = Path(self._folder.name) / pod["metadata"]["uid"]
-        folder.mkdir(exist_ok=True)
         changed = asyncio.Event()
         async with Tasks() as tasks:
             for spec, container in zip(pod["spec"]["containers"], containers, strict=True):
-                tasks.spawn(self._container(pod, spec, container, folder, changed), f"container-{container.name}")
+                tasks.spawn(self._container(pod, spec, container, changed), f"container-{container.name}")
             stopping = tasks.spawn(self._stop(pod, containers, deleted), "stop")
             late = self._deadlines[pod["metadata"]["uid"]]
             tasks.spawn(self._stop(pod, containers, late), "deadline")
@@ -294,8 +301,8 @@ class HollowNode:
         await deleted.wait()
         for container in containers:
             container.stop.set()
-            if container.process is not None and container.process.returncode is None:
-                container.process.send_signal(signal.SIGTERM)
+            if container.shell is not None:
+                container.shell.terminate()
 
     @staticmethod
     def _phase(pod: Object, containers: list[_Container], stopping: bool) -> str:
@@ -308,7 +315,7 @@ class HollowNode:
         return "Failed" if any(ended) else "Succeeded"
 
     def _env(self, pod: Object, spec: Object) -> dict[str, str]:
-        env = {"PATH": os.environ["PATH"], "POD_HOSTNAME": pod["spec"].get("hostname") or pod["metadata"]["name"]}
+        env = {}
         for item in spec.get("env") or ():
             path = ((item.get("valueFrom") or {}).get("fieldRef") or {}).get("fieldPath", "")
             if path.startswith("metadata.labels['"):
@@ -317,16 +324,11 @@ class HollowNode:
                 env[item["name"]] = item["value"]
         return env
 
-    async def _shell(self, pod: Object, spec: Object, command: list[str], folder: Path) -> asyncio.subprocess.Process:
-        words = [word.replace("/tmp/", f"{folder}/") for word in command]
-        if words[:2] == ["sh", "-c"]:
-            words = ["bash", "-c", 'hostname() { echo "$POD_HOSTNAME"; }; ' + words[2]]
-        null = asyncio.subprocess.DEVNULL
-        return await asyncio.create_subprocess_exec(
-            *words, env=self._env(pod, spec), stdin=null, stdout=null, stderr=null, start_new_session=True
-        )
+    def _shell(self, pod: Object, spec: Object) -> Shell:
+        files = self._files.setdefault(pod["metadata"]["uid"], set())
+        return Shell(files, self._env(pod, spec), pod["spec"].get("hostname") or pod["metadata"]["name"])
 
-    async def _container(self, pod: Object, spec: Object, container: _Container, folder: Path, changed: asyncio.Event) -> None:
+    async def _container(self, pod: Object, spec: Object, container: _Container, changed: asyncio.Event) -> None:
         backoff = 10.0
         while True:
             container.started_at = clock.now_rfc3339()
@@ -335,9 +337,9 @@ class HollowNode:
             container.ready = "readinessProbe" not in spec
             async with Tasks() as probes:
                 if command:
-                    container.process = await self._shell(pod, spec, command, folder)
+                    container.shell = self._shell(pod, spec)
                 if "readinessProbe" in spec:
-                    probes.spawn(self._probe(pod, spec, container, folder, changed), "probe")
+                    probes.spawn(self._probe(pod, spec, container, changed), "probe")
                 changed.set()
                 code = await self._wait(container, spec)
             container.ready = False
@@ -359,15 +361,11 @@ class HollowNode:
             container.restarts += 1
 
     async def _wait(self, container: _Container, spec: Object) -> int:
-        if container.process is not None:
-            try:
-                code = await container.process.wait()
-            finally:
-                if container.process.returncode is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(container.process.pid, signal.SIGKILL)
-                    await container.process.wait()
-            return code if code >= 0 else 128 - code
+        if container.shell is not None:
+            code = await container.shell.run(spec["command"])
+            # A kubelet sees a container run before it sees its end.
+            await asyncio.sleep(_NOTICED_SECONDS)
+            return code
         await container.stop.wait()
         for word in spec.get("args") or ():
             if word.startswith("--delay-shutdown="):
@@ -375,10 +373,9 @@ class HollowNode:
                 return 0
         return 2
 
-    async def _probe(self, pod: Object, spec: Object, container: _Container, folder: Path, changed: asyncio.Event) -> None:
+    async def _probe(self, pod: Object, spec: Object, container: _Container, changed: asyncio.Event) -> None:
         while True:
-            process = await self._shell(pod, spec, spec["readinessProbe"]["exec"]["command"], folder)
-            ready = await process.wait() == 0
+            ready = await self._shell(pod, spec).run(spec["readinessProbe"]["exec"]["command"]) == 0
             if ready != container.ready:
                 container.ready = ready
                 changed.set()
@@ -386,6 +383,4 @@ class HollowNode:
 
     async def run_in(self, pod: Object, command: list[str]) -> int:
         """Run a command as exec does."""
-        folder = Path(self._folder.name) / pod["metadata"]["uid"]
-        process = await self._shell(pod, pod["spec"]["containers"][0], command, folder)
-        return await process.wait()
+        return await self._shell(pod, pod["spec"]["containers"][0]).run(command)

@@ -40,6 +40,8 @@ _TRIES = 12
 _RETRY_SECONDS = 10.0
 _MESSAGE_CHARACTERS = 1024
 
+_last_name = 0  # nanoseconds in the name of the newest event of this process
+
 V = TypeVar("V")
 
 
@@ -145,7 +147,10 @@ class EventRecorder:
             self._senders[number] = self._tasks.spawn(self._send_all(self._lanes[number]), f"events-{self._component}")
 
     def _meta(self, reference: Object, now: float) -> Object:
-        return {"name": f"{reference.get('name', '')}.{int(now * 1e9):x}", "namespace": reference.get("namespace") or "default"}
+        global _last_name
+        # Two events of one moment have two names.
+        _last_name = max(int(now * 1e9), _last_name + 1)
+        return {"name": f"{reference.get('name', '')}.{_last_name:x}", "namespace": reference.get("namespace") or "default"}
 
     def _make_core(
         self, obj: Object, type: str, reason: str, message: str, field_path: str, related: Object | None, action: str
