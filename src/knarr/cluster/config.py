@@ -12,6 +12,7 @@ import ipaddress
 import json
 import os
 import re
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,17 @@ def known_clusters() -> list[ClusterConfig]:
     return [config for config in found if config is not None]
 
 
+def _unused(port: int) -> bool:
+    """Nobody listens there: clusters of other machines' file systems (a chroot, a container) may share this network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+    return True
+
+
 def new_cluster(name: str, data_dir: str | None, *, nodes: int = 1, storage: str = "", oci_runtime: str = "runc") -> ClusterConfig:
     """Defaults for a cluster that does not exist yet. Raises ConfigError on a bad name or when no slot is free."""
     if not NAME.fullmatch(name):
@@ -209,9 +221,9 @@ def new_cluster(name: str, data_dir: str | None, *, nodes: int = 1, storage: str
     if name == "default":
         slot = 0
     else:
-        slot = next((number for number in range(1, 11) if number not in taken), -1)
+        slot = next((number for number in range(1, 11) if number not in taken and _unused(6443 + number) and _unused(10250 + 20 * number)), -1)
         if slot < 0:
-            raise ConfigError("ten clusters exist already; `knarr delete --name NAME` frees one")
+            raise ConfigError("ten clusters exist already, or other programs have their ports; `knarr delete --name NAME` frees one")
     config = ClusterConfig(name=name, slot=slot, data_dir=os.path.abspath(data_dir) if data_dir else str(DATA_ROOT / name), storage=storage, oci_runtime=oci_runtime)
     if slot:
         config.api_port = 6443 + slot

@@ -89,7 +89,7 @@ def _kernel() -> list[Finding]:
         if not Path(f"/proc/self/ns/{namespace}").exists():
             findings.append(Finding(f"the kernel offers no {namespace} namespaces", "use a kernel built with namespaces"))
     if not any(line.split()[4] == "/" for line in Path("/proc/self/mountinfo").read_text().splitlines()):
-        findings.append(Finding("/ is not a mount point (a plain chroot), and runc refuses that", "bind-mount the chroot on itself before entering it"))
+        findings.append(Finding("/ is not a mount point (a plain chroot), and runc refuses that", "use ./run, which gives it a mount namespace of its own"))
     forward = Path("/proc/sys/net/ipv4/ip_forward")
     if os.geteuid() == 0 and not os.access(forward, os.W_OK):
         findings.append(Finding(f"{forward} cannot be written", "run outside an unprivileged container, or mount /proc writable"))

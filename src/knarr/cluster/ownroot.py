@@ -1,0 +1,87 @@
+"""Makes a plain chroot the root of a mount namespace of its own, so that containers can be run in it.
+
+Role: `./run` calls this file as a script, with the Python of the system, where / is no mount point. runc refuses to work
+there, the kernel refuses user namespaces, and what joins a container would find itself outside of the chroot, because
+setns(2) gives the root of the namespace. The namespace stays pinned to a file until that is unmounted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+CLONE_NEWNS = 0x20000
+MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 0x1000, 0x4000, 0x40000, 2
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def _mount(source: str, target: str, flags: int) -> None:
+    _check(_libc.mount(source.encode(), target.encode(), None, flags, None), f"mount {target}")
+
+
+def become_root(folder: str) -> None:
+    """Give this process a mount namespace whose root is what its root was.
+
+    Args:
+      folder: an empty folder, needed on the way.
+
+    Raises:
+      OSError: the kernel refused, e.g. for want of CAP_SYS_ADMIN.
+    """
+    _check(_libc.unshare(CLONE_NEWNS), "unshare")
+    _mount("/", folder, MS_BIND | MS_REC)
+    _mount("none", folder, MS_PRIVATE | MS_REC)
+    new = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    own = os.open("/proc/self/ns/mnt", os.O_RDONLY)
+    _check(_libc.setns(own, CLONE_NEWNS), "setns")  # out of the chroot, to the root of the namespace
+    old = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
+    os.fchdir(new)
+    _check(_libc.pivot_root(b".", b"."), "pivot_root")
+    os.fchdir(old)
+    _mount("none", ".", MS_PRIVATE | MS_REC)
+    _check(_libc.umount2(b".", MNT_DETACH), "umount")
+    os.chdir("/")
+
+
+def pin(path: str) -> None:
+    """Keep such a namespace at a file, for `nsenter --mount=PATH`."""
+    folder = f"{path}.folder"
+    os.makedirs(folder, exist_ok=True)
+    with open(path, "a"):
+        pass
+    ready_reader, ready_writer = os.pipe()
+    pinned_reader, pinned_writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.close(pinned_writer)
+            become_root(folder)
+            os.write(ready_writer, b"1")
+            os.read(pinned_reader, 1)
+            code = 0
+        except OSError as error:
+            print(error.strerror, file=sys.stderr)
+        finally:
+            os._exit(code)
+    os.close(ready_writer)
+    made = os.read(ready_reader, 1)
+    if made:
+        _mount(f"/proc/{child}/ns/mnt", path, MS_BIND)
+    os.close(pinned_writer)
+    os.waitpid(child, 0)
+    os.rmdir(folder)
+    if not made:
+        os.unlink(path)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    pin(sys.argv[1])
