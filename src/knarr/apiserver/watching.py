@@ -14,6 +14,7 @@ from knarr.aiokits.log import get_logger
 from knarr.api.selectors import FieldSelector, LabelSelector
 from knarr.apiserver.cache import ADDED, DELETED, MODIFIED, CachedObject, Event, ResourceCache, item_at
 from knarr.apiserver.forms import Form
+from knarr.apiserver.websocketwatch import WebSocketStream
 from knarr.http.server import ResponseStream
 
 log = get_logger(__name__)
@@ -211,7 +212,7 @@ class Watcher:
     __slots__ = ("_allowance", "_ended", "_timer", "bookmarks", "current_revision", "group", "has_had_first", "on_end", "stream")
 
     def __init__(
-        self, group: WatchGroup, stream: ResponseStream, *, bookmarks: bool, timeout_seconds: float, allowance_bytes: int,
+        self, group: WatchGroup, stream: ResponseStream | WebSocketStream, *, bookmarks: bool, timeout_seconds: float, allowance_bytes: int,
         current_revision: Callable[[], int], on_end: Callable[[], None],
     ) -> None:  # fmt: skip
         self.group = group

@@ -83,6 +83,11 @@ class RawConnection:
                 self._transport.resume_reading()
         return data
 
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes written that the kernel has not taken yet."""
+        return self._transport.get_write_buffer_size()
+
     def write(self, data: bytes) -> None:
         """Queue bytes for the peer; without effect once the connection is gone."""
         if data and not self._transport.is_closing():

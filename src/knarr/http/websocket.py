@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from knarr.http.errors import HTTPError
+from knarr.http.raw import RawConnection
 from knarr.http.server import Request
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
@@ -168,6 +169,10 @@ class WebSocket:
     async def drain(self) -> None:
         await self._connection.drain()
 
+    def send_text_nowait(self, data: bytes) -> None:
+        """Queue a text message; pair with `drain`."""
+        self._send(TEXT, data)
+
     async def send_text(self, data: bytes) -> None:
         self._send(TEXT, data)
         await self._connection.drain()
@@ -226,7 +231,13 @@ def choose(request: Request, supported: Sequence[str]) -> str | None:
 
 
 def accept(request: Request, supported: Sequence[str]) -> WebSocket | None:
-    """Answer the handshake and take the connection over; None when it was refused (and answered).
+    """Answer the handshake and take the connection over; None when it was refused (and answered)."""
+    taken = accept_connection(request, supported)
+    return None if taken is None else taken[0]
+
+
+def accept_connection(request: Request, supported: Sequence[str]) -> tuple[WebSocket, RawConnection] | None:
+    """Like accept, with the connection below, for those who look at what has not been sent yet.
 
     Source: golang.org/x/net/websocket Server with wsstream's handshake: 400 for a malformed request, 403 for no common protocol.
     """
@@ -245,7 +256,7 @@ def accept(request: Request, supported: Sequence[str]) -> WebSocket | None:
     raw.write(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
     socket = WebSocket(raw)
     socket.subprotocol = subprotocol
-    return socket
+    return socket, raw
 
 
 READER_PROTOCOLS = ("", "binary.k8s.io", "base64.binary.k8s.io")

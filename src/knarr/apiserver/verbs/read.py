@@ -11,11 +11,14 @@ import random
 from knarr.api import errors
 from knarr.api.errors import StatusError
 from knarr.api.selectors import EVERYTHING, FieldSelector, FieldTerm, SelectorError, parse_field_selector, parse_label_selector
-from knarr.apiserver import listing
+from knarr.apiserver import listing, websocketwatch
 from knarr.apiserver.cache import ADDED, CachedObject, ResourceCache
 from knarr.apiserver.call import Call
+from knarr.apiserver.forms import JSON
 from knarr.apiserver.listing import ListOptions
 from knarr.apiserver.watching import Prepare, Selection, Watcher, all_states, group_for
+from knarr.http import websocket
+from knarr.http.server import ResponseStream
 
 NO_FIELDS = FieldSelector()
 
@@ -228,9 +231,15 @@ def _start_watch(call: Call) -> None:
             frames = [group.render(_in_scope(events, selection.namespace))]
     if error is not None:
         raise error
-    stream = call.request.start_stream_nowait(200, [
-        ("Audit-Id", call.audit_id), ("Cache-Control", "no-cache, private"), ("Content-Type", form.watch_content_type),
-    ])
+    stream: ResponseStream | websocketwatch.WebSocketStream | None
+    if websocket.is_upgrade(call.request):
+        stream = websocketwatch.start(call.request, binary=form.watch_content_type != JSON, spawn=call.server.tasks.spawn)
+        if stream is None:
+            return
+    else:
+        stream = call.request.start_stream_nowait(200, [
+            ("Audit-Id", call.audit_id), ("Cache-Control", "no-cache, private"), ("Content-Type", form.watch_content_type),
+        ])
     data = form.first_frames(b"".join(frames)) if frames else b""
     stream.write(data)
     watcher = Watcher(
