@@ -205,6 +205,16 @@ def matches_scopes(quota: Object, resource: str, obj: Object) -> bool:
     return False
 
 
+def frees(item: Object, resource: str, old: Object, new: Object) -> bool:
+    """Whether an object uses less of a quota than before.
+
+    Source: pkg/quota/v1/install/update_filter.go.
+    """
+    before = usage_of(resource, old) if matches_scopes(item, resource, old) else {}
+    after = usage_of(resource, new) if matches_scopes(item, resource, new) else {}
+    return any(amount > after.get(name, 0) for name, amount in before.items())
+
+
 def _pod_in_scope(requirement: Object, pod: Object) -> bool:
     scope = requirement["scopeName"]
     spec = pod["spec"]

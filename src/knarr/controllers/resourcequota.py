@@ -6,7 +6,8 @@ Source: pkg/controller/resourcequota/resource_quota_controller.go.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable
 
 from knarr.aiokits.log import get_logger
 from knarr.api import quantity
@@ -29,7 +30,7 @@ _SHARED: dict[str, Resource] = {
     "resourcequotas": RESOURCE_QUOTAS,
     "resourceclaims.resource.k8s.io": RESOURCE_CLAIMS,
 }
-# Admission writes the same status at the moment of creation; let it be first.
+# Many objects often go together: one recount for all.
 _DELAY_SECONDS = 0.1
 
 
@@ -42,8 +43,10 @@ class ResourceQuotaController:
         self._resync = ctx.config.quota_resync_seconds
         self._informers: dict[str, Informer] = {name: ctx.informer(res) for name, res in _SHARED.items()}
         self._unknown: set[str] = set()
+        self._since: dict[str, float] = {}
+        """Revision at which we put a quota into force; infinite while we do."""
         self.controller = Controller("resourcequota-controller", self._reconcile, workers=5)
-        self._quotas.add_handler(self._changed, self._updated)
+        self._quotas.add_handler(self._changed, self._updated, self._changed)
         for name, informer in self._informers.items():
             self._follow(name, informer)
 
@@ -59,28 +62,40 @@ class ResourceQuotaController:
             self._changed(new)
 
     def _follow(self, resource: str, informer: Informer) -> None:
-        wake = self._waker(resource)
-        informer.add_handler(wake, self._update_waker(resource, wake), wake)
+        """Recount what an event may have freed.
 
-    def _waker(self, resource: str) -> Callable[[Object], None]:
-        def wake(obj: Object) -> None:
-            for item in self._quotas.list(obj["metadata"].get("namespace") or "-"):
-                if any(quota.group_resource(name) == resource for name in item["spec"].get("hard") or ()):
-                    self.controller.queue.add_after(object_key(item), _DELAY_SECONDS)
+        What it added only where the quota was not in force yet: otherwise admission has charged it, and a recount that has seen the
+        charge before the object would take it back.
+        """
 
-        return wake
+        def quotas_of(obj: Object) -> list[Object]:
+            found = self._quotas.list(obj["metadata"].get("namespace") or "-")
+            return [item for item in found if resource in map(quota.group_resource, item["spec"].get("hard") or ())]
 
-    @staticmethod
-    def _update_waker(resource: str, wake: Callable[[Object], None]) -> Callable[[Object, Object], None]:
-        def update(old: Object, new: Object) -> None:
-            if resource == "pods":
-                if podutil.is_finished(old) == podutil.is_finished(new) and old["spec"] == new["spec"]:
-                    return
-            elif resource == "resourcequotas" or old.get("spec") == new.get("spec"):
-                return
-            wake(new)
+        def wake(item: Object) -> None:
+            self.controller.queue.add_after(object_key(item), _DELAY_SECONDS)
 
-        return update
+        def added(obj: Object) -> None:
+            for item in quotas_of(obj):
+                if int(obj["metadata"]["resourceVersion"]) <= self._in_force(item):
+                    wake(item)
+
+        def updated(old: Object, new: Object) -> None:
+            for item in quotas_of(new):
+                if quota.frees(item, resource, old, new):
+                    wake(item)
+
+        def deleted(obj: Object) -> None:
+            for item in quotas_of(obj):
+                wake(item)
+
+        informer.add_handler(added, updated, deleted)
+
+    def _in_force(self, item: Object) -> float:
+        """From which revision on admission charges what is created."""
+        if (item.get("status") or {}).get("hard") != item["spec"].get("hard"):
+            return math.inf
+        return self._since.get(object_key(item), 0)
 
     async def _informer(self, resource: str) -> Informer | None:
         """Give the cache of counted objects, starting one on the first quota that asks for it."""
@@ -106,6 +121,7 @@ class ResourceQuotaController:
     async def _reconcile(self, key: str) -> Result | None:
         item = self._quotas.get_key(key)
         if item is None or podutil.is_deleting(item):
+            self._since.pop(key, None)
             return None
         hard = item["spec"].get("hard") or {}
         status = item.get("status") or {}
@@ -119,7 +135,11 @@ class ResourceQuotaController:
         used = {name: value for name, value in before.items() if name in hard}
         used.update(quota.total_usage(item, objects))
         if not (_same(status.get("hard"), hard) and _same(before, used) and status.get("used") is not None):
-            await self._ctx.client.update(RESOURCE_QUOTAS, {**item, "status": {"hard": hard, "used": used}}, subresource="status")
+            if not _same(status.get("hard"), hard):
+                self._since[key] = math.inf
+            done = await self._ctx.client.update(RESOURCE_QUOTAS, {**item, "status": {"hard": hard, "used": used}}, subresource="status")
+            if key in self._since:
+                self._since[key] = min(self._since[key], int(done["metadata"]["resourceVersion"]))
         return Result(self._resync)
 
 
