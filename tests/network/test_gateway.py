@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from knarr.network.ingress.alternatives import settle
 from knarr.network.ingress.gateway import add_routes, intersect
 from knarr.network.ingress.gateways import _keep_times
 from knarr.network.ingress.model import Routes
@@ -43,6 +44,7 @@ def build(gateways: list[dict[str, Any]], routes: list[dict[str, Any]], **more: 
         find,
         **{"has_secret": {}, "namespace_labels": {"app": {"team": "x"}}, "shown": [{"ip": "192.0.2.7"}], **more},
     )
+    settle(table)
     return table, outcome
 
 
@@ -74,7 +76,7 @@ def test_what_is_not_allowed_or_supported_is_told_and_not_served():
         "NotAllowedByListeners": ([gateway(listener(allowedRoutes={"namespaces": {"from": "Same"}}))], route(to("a"))),
         "NoMatchingListenerHostname": ([gateway(listener(hostname="*.one.test"))], route(to("a"), hostnames=["x.two.test"])),
         "NoMatchingParent": ([gateway(listener())], route(to("a"), sectionName="other")),
-        "UnsupportedValue": ([gateway(listener())], route({"matches": [{"method": "GET"}], "backendRefs": []})),
+        "UnsupportedValue": ([gateway(listener())], route({"filters": [{"type": "RequestMirror"}], "backendRefs": []})),
     }
     for reason, (gateways, wanted) in cases.items():
         table, outcome = build(gateways, [wanted])
@@ -82,11 +84,10 @@ def test_what_is_not_allowed_or_supported_is_told_and_not_served():
         assert state(outcome.routes["app/r"]["parents"][0]["conditions"])["Accepted"] == ("False", reason)
 
 
-def test_namespaces_may_be_selected_and_missing_backends_answer_503():
+def test_namespaces_may_be_selected_and_missing_backends_answer_500():
     selector = {"namespaces": {"from": "Selector", "selector": {"matchLabels": {"team": "x"}}}}
     table, outcome = build([gateway(listener(allowedRoutes=selector))], [route(to("nothing"))])
-    target = table.prefix["*|/"].split("|")[0]
-    assert table.targets[target] == "0"
+    assert table.rules[table.prefix["*|/"].split("|")[0]].endswith("~reply:500")
     assert state(outcome.routes["app/r"]["parents"][0]["conditions"])["ResolvedRefs"] == ("False", "BackendNotFound")
 
 
@@ -107,6 +108,21 @@ def test_redirects_and_rewrites():
     table, _outcome = build([gateway(listener())], [route(to("a", path="/r", filters=(redirect,)), to("a", path="/w", filters=(rewrite,)))])
     assert table.prefix["*|/r/"].endswith("|P1|")
     assert table.prefix["*|/w/"].endswith("|P|/new")
+
+
+def test_conditions_are_tried_in_order_of_precedence_and_fall_back_to_shorter_paths():
+    header = {"headers": [{"name": "X-A", "value": "1"}], "path": {"type": "PathPrefix", "value": "/p"}}
+    method = {"method": "POST", "path": {"type": "PathPrefix", "value": "/p"}}
+    rules = [
+        {"matches": [header], "backendRefs": [{"name": "a", "port": 80}]},
+        {"matches": [method], "backendRefs": [{"name": "b", "port": 80}]},
+        to("b"),
+    ]
+    table, outcome = build([gateway(listener())], [route(*rules)])
+    assert state(outcome.routes["app/r"]["parents"][0]["conditions"])["Accepted"] == ("True", "Accepted")
+    ways = table.rules[table.prefix["*|/p/"].split("|")[0]].split(";")
+    assert [way.split("~")[0].split(":")[0] for way in ways] == ["m", "h", "t"]
+    assert table.prefix["*|/"].split("|")[0].startswith("gw/")
 
 
 def test_host_names_of_listener_and_route_are_intersected():

@@ -44,29 +44,34 @@ async def eventually(check: Any) -> None:
             await asyncio.sleep(0.05)
 
 
-async def test_a_route_is_served_as_soon_as_somebody_installs_the_definitions(running: Running) -> None:
-    client = running.client
+async def create(client: Any, resource: Resource, obj: dict[str, Any]) -> None:
+    async def attempt() -> bool:
+        try:
+            await client.create(resource, obj, obj["metadata"].get("namespace"))
+        except StatusError as error:
+            # Until a definition is established its resource is not found.
+            if error.code != 404:
+                raise
+            return False
+        return True
+
+    await eventually(attempt)
+
+
+async def install(client: Any) -> None:
+    """The definitions, a class of ours and a Gateway with one listener."""
     for resource in (GATEWAY_CLASSES, GATEWAYS, HTTP_ROUTES):
         await client.create(CUSTOM_RESOURCE_DEFINITIONS, definition(resource))
+    await create(client, GATEWAY_CLASSES, made(GATEWAY_CLASSES, "ours", controllerName=CONTROLLER))
+    await create(client, GATEWAYS, made(GATEWAYS, "gw", gatewayClassName="ours", listeners=[{"name": "http", "port": 80, "protocol": "HTTP"}]))
+
+
+async def test_a_route_is_served_as_soon_as_somebody_installs_the_definitions(running: Running) -> None:
+    client = running.client
     await running.expose("a")
-
-    async def create(resource: Resource, obj: dict[str, Any]) -> None:
-        async def attempt() -> bool:
-            try:
-                await client.create(resource, obj, obj["metadata"].get("namespace"))
-            except StatusError as error:
-                # Until a definition is established its resource is not found.
-                if error.code != 404:
-                    raise
-                return False
-            return True
-
-        await eventually(attempt)
-
-    await create(GATEWAY_CLASSES, made(GATEWAY_CLASSES, "ours", controllerName=CONTROLLER))
-    await create(GATEWAYS, made(GATEWAYS, "gw", gatewayClassName="ours", listeners=[{"name": "http", "port": 80, "protocol": "HTTP"}]))
+    await install(client)
     rule = {"matches": [{"path": {"type": "PathPrefix", "value": "/"}}], "backendRefs": [{"name": "a", "port": 80}]}
-    await create(HTTP_ROUTES, made(HTTP_ROUTES, "r", parentRefs=[{"name": "gw"}], hostnames=["g.test"], rules=[rule]))
+    await create(client, HTTP_ROUTES, made(HTTP_ROUTES, "r", parentRefs=[{"name": "gw"}], hostnames=["g.test"], rules=[rule]))
 
     async def served() -> bool:
         try:
@@ -88,3 +93,59 @@ async def test_a_route_is_served_as_soon_as_somebody_installs_the_definitions(ru
     await asyncio.sleep(0.3)
     # Once told, statuses are left alone.
     assert (await client.get(GATEWAYS, "gw", "default"))["metadata"]["resourceVersion"] == version
+
+
+def match(path: str = "/", kind: str = "PathPrefix", **more: Any) -> dict[str, Any]:
+    return {"path": {"type": kind, "value": path}, **more}
+
+
+def to(name: str, *matches: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"matches": list(matches), "backendRefs": [{"name": name, "port": 80}], **more}
+
+
+async def test_matches_and_filters_do_what_the_specification_says(running: Running) -> None:
+    client = running.client
+    for name in ("a", "b"):
+        await running.expose(name)
+    await install(client)
+    header = lambda value, **more: {"headers": [{"name": "X-Kind", "value": value, **more}]}
+    moved = {"hostname": "new.test", "port": 8080, "statusCode": 301, "path": {"type": "ReplacePrefixMatch", "replacePrefixMatch": "/to"}}
+    change = {"set": [{"name": "X-Test", "value": "set: a, b"}], "remove": ["X-Gone"]}
+    rules = [
+        to("a", match()),
+        to("b", match("/h", **header("one"))),
+        to("b", match("/h", **header("t(wo|hree)", type="RegularExpression"))),
+        to("b", match("/q", queryParams=[{"name": "v", "value": "x y"}])),
+        to("b", match("/m", method="POST")),
+        to("b", match("/re/[0-9]+", "RegularExpression")),
+        to("b", match("/old"), filters=[{"type": "URLRewrite", "urlRewrite": {"hostname": "in.test", "path": {"type": "ReplacePrefixMatch", "replacePrefixMatch": "/new"}}}]),
+        {"matches": [match("/gone")], "filters": [{"type": "RequestRedirect", "requestRedirect": moved}]},
+        to("b", match("/change"), filters=[{"type": "RequestHeaderModifier", "requestHeaderModifier": change}, {"type": "ResponseHeaderModifier", "responseHeaderModifier": {"add": [{"name": "X-Out", "value": "yes"}], "remove": ["Server"]}}]),
+    ]  # fmt: skip
+    await create(client, HTTP_ROUTES, made(HTTP_ROUTES, "r", parentRefs=[{"name": "gw"}], hostnames=["g.test"], rules=rules))
+
+    async def served() -> bool:
+        try:
+            return (await running.get("g.test"))[0] == 200
+        except (OSError, IndexError):
+            return False
+
+    await eventually(served)
+    expected = [
+        ("/h", {}, "a"), ("/h", {"headers": "x-kind: one\r\n"}, "b"), ("/h/x", {"headers": "X-Kind: three\r\n"}, "b"), ("/h", {"headers": "X-Kind: threes\r\n"}, "a"),
+        ("/q?v=x%20y&w=1", {}, "b"), ("/q?v=x", {}, "a"), ("/m", {"method": "POST"}, "b"), ("/m", {}, "a"),
+        ("/re/12", {}, "b"), ("/re/12x", {}, "a"), ("/other", {}, "a"),
+    ]  # fmt: skip
+    for path, options, name in expected:
+        status, body, _head = await running.get("g.test", path, **options)
+        assert (status, body.split(" ")[0]) == (200, name), (path, options)
+    _status, body, head = await running.get("g.test", "/old/x?y=1")
+    assert body.startswith("b /new/x?y=1 ")
+    assert "saw-host: in.test" in head
+    assert (await running.get("g.test", "/old"))[1].startswith("b /new ")
+    status, _body, head = await running.get("g.test", "/gone/away?z=1")
+    assert (status, "location: http://new.test:8080/to/away?z=1" in head) == (301, True)
+    _status, _body, head = await running.get("g.test", "/change")
+    assert "saw-x-test: set: a, b" in head
+    assert "x-out: yes" in head
+    assert "server: web" not in head

@@ -51,7 +51,8 @@ class Web:
                 path = head.split(" ")[1]
                 seen = {line.partition(":")[0].lower(): line.partition(":")[2].strip() for line in head.split("\r\n")[1:] if line}
                 body = f"{self.name} {path} {seen.get('x-forwarded-proto')} {seen.get('x-forwarded-for')}".encode()
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+                shown = "".join(f"Saw-{name}: {seen[name]}\r\n" for name in ("host", "x-test", "x-forwarded-prefix") if name in seen)
+                writer.write(b"HTTP/1.1 200 OK\r\n%sServer: web\r\nContent-Length: %d\r\n\r\n%s" % (shown.encode(), len(body), body))
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
@@ -89,7 +90,7 @@ class Running:
     def __init__(self, client: Any, controller: IngressController, listen: Listen) -> None:
         self.client, self.controller, self.listen = client, controller, listen
 
-    async def get(self, host: str, path: str = "/", *, tls: bool = False, headers: str = "") -> tuple[int, str, str]:
+    async def get(self, host: str, path: str = "/", *, tls: bool = False, headers: str = "", method: str = "GET") -> tuple[int, str, str]:
         """(status, body, whole head); with TLS the certificate's names come in front of the head."""
         context = None
         if tls:
@@ -97,7 +98,7 @@ class Running:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         port = self.listen.https_port if tls else self.listen.http_port
         reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname=host if tls else None)
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{headers}\r\n".encode())
+        writer.write(f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{headers}\r\n".encode())
         answer = (await asyncio.wait_for(reader.read(), 5)).decode()
         certificate = writer.get_extra_info("ssl_object").getpeercert(True) if tls else b""
         writer.close()
@@ -230,6 +231,47 @@ async def test_annotations(running):
     status, _body, head = await running.get("moved.test")
     assert (status, "location: https://new.test/there" in head) == (301, True)
     assert (await running.get("forced.test"))[0] == 308
+
+
+async def test_annotations_that_look_at_requests_and_change_them(running):
+    for name in ("a", "b"):
+        await running.expose(name)
+    prefix = "nginx.ingress.kubernetes.io/"
+
+    async def put(name: str, path: str = "/", target: str = "a", host: str = "", **annotations: str) -> None:
+        wanted = {prefix + key.replace("_", "-"): value for key, value in annotations.items()}
+        await running.put(ingress(name, [rule(host or f"{name}.test", (path, "ImplementationSpecific", target))], wanted))
+
+    await put("captures", "/app(/|$)(.*)", rewrite_target="/$2", use_regex="true")
+    assert (await running.get("captures.test", "/app/x/y?q=1"))[1].startswith("a /x/y?q=1 ")
+    assert (await running.get("captures.test", "/APP"))[1].startswith("a / ")
+    assert (await running.get("captures.test", "/apple"))[0] == 404
+    await put("soon", temporal_redirect="http://else.test/x")
+    status, _body, head = await running.get("soon.test", "/?y=1")
+    assert (status, "location: http://else.test/x\r" in head) == (302, True)
+    await put("root", app_root="/start")
+    assert "location: http://root.test/start" in (await running.get("root.test"))[2]
+    assert (await running.get("root.test", "/other"))[1].startswith("a /other ")
+    await put("listed", allowlist_source_range="10.0.0.0/8, 192.0.2.1")
+    assert (await running.get("listed.test"))[0] == 403
+    await put("listed", allowlist_source_range="10.0.0.0/8, 127.0.0.0/8")
+    assert (await running.get("listed.test"))[0] == 200
+    await put("denied", denylist_source_range="127.0.0.1")
+    assert (await running.get("denied.test"))[0] == 403
+    await put("headers", upstream_vhost="inner.test", x_forwarded_prefix="/pre", server_alias="alias.test")
+    _status, _body, head = await running.get("alias.test")
+    assert "saw-host: inner.test" in head
+    assert "saw-x-forwarded-prefix: /pre" in head
+    await put("cors", enable_cors="true", cors_allow_origin="https://o.test")
+    status, _body, head = await running.get("cors.test", method="OPTIONS")
+    assert (status, "access-control-allow-origin: https://o.test" in head, "access-control-allow-methods: " in head) == (204, True, True)
+    assert "access-control-allow-origin: https://o.test" in (await running.get("cors.test"))[2]
+    await put("main", host="main.test")
+    await put("canary", target="b", host="main.test", canary="true", canary_by_header="X-Canary")
+    assert (await running.get("main.test"))[1].startswith("a ")
+    assert (await running.get("main.test", headers="X-Canary: always\r\n"))[1].startswith("b ")
+    await put("canary", target="b", host="main.test", canary="true", canary_weight="50")
+    assert {(await running.get("main.test"))[1][0] for _ in range(40)} == {"a", "b"}
 
 
 async def test_a_missing_service_answers_503_with_an_event_and_heals(running):

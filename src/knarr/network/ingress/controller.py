@@ -33,6 +33,7 @@ from knarr.client.events import EventRecorder
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
 from knarr.http.errors import HTTPError
+from knarr.network.ingress.alternatives import settle
 from knarr.network.ingress.gateway import Outcome
 from knarr.network.ingress.gateways import GatewaySupport
 from knarr.network.ingress.haproxy import Certificates, HAProxy, HAProxyError, Listen, certificate_name, program, usable
@@ -160,6 +161,7 @@ class IngressController:
             {object_key(obj): True for obj in self._secrets.list() if _secret_pem(obj) is not None} if self._gateways.active else {}
         )
         outcome = self._gateways.add_routes(routes, self._addresses, usable_secrets)
+        settle(routes)
         if program() is None:
             routes.problems.extend((object_key(ingress), "haproxy is not installed on this machine") for ingress in ingresses)
         certificates = self._certificates(routes)

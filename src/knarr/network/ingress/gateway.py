@@ -3,7 +3,7 @@
 Role: the controller calls `add_routes` when the resources are served (their CRDs are installed by whoever wants them)
 and writes the statuses that come back.
 Supported: HTTP and HTTPS (Terminate) listeners with certificates, listener and route host names, attachment by
-namespace, path matches Exact and PathPrefix, weighted Services, redirect to HTTPS, replacement of the full path. What
+namespace, all matches (path, headers, query parameters, method), weighted Services, and the filters of `filters`. What
 is not is told by the condition that the specification has for it, and routes nothing.
 Source: gateway-api v1 (apis/v1 types, conformance conditions).
 """
@@ -21,7 +21,9 @@ from typing import Any
 from knarr.api.scheme import Resource
 from knarr.api.selectors import from_label_selector
 from knarr.api.types import Object
-from knarr.network.ingress.model import MOVED, ONLY_PLAIN, ONLY_TLS, TO_HTTPS, TO_HTTPS_301, TO_HTTPS_302, Addresses, Routes
+from knarr.network.ingress import filters
+from knarr.network.ingress.alternatives import ONLY_PLAIN, ONLY_TLS, Alternative, Condition, Kind
+from knarr.network.ingress.model import Addresses, Routes
 from knarr.network.objects import object_key
 
 GROUP = "gateway.networking.k8s.io"
@@ -234,32 +236,51 @@ def _attach(
 def _writable(route: Object) -> tuple[str, str]:
     """("Accepted", "") or why the route asks for something that is not supported."""
     for rule in (route.get("spec") or {}).get("rules") or ():
-        for match in rule.get("matches") or ():
-            if match.get("headers") or match.get("queryParams") or match.get("method"):
-                return "UnsupportedValue", "matches of headers, query parameters and methods are not supported"
-            if (match.get("path") or {}).get("type", "PathPrefix") not in ("Exact", "PathPrefix"):
-                return "UnsupportedValue", "regular expressions are not supported"
-        for item in rule.get("filters") or ():
-            if _filter(item) is None:
-                return "UnsupportedValue", f"filter {item.get('type')} in this form is not supported"
+        try:
+            for match in rule.get("matches") or ():
+                _conditions(match)
+                _path(match)
+            for item in rule.get("filters") or ():
+                filters.read(item, "/")
+        except filters.Unsupported as error:
+            return "UnsupportedValue", str(error)
+        if any(ref.get("filters") for ref in rule.get("backendRefs") or ()):
+            return "UnsupportedValue", "filters of single backends are not supported"
+        if rule.get("timeouts") or rule.get("retry") or rule.get("sessionPersistence"):
+            return "UnsupportedValue", "timeouts, retries and session persistence of rules are not supported"
     return "Accepted", ""
 
 
-def _filter(item: Mapping[str, Any]) -> tuple[str, str] | None:
-    """(flags, argument) of a supported filter."""
-    if item.get("type") == "RequestRedirect":
-        redirect = item.get("requestRedirect") or {}
-        path = redirect.get("path") or {}
-        if set(redirect) <= {"scheme", "statusCode"} and redirect.get("scheme") == "https":
-            return {301: TO_HTTPS_301, 302: TO_HTTPS_302, 308: TO_HTTPS}[redirect.get("statusCode", 302)], ""
-        if redirect.get("hostname") and path.get("type") == "ReplaceFullPath" and redirect.get("statusCode", 301) == 301:
-            return MOVED, f"{redirect.get('scheme', 'http')}://{redirect['hostname']}{path.get('replaceFullPath', '/')}"
-    if item.get("type") == "URLRewrite":
-        rewrite = item.get("urlRewrite") or {}
-        path = rewrite.get("path") or {}
-        if not rewrite.get("hostname") and path.get("type") == "ReplaceFullPath":
-            return "", str(path.get("replaceFullPath") or "/")
-    return None
+def _conditions(match: Mapping[str, Any]) -> tuple[Condition, ...]:
+    """What a match asks for beside the path. Raises Unsupported."""
+    found: list[Condition] = []
+    if match.get("method"):
+        found.append(("m", "", match["method"]))
+    for field_name, exact, pattern in (("headers", "h", "H"), ("queryParams", "q", "Q")):
+        seen = set()
+        for item in match.get(field_name) or ():
+            kind = item.get("type", "Exact")
+            if kind not in ("Exact", "RegularExpression"):
+                raise filters.Unsupported(f"matches of type {kind} are not supported")
+            # Of entries for one name the first counts.
+            name = item["name"].lower() if field_name == "headers" else item["name"]
+            if name not in seen:
+                found.append((exact if kind == "Exact" else pattern, item["name"], item["value"]))
+            seen.add(name)
+    return tuple(found)
+
+
+def _path(match: Mapping[str, Any]) -> tuple[Kind, str]:
+    """Kind and text of a match's path, as in a place. Raises Unsupported."""
+    path = match.get("path") or {}
+    kind, value = path.get("type", "PathPrefix"), path.get("value") or "/"
+    if any(char.isspace() for char in value):
+        raise filters.Unsupported("paths with blanks are not supported")
+    if kind == "RegularExpression":
+        return "regex", f"(?:{value})$"
+    if kind not in ("Exact", "PathPrefix") or "|" in value:
+        raise filters.Unsupported(f"path {value!r} of type {kind} is not supported")
+    return ("exact", value) if kind == "Exact" else ("prefix", value.rstrip("/") + "/")
 
 
 def _write(routes: Routes, route: Object, host: str, only: str, addresses: Addresses) -> tuple[str, str]:
@@ -267,37 +288,21 @@ def _write(routes: Routes, route: Object, host: str, only: str, addresses: Addre
     site = host or "*"
     if host:
         routes.hosts[host] = host
-    for rule in (route.get("spec") or {}).get("rules") or ():
-        flags, argument = only, ""
-        for item in rule.get("filters") or ():
-            more = _filter(item)
-            if more is not None:
-                flags, argument = flags + more[0], argument or more[1]
+    age = (route["metadata"].get("creationTimestamp") or "", object_key(route))
+    for number, rule in enumerate((route.get("spec") or {}).get("rules") or ()):
         target, problem = _target(routes, route, rule.get("backendRefs") or (), addresses)
         refs = problem if problem is not None else refs
         matches: Sequence[Mapping[str, Any]] = rule.get("matches") or ({},)
-        for match in matches:
-            path = match.get("path") or {}
-            value, text = path.get("value") or "/", f"{target}|{flags}|{argument}"
-            if path.get("type") == "Exact":
-                _merge(routes.exact, f"{site}|{value}", text)
-            else:
-                _merge(routes.prefix, f"{site}|{value.rstrip('/')}/", text)
+        for index, match in enumerate(matches):
+            kind, path = _path(match)
+            effect = filters.combine(filters.read(item, (match.get("path") or {}).get("value") or "/") for item in rule.get("filters") or ())
+            actions = effect.actions
+            if problem is not None and routes.targets[target] == "0":
+                # A reference that leads nowhere is told to clients as a server's fault.
+                actions = (*actions, ("reply", "500"))
+            way = Alternative(target, effect.flags, effect.argument, _conditions(match), actions, only, (*age, number, index))
+            routes.alternatives.setdefault((kind, site, path), []).append(way)
     return refs
-
-
-def _merge(table: dict[str, str], key: str, text: str) -> None:
-    """The first to come wins; one target through both kinds of listener is served by both."""
-    known = table.get(key)
-    if known is None:
-        table[key] = text
-        return
-    if known != text and _for_both(known) == _for_both(text):
-        table[key] = _for_both(known)
-
-
-def _for_both(value: str) -> str:
-    return value.replace(f"|{ONLY_TLS}", "|", 1).replace(f"|{ONLY_PLAIN}", "|", 1)
 
 
 def _target(routes: Routes, route: Object, refs: Sequence[Mapping[str, Any]], addresses: Addresses) -> tuple[str, tuple[str, str] | None]:

@@ -24,21 +24,16 @@ from pathlib import Path
 from knarr.aiokits.backoff import Backoff
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
-from knarr.network.ingress.model import (
-    HTTP2_BACKEND,
-    HTTPS_BACKEND,
-    MOVED,
-    ONLY_PLAIN,
-    ONLY_TLS,
-    TO_HTTPS,
-    TO_HTTPS_301,
-    TO_HTTPS_302,
-    Routes,
-)
+from knarr.network.ingress.alternatives import LISTED, ONLY_PLAIN, ONLY_TLS
+from knarr.network.ingress.annotations import HTTP2_BACKEND, HTTPS_BACKEND, MOVED, TO_HTTPS
+from knarr.network.ingress.model import TO_HTTPS_301, TO_HTTPS_302, Routes
+from knarr.network.ingress.script import SCRIPT
 
 log = get_logger(__name__)
 
-MAPS = ("targets", "exact", "prefix", "hosts")
+MAPS = ("targets", "rules", "exact", "prefix", "regex", "hosts")
+_REFERRED = ("targets", "rules")
+"""Maps that the others refer to: what is new comes before them, what is gone leaves after them."""
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -81,13 +76,17 @@ def _route(folder: Path) -> str:
   http-request set-var(txn.exact) var(txn.site),concat(|,txn.path)
   http-request set-var(txn.prefix) var(txn.exact),concat(/)
   http-request set-var(txn.rule) var(txn.exact),map_str({folder}/exact.map)
+  http-request set-var(txn.rule) var(txn.exact),map_reg({folder}/regex.map) unless {{ var(txn.rule) -m found }}
   http-request set-var(txn.rule) var(txn.prefix),map_beg({folder}/prefix.map) unless {{ var(txn.rule) -m found }}
   http-request set-var(txn.spare) str(*),concat(|,txn.path),concat(/)
   http-request set-var(txn.rule) var(txn.spare),map_beg({folder}/prefix.map) unless {{ var(txn.rule) -m found }}
   http-request return status 404 content-type text/plain string "default backend - 404" unless {{ var(txn.rule) -m found }}
   http-request set-var(txn.target) var(txn.rule),field(1,|)
   http-request set-var(txn.flags) var(txn.rule),field(2,|)
-  http-request set-var(txn.argument) var(txn.rule),field(3,|)"""
+  http-request set-var(txn.argument) var(txn.rule),field(3,|)
+  http-request set-header X-Forwarded-Host %[req.hdr(host)]
+  http-request lua.choose if {{ var(txn.flags) -m sub {LISTED} }}
+  http-response lua.answered if {{ var(txn.after) -m found }}"""
 
 
 def _forward(folder: Path) -> str:
@@ -101,7 +100,6 @@ def _forward(folder: Path) -> str:
   http-request set-var(txn.port) var(txn.place),field(2,|)
   http-request set-path %[var(txn.argument)] if {{ var(txn.argument) -m len gt 0 }}
   http-request set-header X-Real-IP %[src]
-  http-request set-header X-Forwarded-Host %[req.hdr(host)]
   http-request set-header X-Forwarded-Port %[dst_port]
   use_backend secure if {{ var(txn.flags) -m sub {HTTPS_BACKEND} }}
   use_backend http2 if {{ var(txn.flags) -m sub {HTTP2_BACKEND} }}
@@ -129,6 +127,7 @@ def render(folder: Path, listen: Listen) -> str:
   tune.ssl.default-dh-param 2048
   ssl-default-bind-options ssl-min-ver TLSv1.2
   hard-stop-after 60s
+  lua-load-per-thread {folder}/script.lua
 defaults
   mode http
   timeout connect 3s
@@ -181,6 +180,7 @@ class HAProxy:
         self._certificates = Certificates()
         self._process: asyncio.subprocess.Process | None = None
         self._ready = asyncio.Event()
+        self._changing = asyncio.Lock()
         self._tasks = Tasks()
 
     @property
@@ -209,6 +209,7 @@ class HAProxy:
         if binary is None:
             raise HAProxyError("haproxy is not installed (apt-get install haproxy)")
         self._write_files()
+        begun_with = self._maps, self._certificates
         config = self._folder / "haproxy.cfg"
         config.write_text(render(self._folder, self._listen))
         self._process = process = await asyncio.create_subprocess_exec(
@@ -219,7 +220,10 @@ class HAProxy:
             self._tasks.spawn(_keep_tail(process.stderr, noise), "ingress proxy: messages")
         try:
             if await self._wait_socket(process):
-                self._ready.set()
+                async with self._changing:
+                    # What came while it started may be in the files only.
+                    await self._apply_running(*begun_with, self._certificates)
+                    self._ready.set()
                 log.info("ingress proxy runs", pid=process.pid, http_port=self._listen.http_port)
             await process.wait()
             await self._tasks.wait_idle()
@@ -263,13 +267,16 @@ class HAProxy:
         Raises:
           HAProxyError: the running child refused something; files are right, so a restart would be, too.
         """
-        before, self._maps = self._maps, {name: dict(getattr(routes, name)) for name in MAPS}
-        old, self._certificates = self._certificates, certificates
-        if not self._folder.exists():
-            return
-        self._write_files()
-        if not self._ready.is_set():
-            return
+        async with self._changing:
+            before, self._maps = self._maps, {name: dict(getattr(routes, name)) for name in MAPS}
+            old, self._certificates = self._certificates, certificates
+            if not self._folder.exists():
+                return
+            self._write_files()
+            if self._ready.is_set():
+                await self._change(before, old, certificates)
+
+    async def _change(self, before: Mapping[str, dict[str, str]], old: Certificates, certificates: Certificates) -> None:
         try:
             await self._apply_running(before, old, certificates)
         except (HAProxyError, OSError, TimeoutError):
@@ -280,18 +287,21 @@ class HAProxy:
 
     async def _apply_running(self, before: Mapping[str, dict[str, str]], old: Certificates, certificates: Certificates) -> None:
         await self._apply_certificates(old, certificates)
-        merged = {**before["targets"], **self._maps["targets"]}
-        if merged != before["targets"]:
-            await self._replace("targets", merged)
-        for name in ("exact", "prefix", "hosts"):
-            if before[name] != self._maps[name]:
+        merged = {name: {**before[name], **self._maps[name]} for name in _REFERRED}
+        for name in _REFERRED:
+            if merged[name] != before[name]:
+                await self._replace(name, merged[name])
+        for name in MAPS:
+            if name not in _REFERRED and before[name] != self._maps[name]:
                 await self._replace(name, self._maps[name])
-        if merged != self._maps["targets"]:
-            await self._replace("targets", self._maps["targets"])
+        for name in reversed(_REFERRED):
+            if merged[name] != self._maps[name]:
+                await self._replace(name, self._maps[name])
 
     def _write_files(self) -> None:
+        _write(self._folder / "script.lua", SCRIPT.replace("FOLDER", str(self._folder)).replace("HTTPS_PORT", str(self._listen.https_port)))
         for name in MAPS:
-            _write(self._folder / f"{name}.map", "".join(f"{key} {text}\n" for key, text in sorted(self._maps[name].items())))
+            _write(self._folder / f"{name}.map", "".join(f"{key} {text}\n" for key, text in _ordered(name, self._maps[name])))
         lines = [f"{self._folder}/default.pem"]
         _write(self._folder / "default.pem", self._default_pem)
         for name, pem in self._certificates.pems.items():
@@ -305,7 +315,7 @@ class HAProxy:
         version = answer.rpartition(":")[2].strip()
         if not version.isdigit():
             raise HAProxyError(f"prepare map: {answer}")
-        items = sorted(content.items())
+        items = _ordered(name, content)
         # The payload of one command must fit into HAProxy's buffer.
         for start in range(0, len(items), 40):
             lines = "".join(f"{key} {text}\n" for key, text in items[start : start + 40])
@@ -355,6 +365,11 @@ async def _keep_tail(stream: asyncio.StreamReader, tail: bytearray) -> None:
     while data := await stream.read(4096):
         tail += data
         del tail[:-1500]
+
+
+def _ordered(name: str, content: Mapping[str, str]) -> list[tuple[str, str]]:
+    """A map's entries; of several expressions that match a path the first counts, so the long ones come first."""
+    return sorted(content.items(), key=lambda item: (-len(item[0]) if name == "regex" else 0, item))
 
 
 def _no_blank_lines(pem: str) -> str:

@@ -11,17 +11,16 @@ Source: networking/v1 Ingress API documentation; behaviour and annotations of in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from knarr.api.types import Object
+from knarr.network.ingress.alternatives import Alternative, Place
+from knarr.network.ingress.annotations import Behaviour, read
 from knarr.network.objects import object_key
 
 CLASS_ANNOTATION = "kubernetes.io/ingress.class"
-ANNOTATION_PREFIXES = ("knarr.dev/", "nginx.ingress.kubernetes.io/")
-HTTPS_BACKEND, HTTP2_BACKEND, TO_HTTPS, MOVED, ONLY_PLAIN, ONLY_TLS = "S", "G", "R", "M", "P", "T"
 TO_HTTPS_301, TO_HTTPS_302 = "1", "2"
-_PROTOCOL_FLAGS = {"": "", "HTTP": "", "HTTPS": HTTPS_BACKEND, "GRPC": HTTP2_BACKEND, "GRPCS": HTTPS_BACKEND}
 
 
 @dataclass(slots=True)
@@ -31,6 +30,9 @@ class Routes:
     Attributes:
       hosts: Host name or "*.domain" (lower case) that has rules; itself as value.
       exact, prefix: "host|path" to "target|flags|argument"; prefixes end in "/".
+      regex: Regular expression of "host|path" to the same.
+      rules: Lists of alternatives by name, for the proxy's script.
+      alternatives, lists: What `alternatives.settle` makes regex, rules and some of exact and prefix from.
       targets: Target to its number of addresses, and "target#index" to "address|port".
       certificates: Host name to the Secret ("namespace/name") whose certificate serves it; "" holds none.
       problems: (Ingress key, text) of what cannot be served.
@@ -39,6 +41,10 @@ class Routes:
     hosts: dict[str, str] = field(default_factory=dict)
     exact: dict[str, str] = field(default_factory=dict)
     prefix: dict[str, str] = field(default_factory=dict)
+    regex: dict[str, str] = field(default_factory=dict)
+    rules: dict[str, str] = field(default_factory=dict)
+    alternatives: dict[Place, list[Alternative]] = field(default_factory=dict)
+    lists: dict[Place, str] = field(default_factory=dict)
     targets: dict[str, str] = field(default_factory=dict)
     certificates: dict[str, str] = field(default_factory=dict)
     problems: list[tuple[str, str]] = field(default_factory=list)
@@ -46,12 +52,6 @@ class Routes:
 
 Addresses = Callable[[str, str, Mapping[str, Any]], list[tuple[str, int]] | str]
 """(namespace, Service, backend port) to the addresses to send to, or why there are none."""
-
-
-def annotation(obj: Object, name: str) -> str:
-    """One of the known annotations, under any of its prefixes; "" when absent."""
-    annotations = obj["metadata"].get("annotations") or {}
-    return next((annotations[prefix + name] for prefix in ANNOTATION_PREFIXES if prefix + name in annotations), "")
 
 
 def is_ours(ingress: Object, class_name: str, *, is_default: bool) -> bool:
@@ -101,39 +101,50 @@ class _Builder:
                 self._put(host, path.get("path") or "/", path.get("pathType") or "ImplementationSpecific", path.get("backend") or {})
 
     def _put(self, host: str, path: str, kind: str, backend: Mapping[str, Any]) -> None:
-        if any(char in path for char in "|\r\n ") or "|" in host:
-            self._problem(f"path {path!r} has characters that cannot be matched")
-            return
         target = self._target(backend)
         if target is None:
             return
-        flags, argument = self._behaviour(host)
-        value = f"{target}|{flags}|{argument}"
+        behaviour = read(self._ingress, tls=host in self._tls_hosts)
+        for text in behaviour.problems:
+            self._problem(text)
+        if any(char in path for char in "\r\n ") or "|" in host or ("|" in path and not behaviour.regex):
+            self._problem(f"path {path!r} has characters that cannot be matched")
+            return
         if host != "*":
             self._routes.hosts[host] = host
-        if kind == "Exact":
-            self._routes.exact.setdefault(f"{host}|{path}", value)
-            return
-        self._routes.prefix.setdefault(f"{host}|{path.rstrip('/')}/", value)
-
-    def _behaviour(self, host: str) -> tuple[str, str]:
-        flags, argument = "", ""
-        protocol = annotation(self._ingress, "backend-protocol").upper()
-        if protocol in _PROTOCOL_FLAGS:
-            flags += _PROTOCOL_FLAGS[protocol]
+            for alias in behaviour.aliases:
+                self._routes.hosts.setdefault(alias, host)
+        place = self._place(host, path, kind, behaviour)
+        if behaviour.app_root and path == "/":
+            leave = ("redirect", "302", "", "", "", "full", "", behaviour.app_root)
+            self._add(("exact", host, "/"), Alternative(target, actions=(leave,)))
+        table = self._routes.exact if place[0] == "exact" else self._routes.prefix
+        if place[0] == "regex" or behaviour.conditions or behaviour.actions or behaviour.before:
+            self._add_ways(place, target, path, behaviour)
         else:
-            self._problem(f"backend-protocol {protocol} is not supported")
-        redirect = annotation(self._ingress, "ssl-redirect") != "false" and host in self._tls_hosts
-        if redirect or annotation(self._ingress, "force-ssl-redirect") == "true":
-            flags += TO_HTTPS
-        moved, rewrite = annotation(self._ingress, "permanent-redirect"), annotation(self._ingress, "rewrite-target")
-        if moved:
-            return flags + MOVED, moved.replace("|", "%7C")
-        if "$" in rewrite:
-            self._problem("rewrite-target with captures is not supported; the path is passed on unchanged")
-        elif rewrite:
-            argument = rewrite.replace("|", "%7C")
-        return flags, argument
+            table.setdefault(f"{place[1]}|{place[2]}", f"{target}|{behaviour.flags}|{behaviour.argument}")
+
+    @staticmethod
+    def _place(host: str, path: str, kind: str, behaviour: Behaviour) -> Place:
+        if behaviour.regex:
+            return "regex", host, f"(?i){path}"
+        return ("exact", host, path) if kind == "Exact" else ("prefix", host, path.rstrip("/") + "/")
+
+    def _add(self, place: Place, way: Alternative) -> None:
+        found = self._routes.alternatives.setdefault(place, [])
+        found.append(replace(way, rank=(len(found),)))
+
+    def _add_ways(self, place: Place, target: str, path: str, behaviour: Behaviour) -> None:
+        """Several ways in order: what comes before, the Ingress's own, and a refusal for those whom it keeps out."""
+        actions = tuple(behaviour.actions)
+        if behaviour.rewrite:
+            actions = (*actions, ("capture", f"(?i){path}", behaviour.rewrite.replace("$", "\\")))
+        for conditions, instead in behaviour.before:
+            self._add(place, Alternative(target, conditions=conditions, actions=instead))
+        for conditions in behaviour.conditions or [()]:
+            self._add(place, Alternative(target, behaviour.flags, behaviour.argument, conditions, actions))
+        if behaviour.refused_others:
+            self._add(place, Alternative(target, actions=(("reply", "403"),)))
 
     def _target(self, backend: Mapping[str, Any]) -> str | None:
         service = backend.get("service")
