@@ -54,13 +54,15 @@ class Bench:
         self.node_name = "node-under-test"
         self.namespace = "test"
         self.network = network or LoopbackNetwork()
-        self.runtime = self._runtime()
+        self.root = folder / "root"
+        """Where images, sandboxes and containers are kept."""
+        self.runtime = self.make_runtime()
         self.kubelet: Kubelet | None = None
         self._task: asyncio.Task[None] | None = None
         self.options: dict[str, Any] = {}
 
-    def _runtime(self) -> EmbeddedRuntime:
-        config = RuntimeConfig(root=str(self.folder / "root"), state=str(self.folder / "state"), network=self.network, cgroup_root=self.group)
+    def make_runtime(self) -> EmbeddedRuntime:
+        config = RuntimeConfig(root=str(self.root), state=str(self.folder / "state"), network=self.network, cgroup_root=self.group)
         return EmbeddedRuntime(config)
 
     def config(self) -> KubeletConfig:
@@ -92,14 +94,18 @@ class Bench:
                 await self._task
             self._task = None
 
+    async def runtime_again(self) -> None:
+        """A new runtime over the same folders."""
+        self.runtime = self.make_runtime()
+        await self.runtime.start()
+
     async def restart(self, meanwhile: Callable[[], Any] | None = None) -> None:
         """End kubelet and runtime, and start new ones over the same folders."""
         await self.stop()
         await self.runtime.close()
         if meanwhile is not None:
             await meanwhile()
-        self.runtime = self._runtime()
-        await self.runtime.start()
+        await self.runtime_again()
         await self.start()
 
     async def prepare(self) -> None:

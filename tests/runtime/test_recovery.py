@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from knarr.runtime import disk
 from knarr.runtime.cgroups import Cgroups
 from knarr.runtime.cri import ContainerState, RuntimeFault, SandboxState
+from knarr.runtime.runc import Runc
 from tests.runtime.conftest import Bench, mounts_below, processes_naming
 
 
@@ -237,3 +240,32 @@ async def test_a_full_disk_is_a_fault_and_hides_no_end(image_folder: Path) -> No
         for mount in reversed(mounts_below(folder)):
             subprocess.run(["umount", "-l", mount], check=False)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize("how", ["a full disk", "a cancellation"])
+async def test_a_start_that_cannot_be_recorded_is_still_a_start(bench: Bench, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """What has been let go runs: it may neither be shown as running for ever nor be killed and started a second time."""
+    sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox())
+    container_id = await bench.runtime.create_container(sandbox_id, bench.container("sh", "-c", "sleep 0.5; exit 7"))
+    runc_start, write_record = Runc.start, disk.write_record
+    starting: asyncio.Task[None]
+
+    async def start(runc: Runc, *args: str) -> None:
+        await runc_start(runc, *args)
+        if how == "a cancellation":
+            asyncio.get_running_loop().call_soon(starting.cancel)
+            return
+
+        def refuse(path: str, record: object, *, sync: bool = False) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(disk, "write_record", refuse)
+
+    monkeypatch.setattr(Runc, "start", start)
+    starting = asyncio.ensure_future(bench.runtime.start_container(container_id))
+    await asyncio.wait({starting})
+    assert (await bench.runtime.container_status(container_id)).state is ContainerState.RUNNING
+    monkeypatch.setattr(disk, "write_record", write_record)
+    await bench.restart()
+    async with asyncio.timeout(10):
+        assert (await bench.ended(container_id)).exit_code == 7

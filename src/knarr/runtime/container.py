@@ -196,10 +196,16 @@ class Containers:
                 message = f"failed to create task: {error}" if isinstance(error, CreateFault) else str(error)
                 await self._failed(container, message)
                 raise RuntimeFault(message) from error
+            # From here on its program is at work, and neither a cancellation nor a full disk takes that back.
+            container.started_at_ns = time.time_ns()
+            if container.finished_at_ns:
+                container.started_at_ns = min(container.started_at_ns, container.finished_at_ns)
             self._publish("STARTED", container)
             self._live[container.id].announced = True
+            await self._save_fact(container)
 
     async def _start(self, container: Container) -> None:
+        """Make the process and let it go; what fails here can be taken back."""
         config, bundle = container.config, self.bundle(container.id)
         options = ConmonOptions(
             container.id, config.metadata.name, bundle, self.runc_of(container).binary, container.log_path, tty=config.tty, stdin=config.stdin, stdin_once=config.stdin_once
@@ -217,10 +223,6 @@ class Containers:
             await self.runc_of(container).start(container.id, f"{bundle}/runc.log")
         except RuncFault as error:
             raise CreateFault(f"OCI runtime start failed: {error}") from error
-        container.started_at_ns = time.time_ns()
-        if container.finished_at_ns:
-            container.started_at_ns = min(container.started_at_ns, container.finished_at_ns)
-        await self._save(container)
 
     async def _failed(self, container: Container, message: str) -> None:
         container.held = None
@@ -228,7 +230,7 @@ class Containers:
         container.finished_at_ns = time.time_ns()
         container.exit_code, container.reason, container.message = _EXIT_CANNOT_START, "StartError", message
         container.cleaned = True
-        await self._save_end(container)
+        await self._save_fact(container)
         live = self._live[container.id]
         live.ended.set()
         live.dropped.set()
@@ -258,11 +260,13 @@ class Containers:
         found = self._conmon.exit_file(container.id)
         if found is None:
             found = await self._orphaned(container, held)
+            if container.held is not held:
+                return
         container.exit_code, container.finished_at_ns = found
         if container.started_at_ns:
             container.finished_at_ns = max(container.finished_at_ns, container.started_at_ns)
         self._explain(container)
-        await self._save_end(container)
+        await self._save_fact(container)
         live = self._live.get(container.id)
         if live is not None:
             live.ended.set()
@@ -306,7 +310,7 @@ class Containers:
         await self._workers.run(lambda: self._drop_blocking(container))
         container.cleaned = True
         if container.complete and container.id in self._containers:
-            await self._save_end(container)
+            await self._save_fact(container)
         if (live := self._live.get(container.id)) is not None:
             live.dropped.set()
 
@@ -510,12 +514,12 @@ class Containers:
                 await asyncio.wait({writing})
                 raise
 
-    async def _save_end(self, container: Container) -> None:
-        """Save what has happened already: a disk that is full must not hide an end. A restart finds it again by conmon's exit file."""
+    async def _save_fact(self, container: Container) -> None:
+        """Save what has happened already: a full disk must hide neither a start nor an end. A restart finds both again by the runtime's state."""
         try:
             await self._save(container)
         except OSError as error:
-            log.error("the end of a container could not be recorded", container=container.id, error=error)
+            log.error("what happened to a container could not be recorded", container=container.id, state=container.state.value, error=error)
 
     def _publish(self, kind: Any, container: Container) -> None:
         self._events.publish(ContainerEvent(kind, container.id, container.sandbox_id, time.time_ns()))
