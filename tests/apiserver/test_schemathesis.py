@@ -67,6 +67,7 @@ def resident_bytes(server: Server) -> int:
     return int(found[1]) * 1024
 
 
+@pytest.mark.timeout(120 + REQUESTS)
 def test_no_request_made_from_our_openapi_breaks_the_server(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     session = requests.Session()
     session.verify = str(server.folder / "ca.crt")

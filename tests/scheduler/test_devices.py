@@ -309,7 +309,7 @@ async def test_admin_access_is_for_marked_namespaces_and_fields_behind_gates_are
         await client.patch(NAMESPACES, "default", None, {"metadata": {"labels": {"resource.kubernetes.io/admin-access": "true"}}})
         made = await client.create(RESOURCE_CLAIMS, wanted)
         assert made["spec"]["devices"]["requests"][0]["exactly"]["adminAccess"] is True
-        assert "tolerations" not in made["spec"]["devices"]["requests"][0]["exactly"]
+        assert made["spec"]["devices"]["requests"][0]["exactly"]["tolerations"] == [{"operator": "Exists"}]
         result = {"request": "r", "driver": DRIVER, "pool": "n", "device": "d0", "adminAccess": True}
         allocated = {**made, "status": {"allocation": {"devices": {"results": [result]}}}}
         await client.patch(NAMESPACES, "default", None, {"metadata": {"labels": {"resource.kubernetes.io/admin-access": None}}})

@@ -73,6 +73,7 @@ def create_claim_template(obj: Object, errors: Errors) -> None:
 
 
 def update_claim_template(new: Object, old: Object, errors: Errors, subresource: str) -> None:
+    create_claim_template(new, errors)
     immutable(errors, "spec", new.get("spec"), old.get("spec"))
 
 

@@ -292,6 +292,7 @@ def create_ip_address(obj: Object, errors: Errors) -> None:
 
 
 def update_ip_address(new: Object, old: Object, errors: Errors, subresource: str) -> None:
+    create_ip_address(new, errors)
     immutable(errors, "spec.parentRef", (new.get("spec") or {}).get("parentRef"), (old.get("spec") or {}).get("parentRef"))
 
 

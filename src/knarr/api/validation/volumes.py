@@ -5,6 +5,7 @@ Source: pkg/apis/core/validation validateVolumeSource and the functions it calls
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -124,17 +125,36 @@ def nfs(source: Object, path: str, errors: Errors) -> None:
         errors.append(invalid_value(f"{path}.path", source.get("path") or "", "must be an absolute path"))
 
 
+_ISCSI_NAMES = {
+    "iqn": re.compile(r"iqn\.[0-9]{4}-[0-9]{2}\.([0-9A-Za-z.-]+)(:[^,;*&$|\t\n\f\r ]+)\Z"),
+    "eui": re.compile(r"\Aeui.[0-9A-Za-z]{16}\Z"),
+    "naa": re.compile(r"\Anaa.[0-9A-Za-z]{32}\Z"),
+}
+
+
 def iscsi(source: Object, path: str, errors: Errors) -> None:
     _need(source, "targetPortal", path, errors)
     iqn = source.get("iqn") or ""
     if not iqn:
         errors.append(required(f"{path}.iqn"))
-    elif not iqn.startswith(("iqn.", "eui.", "naa.")):
-        errors.append(invalid_value(f"{path}.iqn", iqn, "must be valid format starting with iqn, eui, or naa"))
+    else:
+        _iscsi_name(iqn, f"{path}.iqn", path, errors)
     if not 0 <= (source.get("lun") or 0) <= 255:
         errors.append(invalid_value(f"{path}.lun", source.get("lun"), range_message(0, 255)))
     if (source.get("chapAuthDiscovery") or source.get("chapAuthSession")) and not source.get("secretRef"):
         errors.append(required(f"{path}.secretRef"))
+    if source.get("initiatorName") is not None:
+        _iscsi_name(source["initiatorName"], f"{path}.initiatorname", path, errors)
+
+
+def _iscsi_name(name: str, field: str, path: str, errors: Errors) -> None:
+    """A qualified name of a target or initiator; only pods' volumes are told how one begins."""
+    pattern = _ISCSI_NAMES.get(name[:3])
+    if pattern is None:
+        message = "must be valid format" if path == "spec.iscsi" else "must be valid format starting with iqn, eui, or naa"
+        errors.append(invalid_value(field, name, message))
+    elif not pattern.search(name):
+        errors.append(invalid_value(field, name, "must be valid format"))
 
 
 def fc(source: Object, path: str, errors: Errors) -> None:

@@ -24,8 +24,9 @@ _SLICE_GATES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     ((), ("allowMultipleAllocations",)),
 )
 """Per gate (taints, partitionable devices, binding conditions, consumable capacity): fields of the slice's spec, of its devices."""
-_REQUEST_GATES = (("tolerations",), ("capacity",))
-_RESULT_FIELDS = ("bindingConditions", "bindingFailureConditions", "tolerations", "shareID", "consumedCapacity")
+_REQUEST_FIELD = "capacity"
+_RESULT_FIELDS = ("bindingConditions", "bindingFailureConditions", "shareID", "consumedCapacity")
+"""Of claims. Tolerations stay, though the gate of taints is off: without taints they mean nothing."""
 
 
 def _has(spec: Object, own: tuple[str, ...], of_devices: tuple[str, ...]) -> bool:
@@ -59,11 +60,9 @@ def _requests(spec: Mapping[str, Any]) -> Iterator[Object]:
 
 def drop_from_claim(spec: Object, old: Object) -> None:
     """The same for a claim's spec."""
-    for names in _REQUEST_GATES:
-        if not any(name in request for request in _requests(old) for name in names):
-            for request in _requests(spec):
-                for name in names:
-                    request.pop(name, None)
+    if not any(_REQUEST_FIELD in request for request in _requests(old)):
+        for request in _requests(spec):
+            request.pop(_REQUEST_FIELD, None)
     constraints = (old.get("devices") or {}).get("constraints") or ()
     if not any("distinctAttribute" in constraint for constraint in constraints):
         for constraint in (spec.get("devices") or {}).get("constraints") or ():

@@ -321,9 +321,20 @@ class PriorityClass(Plain):
 
 
 class CSIDriver(Plain):
+    """The period after which nodes report anew is behind a gate that is off: dropped, unless it is stored already."""
+
     returns_deleted = True
     unconditional_update = False
     has_generation = False
+
+    def prepare_create(self, call: Call, obj: Object) -> None:
+        super().prepare_create(call, obj)
+        (obj.get("spec") or {}).pop("nodeAllocatableUpdatePeriodSeconds", None)
+
+    def prepare_update(self, call: Call, obj: Object, old: Object) -> None:
+        super().prepare_update(call, obj, old)
+        if (old.get("spec") or {}).get("nodeAllocatableUpdatePeriodSeconds") is None:
+            (obj.get("spec") or {}).pop("nodeAllocatableUpdatePeriodSeconds", None)
 
 
 class VolumeAttachment(KeepsMostOnStatus):
@@ -390,7 +401,17 @@ class ServiceAccount(Plain):
     returns_deleted = True
 
     def prepare_create(self, call: Call, obj: Object) -> None:
-        """Secrets listed by clients are taken as they are."""
+        self._name_secrets(obj)
+
+    def prepare_update(self, call: Call, obj: Object, old: Object) -> None:
+        super().prepare_update(call, obj, old)
+        self._name_secrets(obj)
+
+    @staticmethod
+    def _name_secrets(obj: Object) -> None:
+        """Secrets are of the account's namespace: what else a reference says is dropped."""
+        if obj.get("secrets"):
+            obj["secrets"] = [{"name": secret["name"]} if secret.get("name") else {} for secret in obj["secrets"]]
 
 
 class APIService(Strategy):

@@ -261,6 +261,7 @@ def _prepare(call: Call, mode: UpdateMode, new: Object, old: Object) -> None:
     mode.prepare(call, new, old)
     metadata = new["metadata"]
     machinery.fill_status(call.endpoint.resource, new)
+    metadata.pop("selfLink", None)
     if not metadata.get("uid"):
         metadata["uid"] = before.get("uid", "")
     if before.get("creationTimestamp"):

@@ -1,0 +1,59 @@
+"""What the server makes of fields before it stores them: dropped, shortened, judged again on update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from knarr.api.errors import StatusError
+from knarr.api.resources import CSI_DRIVERS, IP_ADDRESSES, PERSISTENT_VOLUMES, RESOURCE_CLAIM_TEMPLATES, SERVICE_ACCOUNTS
+from knarr.testing.apiserver import RunningAPIServer
+
+
+def fields(error: pytest.ExceptionInfo[StatusError]) -> list[str]:
+    return [cause["field"] for cause in (error.value.status().get("details") or {})["causes"]]
+
+
+async def test_references_to_an_accounts_secrets_are_names_alone(apiserver: RunningAPIServer) -> None:
+    secrets = [{"name": "a", "kind": "Secret", "namespace": "elsewhere"}]
+    made = await apiserver.client.create(SERVICE_ACCOUNTS, {"metadata": {"name": "x"}, "secrets": secrets}, "default")
+    assert made["secrets"] == [{"name": "a"}]
+    changed = await apiserver.client.update(SERVICE_ACCOUNTS, {**made, "secrets": [*secrets, {"name": "b", "uid": "u"}]})
+    assert changed["secrets"] == [{"name": "a"}, {"name": "b"}]
+
+
+async def test_a_field_behind_a_gate_is_neither_stored_nor_judged(apiserver: RunningAPIServer) -> None:
+    made = await apiserver.client.create(
+        CSI_DRIVERS, {"metadata": {"name": "d.example"}, "spec": {"nodeAllocatableUpdatePeriodSeconds": 1}}
+    )
+    assert "nodeAllocatableUpdatePeriodSeconds" not in made["spec"]
+
+
+@pytest.mark.parametrize("name", ["10.0.0.1", "iqn.x:y", "eui.0", "naa.0"])
+async def test_initiators_have_qualified_names(apiserver: RunningAPIServer, name: str) -> None:
+    target = {"targetPortal": "192.0.2.1:3260", "iqn": "iqn.2001-04.com.example:x", "lun": 0}
+    volume: dict[str, Any] = {
+        "metadata": {"name": "v"},
+        "spec": {"capacity": {"storage": "1Gi"}, "accessModes": ["ReadWriteOnce"], "iscsi": {**target, "initiatorName": name}},
+    }
+    with pytest.raises(StatusError) as error:
+        await apiserver.client.create(PERSISTENT_VOLUMES, volume)
+    assert fields(error) == ["spec.iscsi.initiatorname"]
+    volume["spec"]["iscsi"]["initiatorName"] = "iqn.2001-04.com.example:host"
+    await apiserver.client.create(PERSISTENT_VOLUMES, volume)
+
+
+async def test_specs_that_may_not_change_are_judged_whole_when_they_do(apiserver: RunningAPIServer) -> None:
+    client = apiserver.client
+    reference = {"resource": "services", "namespace": "default", "name": "s"}
+    address = await client.create(IP_ADDRESSES, {"metadata": {"name": "192.0.2.9"}, "spec": {"parentRef": reference}})
+    with pytest.raises(StatusError) as error:
+        await client.update(IP_ADDRESSES, {**address, "spec": {"parentRef": {}}})
+    assert fields(error) == ["spec.parentRef.resource", "spec.parentRef.name", "spec.parentRef"]
+    requests = [{"name": "r", "exactly": {"deviceClassName": "c"}}]
+    template = {"metadata": {"name": "t"}, "spec": {"spec": {"devices": {"requests": requests}}}}
+    made = await client.create(RESOURCE_CLAIM_TEMPLATES, template, "default")
+    with pytest.raises(StatusError) as error:
+        await client.update(RESOURCE_CLAIM_TEMPLATES, {**made, "spec": {"spec": {"devices": {"requests": requests * 2}}}})
+    assert fields(error) == ["spec.spec.devices.requests[1].name", "spec"]
