@@ -1,7 +1,8 @@
 """Expressions in webhook configurations and policies must compile when they are written.
 
 Called by the strategies of these resources, as part of validation; it stands here because the expressions' variables are
-admission's. What was stored with an expression may keep it.
+admission's. What was stored with an expression may keep it. That one is there is judged with
+the other fields.
 
 Source: kubernetes pkg/apis/admissionregistration/validation.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from knarr.api import cel
-from knarr.api.errors import FieldError, invalid_value, required
+from knarr.api.errors import FieldError, invalid_value
 from knarr.api.scheme import Resource
 from knarr.api.types import Object
 from knarr.apiserver.admission.expressions import CONDITION_VARIABLES, Programs
@@ -45,7 +46,6 @@ def _message(error: cel.CompileError) -> str:
 def _webhook_errors(obj: Object) -> Iterator[tuple[str, FieldError]]:
     for path, source in _conditions(obj):
         if not source.strip():
-            yield source, required(path)
             continue
         try:
             _CONDITIONS.get(source)
@@ -55,7 +55,5 @@ def _webhook_errors(obj: Object) -> Iterator[tuple[str, FieldError]]:
 
 def _policy_errors(obj: Object) -> Iterator[tuple[str, FieldError]]:
     for expression in Policy(obj).expressions():
-        if not expression.source.strip():
-            yield expression.source, required(expression.path, f"{expression.path.rpartition('.')[2]} is not specified")
-        elif expression.error is not None:
+        if expression.source.strip() and expression.error is not None:
             yield expression.source, invalid_value(expression.path, expression.source, _message(expression.error))
