@@ -27,7 +27,7 @@ from knarr.client.rest import Client
 
 ROWS = ("density-start", "density-stop", "density-memory", "density-cpu", "churn-rate", "churn-memory", "churn-leaks")
 PODS_PER_NODE = 110
-CHURN_PODS, CHURN_WARM_UP, CHURN_AT_ONCE = 1000, 100, 4
+CHURN_PODS, CHURN_WARM_UP, CHURN_AT_ONCE = 1000, 100, 10
 IDLE_SECONDS = 60
 IMAGE = "knarr.test/bench:1"
 
@@ -158,7 +158,9 @@ async def until(client: Client, names: Sequence[str], what: str, requests: Seque
 
 
 def plain(name: str, **container: Any) -> dict[str, Any]:
-    made = {"name": "c", "image": IMAGE, "imagePullPolicy": "Never", "command": ["/bin/busybox", "sleep", "100000"], **container}
+    # The first process of a container is not ended by a signal that it does not handle.
+    script = "trap 'exit 0' TERM; /bin/busybox sleep 100000 & wait"
+    made = {"name": "c", "image": IMAGE, "imagePullPolicy": "Never", "command": ["/bin/busybox", "sh", "-c", script], **container}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "default"}, "spec": {"containers": [made]}}
 
 

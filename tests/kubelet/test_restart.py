@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import weakref
 
 from knarr.api.resources import PODS
 from knarr.kubelet.volumes import mounts
@@ -66,9 +68,10 @@ async def test_a_pod_leaves_nothing_on_the_node(bench: Bench) -> None:
     await bench.run("p", "sleep 1000", container={"volumeMounts": volume_mounts}, volumes=volumes)
     pod = await bench.until_ready("p")
     uid = pod["metadata"]["uid"]
+    assert bench.kubelet is not None
+    worker = weakref.ref(bench.kubelet.workers.get(uid))  # type: ignore[type-var]
     await bench.client.delete(PODS, "p", bench.namespace)
     await bench.until_gone("p")
-    assert bench.kubelet is not None
     async with asyncio.timeout(10):
         while bench.kubelet.workers.get(uid) is not None:
             await asyncio.sleep(0.02)
@@ -77,3 +80,5 @@ async def test_a_pod_leaves_nothing_on_the_node(bench: Bench) -> None:
     assert not await bench.runtime.list_pod_sandboxes({"io.kubernetes.pod.uid": uid})
     assert uid not in bench.kubelet.node.cgroups.pod_groups()
     assert not [e for e in os.listdir(bench.folder / "logs") if uid in e]
+    gc.collect()
+    assert worker() is None, "nothing keeps it in memory"

@@ -104,6 +104,7 @@ class EventRecorder:
         self._limits: _Recent[RateLimit] = _Recent()
         self._similar: _Recent[tuple[float, set[str]]] = _Recent()
         self._observed: _Recent[Object] = _Recent()
+        """What must be known of events already told: thousands are kept, so never whole ones."""
         self._dropped = 0
         self._closed = False
 
@@ -239,9 +240,10 @@ class EventRecorder:
         if known is not None:
             event["count"] = known["count"] + 1
             event["firstTimestamp"] = known["firstTimestamp"]
-            event["metadata"]["name"] = known["metadata"]["name"]
-        sent = await self._deliver(event, known is not None)
-        self._observed.put(key, sent or event)
+            event["metadata"]["name"] = known["name"]
+        sent = await self._deliver(event, known is not None) or event
+        told = {"count": sent["count"], "firstTimestamp": sent["firstTimestamp"], "name": sent["metadata"]["name"]}
+        self._observed.put(key, told)
 
     def _aggregate(self, event: Object, key: tuple[str, ...]) -> tuple[Object, tuple[str, ...]]:
         # The field path is no part of upstream's aggregate key, only of the exact one.
@@ -292,7 +294,8 @@ class EventRecorder:
         if known is not None and clock.now() - known["seen"] < _SERIES_SECONDS:
             await self._continue_series(known, event)
             return
-        self._observed.put(key, {"event": event, "count": 1, "seen": clock.now(), "written": clock.now()})
+        meta = event["metadata"]
+        self._observed.put(key, {"name": meta["name"], "namespace": meta["namespace"], "count": 1, "seen": clock.now(), "written": clock.now()})
         await self._try(lambda: self._client.create(EVENTS_V1, event, event["metadata"]["namespace"]), event)
 
     async def _continue_series(self, known: Object, event: Object) -> None:
@@ -302,11 +305,9 @@ class EventRecorder:
         if known["count"] > 2 and clock.now() - known["written"] < _SERIES_SECONDS / 2:
             return
         known["written"] = clock.now()
-        first = known["event"]
         series = {"count": known["count"], "lastObservedTime": event["eventTime"]}
-        meta = first["metadata"]
         await self._try(
-            lambda: self._client.patch(EVENTS_V1, meta["name"], meta["namespace"], {"series": series}, type="strategic"), event
+            lambda: self._client.patch(EVENTS_V1, known["name"], known["namespace"], {"series": series}, type="strategic"), event
         )
 
     async def _try(self, send: Any, event: Object) -> None:

@@ -179,7 +179,7 @@ async def _mount(worker: PodWorker) -> bool:
     if state.renew_at is not None:
         # The renewal makes new content; nothing else tells the worker that time has passed.
         delay = max(1.0, state.renew_at - clock.now())
-        asyncio.get_running_loop().call_later(delay, worker.objects_changed)
+        worker.refresh_after(delay)
     return True
 
 

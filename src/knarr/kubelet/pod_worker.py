@@ -76,6 +76,7 @@ class PodWorker:
         self._ending = asyncio.Event()
         self._sooner = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        self._refresh: asyncio.TimerHandle | None = None
 
     # --- requests from outside: plain functions, never waiting ---
 
@@ -123,6 +124,12 @@ class PodWorker:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = loop.call_at(when, self.wake)
+
+    def refresh_after(self, seconds: float) -> None:
+        """Write the volumes anew after this time, instead of when it was asked for before: a token will be old then."""
+        if self._refresh is not None:
+            self._refresh.cancel()
+        self._refresh = asyncio.get_running_loop().call_later(seconds, self.objects_changed)
 
     def objects_changed(self) -> None:
         """A ConfigMap or Secret that the pod uses became another."""
@@ -209,8 +216,10 @@ class PodWorker:
                 else:
                     await asyncio.sleep(_END_RETRY_SECONDS)
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
+            # Or the loop would keep the pod until then.
+            for timer in (self._timer, self._refresh):
+                if timer is not None:
+                    timer.cancel()
 
     async def _guarded(self, step: Coroutine[Any, Any, None], retry_seconds: float) -> bool:
         """Run a step; a fault is logged and the step tried again later. False on a fault."""
