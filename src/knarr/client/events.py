@@ -46,27 +46,29 @@ V = TypeVar("V")
 
 
 class _Recent(Generic[V]):
-    """The most recently used entries."""
+    """The most recently used entries. Kept by the 64 bit hash of their keys, whose many texts would be most of the memory."""
 
     __slots__ = ("_entries",)
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[tuple[str, ...], V] = OrderedDict()
+        self._entries: OrderedDict[int, V] = OrderedDict()
 
     def get(self, key: tuple[str, ...]) -> V | None:
-        value = self._entries.get(key)
+        number = hash(key)
+        value = self._entries.get(number)
         if value is not None:
-            self._entries.move_to_end(key)
+            self._entries.move_to_end(number)
         return value
 
     def put(self, key: tuple[str, ...], value: V) -> None:
-        self._entries[key] = value
-        self._entries.move_to_end(key)
+        number = hash(key)
+        self._entries[number] = value
+        self._entries.move_to_end(number)
         if len(self._entries) > _CACHE_ENTRIES:
             self._entries.popitem(last=False)
 
     def drop(self, key: tuple[str, ...]) -> None:
-        self._entries.pop(key, None)
+        self._entries.pop(hash(key), None)
 
 
 def object_reference(obj: Object, field_path: str = "") -> Object:
