@@ -92,7 +92,7 @@ class Conmon:
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         environment = {"PATH": os.environ.get("PATH", ""), "_OCI_SYNCPIPE": str(write_end), "XDG_RUNTIME_DIR": "/run"}
         try:
-            child = process.spawn(self._argv(options), env=environment, pass_fds=(write_end,))
+            child = process.spawn(self._argv(options), env=environment, pass_fds=(write_end,), cwd=options.bundle)  # where it tells of out of memory
         except BaseException:
             os.close(read_end)
             raise
