@@ -87,7 +87,7 @@ grpc-health-checking) port=5000 answer=/answer-grpc;;
 *) answer=/answer;;
 esac
 [ $mode = liveness ] && date +%s >/started
-trap 'sleep $delay; exit 0' TERM
+trap '[ $delay = 0 ] && exit 2; sleep $delay; exit 0' TERM
 nc -ll -p $port -e $answer &
 while :; do wait $!; done
 """

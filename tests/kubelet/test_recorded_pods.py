@@ -22,7 +22,8 @@ from tests.kubelet.replay import Play, length, scenarios
 
 QUICK_SECONDS = 2.45
 LONGEST_SECONDS = 120.0
-AT_ONCE = 8
+QUICK_AT_ONCE, LONGER_AT_ONCE = 8, 24
+AGAIN_AT_ONCE = (4, 1)
 
 ALONE = ("resize-deferred", "resize-infeasible", "pod-admission-outofcpu")
 """What depends on the size of the node."""
@@ -52,7 +53,7 @@ async def networked() -> AsyncIterator[Bench]:
         link_prefix=f"k{pid % 256:02x}-",
     )
     await network.start()
-    async with running_apiserver() as server:
+    async with running_apiserver(service_cidrs=("10.0.0.0/16",)) as server:
         bench = Bench(server, folder, network)
         serving = make_pki().node_serving(folder, bench.node_name, ["127.0.0.1"])
         bench.options = {
@@ -77,29 +78,46 @@ async def networked() -> AsyncIterator[Bench]:
             await network.close()
 
 
-async def _play(bench: Bench, low: float, high: float) -> None:
-    slots, faults = asyncio.Semaphore(AT_ONCE), []
+async def _play(bench: Bench, low: float, high: float, at_once: int) -> None:
+    """Replay recordings side by side, the longest first; what differs then is played again with little beside it.
+
+    A recording tells how long a pod was in each state, and a busy machine can be late. A difference that is ours comes
+    every time.
+    """
+    chosen = [(i, s) for i, s in enumerate(scenarios()) if _playable(s, low, high)]
+    assert len(chosen) > 20
+    chosen.sort(key=lambda item: -length(item[1]))
+    for attempt, width in enumerate((at_once, *AGAIN_AT_ONCE)):
+        faults = await _play_all(bench, chosen, width, attempt * 1000)
+        chosen = [(number, scenario) for number, scenario in chosen if number in faults]
+        if not chosen:
+            return
+    raise AssertionError("\n".join(f"{scenario['scenario']}: {text}" for number, scenario in chosen for text in faults[number]))
+
+
+async def _play_all(bench: Bench, chosen: list[tuple[int, dict]], width: int, offset: int) -> dict[int, list[str]]:  # type: ignore[type-arg]
+    """What differs, by the number of the scenario."""
+    slots, faults = asyncio.Semaphore(width), {}
 
     async def one(number: int, scenario: dict) -> None:  # type: ignore[type-arg]
         async with slots:
-            play = Play(bench, scenario, number)
+            play = Play(bench, scenario, number + offset)
             try:
                 await play.run(length(scenario) * 1.5 + 40)
                 found = play.differences() + play.result_differences()
             except TimeoutError:
                 found = ["did not come to its end"]
-            faults.extend(f"{scenario['scenario']}: {text}" for text in found)
+            if found:
+                faults[number] = found
 
-    chosen = [(i, s) for i, s in enumerate(scenarios()) if _playable(s, low, high)]
-    assert len(chosen) > 20
     async with asyncio.TaskGroup() as group:
         for number, scenario in chosen:
             group.create_task(one(number, scenario))
-    assert not faults, "\n".join(faults)
+    return faults
 
 
 async def test_quick_recordings_replay(networked: Bench) -> None:
-    await _play(networked, -1.0, QUICK_SECONDS)
+    await _play(networked, -1.0, QUICK_SECONDS, QUICK_AT_ONCE)
 
 
 async def test_recordings_that_depend_on_the_size_of_the_node_replay(networked: Bench) -> None:
@@ -146,7 +164,7 @@ async def test_what_the_runtime_cannot_do_is_refused_as_recorded(networked: Benc
 async def test_longer_recordings_replay(networked: Bench) -> None:
     jobs = asyncio.ensure_future(ControllerManager(networked.client, ControllersConfig(enabled="job-controller")).run())
     try:
-        await _play(networked, QUICK_SECONDS, LONGEST_SECONDS)
+        await _play(networked, QUICK_SECONDS, LONGEST_SECONDS, LONGER_AT_ONCE)
     finally:
         jobs.cancel()
         await asyncio.wait({jobs})
