@@ -8,6 +8,7 @@ setns(2) gives the root of the namespace. The namespace stays pinned to a file u
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import sys
 
@@ -50,12 +51,12 @@ def become_root(folder: str) -> None:
     os.chdir("/")
 
 
-def pin(path: str) -> None:
-    """Keep such a namespace at a file, for `nsenter --mount=PATH`."""
-    folder = f"{path}.folder"
-    os.makedirs(folder, exist_ok=True)
-    with open(path, "a"):
-        pass
+def _pinned(path: str, folder: str, processor: int) -> bool:
+    """Try it with a namespace made on one processor; False when the kernel takes the namespace for an older one than ours.
+
+    A namespace may be mounted only in an older one. Since Linux 6.18 their numbers tell the age, and each processor
+    gives numbers from a block of its own: where ours was made, a new one has a higher number for certain.
+    """
     ready_reader, ready_writer = os.pipe()
     pinned_reader, pinned_writer = os.pipe()
     child = os.fork()
@@ -63,6 +64,7 @@ def pin(path: str) -> None:
         code = 1
         try:
             os.close(pinned_writer)
+            os.sched_setaffinity(0, {processor})
             become_root(folder)
             os.write(ready_writer, b"1")
             os.read(pinned_reader, 1)
@@ -72,16 +74,36 @@ def pin(path: str) -> None:
         finally:
             os._exit(code)
     os.close(ready_writer)
-    made = os.read(ready_reader, 1)
-    if made:
+    os.close(pinned_reader)
+    try:
+        if not os.read(ready_reader, 1):
+            return False
         _mount(f"/proc/{child}/ns/mnt", path, MS_BIND)
-    os.close(pinned_writer)
-    os.waitpid(child, 0)
-    os.rmdir(folder)
-    if not made:
+        return True
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    finally:
+        os.close(pinned_writer)
+        os.close(ready_reader)
+        os.waitpid(child, 0)
+
+
+def pin(path: str) -> bool:
+    """Keep such a namespace at a file, for `nsenter --mount=PATH`. False, and no file, when the kernel refuses."""
+    folder = f"{path}.folder"
+    os.makedirs(folder, exist_ok=True)
+    with open(path, "a"):
+        pass
+    try:
+        if any(_pinned(path, folder, processor) for processor in sorted(os.sched_getaffinity(0))):
+            return True
         os.unlink(path)
-        sys.exit(1)
+        return False
+    finally:
+        os.rmdir(folder)
 
 
 if __name__ == "__main__":
-    pin(sys.argv[1])
+    sys.exit(not pin(sys.argv[1]))
