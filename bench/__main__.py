@@ -21,6 +21,7 @@ from bench import (
     machine,
     network_rows,
     node_rows,
+    scale_rows,
     scheduler_core_rows,
     scheduler_perf_rows,
     scheduler_rows,
@@ -28,7 +29,7 @@ from bench import (
 )
 from bench.row import Row, table
 
-MODULES = (http_rows, watch_rows, api_rows, scheduler_core_rows, scheduler_perf_rows, scheduler_rows, network_rows, cluster_rows, node_rows)
+MODULES = (http_rows, watch_rows, api_rows, scheduler_core_rows, scheduler_perf_rows, scheduler_rows, network_rows, cluster_rows, node_rows, scale_rows)
 
 
 def main() -> int:
