@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from knarr.network import netns
 from tests.e2e.cluster import Cluster
 
 ROUTER, MACHINE = "knarrtest-router", "knarrtest-machine"
@@ -30,7 +31,7 @@ class Machine:
     def start(self) -> None:
         self.stop()
         for name in (ROUTER, MACHINE):
-            _ip("netns", "add", name)
+            netns.create_named(name)
             _ip("-n", name, "link", "set", "lo", "up")
         _ip("link", "add", UPLINK, "type", "veth", "peer", "name", "up0", "netns", ROUTER)
         _ip("address", "add", f"{NEAR}.1/24", "dev", UPLINK)
@@ -59,7 +60,7 @@ class Machine:
         self.knarr("delete", check=False)
         _ip("link", "delete", UPLINK, check=False)
         for name in (MACHINE, ROUTER):
-            _ip("netns", "delete", name, check=False)
+            netns.delete_named(netns.NETNS_DIR / name)
 
     @staticmethod
     def _inside(name: str) -> list[str]:

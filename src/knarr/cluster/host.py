@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from knarr.cluster.config import ClusterConfig, NodeConfig
+from knarr.network import netns
 from knarr.network.sysctl import SysctlRecord
 
 MNT_DETACH = 2
@@ -185,8 +186,7 @@ def remove_namespace(node: NodeConfig) -> None:
     """Remove a further node's network namespace; the interfaces in it go with its last process."""
     path = NETNS_FOLDER / node.netns
     if node.netns and path.exists():
-        _detach(path)
-        path.unlink(missing_ok=True)
+        netns.delete_named(path)
 
 
 def interface_names(config: ClusterConfig) -> list[str]:

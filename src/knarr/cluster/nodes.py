@@ -15,6 +15,7 @@ from pathlib import Path
 
 from knarr.cluster import addresses
 from knarr.cluster.config import ClusterConfig, ConfigError, NodeConfig, further_node
+from knarr.network import netns
 from knarr.network.sysctl import SysctlRecord
 
 CLONE_NEWNET = 0x40000000
@@ -83,7 +84,7 @@ def ensure_host(config: ClusterConfig, node: NodeConfig) -> None:
     ensure_bridge(config)
     path = NETNS_FOLDER / node.netns
     if not path.exists():
-        _ip("netns", "add", node.netns)
+        netns.create_named(node.netns)
     index = int(ipaddress.ip_address(node.ip)) - int(ipaddress.ip_network(config.node_cidr)[0])
     outer = f"knn{config.slot}-{index}"
     inside = ["-n", node.netns]

@@ -23,6 +23,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 T = TypeVar("T")
 
 NETNS_DIR = Path("/run/netns")
+# Beside it, and not in it, where every file is taken for a namespace: we made the folder a mount point, and take that back.
+_MADE = Path("/run/knarr-netns")
 
 
 def _check(result: int, what: str) -> None:
@@ -77,6 +79,8 @@ def create_named(name: str, directory: Path = NETNS_DIR) -> Path:
     # and whether the folder is one is best found out by asking for it.
     folder = os.fsencode(directory)
     if _libc.mount(b"none", folder, b"none", _MS_SHARED | _MS_REC, None) != 0:
+        if directory == NETNS_DIR:
+            _MADE.touch()
         _check(_libc.mount(folder, folder, b"none", _MS_BIND | _MS_REC, None), "pinning the namespace directory")
         _check(_libc.mount(b"none", folder, b"none", _MS_SHARED | _MS_REC, None), "sharing the namespace directory")
     path = directory / name
@@ -100,9 +104,15 @@ def create_named(name: str, directory: Path = NETNS_DIR) -> Path:
 
 
 def delete_named(path: str | os.PathLike[str]) -> None:
-    """Unpin a namespace; idempotent. The kernel frees it once its last process and socket are gone."""
+    """Unpin a namespace; idempotent. The kernel frees it once its last process and socket are gone.
+
+    With the last one the folder is what it was before `create_named` made it a mount point.
+    """
     _libc.umount2(os.fsencode(path), _MNT_DETACH)
     Path(path).unlink(missing_ok=True)
+    if Path(path).parent == NETNS_DIR and _MADE.exists() and not any(NETNS_DIR.iterdir()):
+        _libc.umount2(os.fsencode(NETNS_DIR), _MNT_DETACH)
+        _MADE.unlink(missing_ok=True)
 
 
 def _set_loopback_up() -> None:
