@@ -77,11 +77,16 @@ class SimulatedNodes:
         self._client = client
         self._informer = informer
         self._names = [node_name(number) for number in range(count)]
+        self._declared = frozenset(self._names)
         self._tainted = tainted
         self._lease_seconds = lease_seconds
         self._pods = pods
         self._limit = asyncio.Semaphore(_AT_A_TIME)
         self.complete = asyncio.Event()
+
+    def declares(self, name: str) -> bool:
+        """Whether a node of that name is one of these, or will be."""
+        return name in self._declared
 
     def is_silent(self, name: str) -> bool:
         """Whether a node's machine is taken for lost."""

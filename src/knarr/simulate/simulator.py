@@ -52,9 +52,10 @@ class Simulator:
         found = stages.read(config.stages)
         self._pod_stages = [stage for stage in found if stage.resource == "pods"]
         self._node_stages = [stage for stage in found if stage.resource == "nodes"]
-        self._informers = Informers(client)
-        self._nodes = self._informers.get(NODES, transform=_trim_node, label_selector=f"{LABEL}=true")
-        self._pods = self._informers.get(PODS, transform=self._trim_pod)
+        # Apart, because which pods are ours is known only once the nodes are.
+        self._node_informers, self._pod_informers = Informers(client), Informers(client)
+        self._nodes = self._node_informers.get(NODES, transform=_trim_node, label_selector=f"{LABEL}=true")
+        self._pods = self._pod_informers.get(PODS, transform=self._trim_pod)
         self._recorder = EventRecorder(client, "knarr-simulator")
         self._fleet = SimulatedNodes(client, self._nodes, config.nodes, config.tainted, config.lease_seconds, config.pods_per_node)
         self._due: dict[str, tuple[Stage, float]] = {}
@@ -73,13 +74,15 @@ class Simulator:
             async with Tasks() as tasks:
                 tasks.spawn(self._node_control.run(), "simulated-nodes")
                 tasks.spawn(self._pod_control.run(), "simulated-pods")
-                await self._informers.start()
+                await self._node_informers.start()
                 await self._nodes.wait_synced()
+                await self._pod_informers.start()
                 tasks.spawn_eternal(self._fleet.run(), "simulated-fleet")
                 await asyncio.get_running_loop().create_future()
         finally:
             await self._recorder.close()
-            await self._informers.close()
+            await self._pod_informers.close()
+            await self._node_informers.close()
 
     # Pods
 
@@ -88,7 +91,7 @@ class Simulator:
         metadata = pod["metadata"]
         metadata.pop("managedFields", None)
         name = pod["spec"].get("nodeName")
-        if name and self._nodes.get(None, name) is not None and any(stage.matches(pod) for stage in self._pod_stages):
+        if name and (self._fleet.declares(name) or self._nodes.get(None, name) is not None) and any(stage.matches(pod) for stage in self._pod_stages):
             return pod
         return {"metadata": {"namespace": metadata["namespace"], "name": metadata["name"]}}
 
@@ -123,10 +126,13 @@ class Simulator:
         self._due.pop(key, None)
         try:
             await self._carry_out(pod, stage)
-        except StatusError as error:
-            if not (errors.is_not_found(error) or errors.is_conflict(error)):
+        except Exception as error:
+            if not (isinstance(error, StatusError) and (errors.is_not_found(error) or errors.is_conflict(error))):
                 self._due[key] = planned
                 raise
+            # Its change may have come while this stage was due, and then comes no more.
+            if (now := self._pods.get_key(key)) is not None:
+                self._pod_seen(now)
         return None
 
     async def _carry_out(self, pod: Object, stage: Stage) -> None:
