@@ -101,13 +101,17 @@ def _add_join(join: argparse.ArgumentParser) -> None:
     join.add_argument("--oci-runtime", default="runc", metavar="runc|crun|unix:///SOCKET", help="program that makes containers, or the socket of containerd or CRI-O")
 
 
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", default=os.environ.get("KNARR_NAME", "default"), help="which cluster (default: $KNARR_NAME, or default)")
+    parser.add_argument("--data-dir", default=None, help="where its state is kept")
+
+
 def _add_token(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     token = verbs.add_parser("token", help="tokens with which other machines join")
     actions = token.add_subparsers(metavar="ACTION", required=True)
     for name, text in (("create", "make a token and print the command that joins with it"), ("ls", "list tokens"), ("rm", "delete a token")):
         action = actions.add_parser(name, help=text, description=text)
-        action.add_argument("--name", default=os.environ.get("KNARR_NAME", "default"), help="which cluster (default: $KNARR_NAME, or default)")
-        action.add_argument("--data-dir", default=None, help="where its state is kept")
+        _add_cluster(action)
         action.set_defaults(run=run_token, action=name)
         if name == "create":
             action.add_argument("--ttl", default="24h", help="how long it lasts; 0 never ends (default: 24h)")
@@ -120,8 +124,7 @@ def _add_port(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     actions = port.add_subparsers(metavar="ACTION", required=True)
     for name, text in (("add", "publish a service: knarr port add 8080:web:80"), ("rm", "take a port back"), ("ls", "list published ports")):
         action = actions.add_parser(name, help=text, description=text)
-        action.add_argument("--name", default=os.environ.get("KNARR_NAME", "default"), help="which cluster (default: $KNARR_NAME, or default)")
-        action.add_argument("--data-dir", default=None, help="where its state is kept")
+        _add_cluster(action)
         action.set_defaults(run=run_port, action=name)
         if name == "add":
             action.add_argument("mapping", metavar="HOSTPORT:SERVICE:PORT")
@@ -143,8 +146,7 @@ def _add_node(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     }
     for name, text in texts.items():
         action = actions.add_parser(name, help=text, description=text)
-        action.add_argument("--name", default=os.environ.get("KNARR_NAME", "default"), help="which cluster (default: $KNARR_NAME, or default)")
-        action.add_argument("--data-dir", default=None, help="where its state is kept")
+        _add_cluster(action)
         action.set_defaults(run=run_node, action=name)
         if name != "ls":
             action.add_argument("node", nargs="?" if name == "add" else None, help="the node's name")
@@ -158,8 +160,7 @@ def _add_image(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     actions = image.add_subparsers(metavar="ACTION", required=True)
     for name, text in (("load", "load images from OCI or docker archives"), ("pull", "pull an image from its registry"), ("ls", "list images"), ("rm", "remove an image")):
         action = actions.add_parser(name, help=text, description=text)
-        action.add_argument("--name", default=os.environ.get("KNARR_NAME", "default"), help="which cluster (default: $KNARR_NAME, or default)")
-        action.add_argument("--data-dir", default=None, help="where its state is kept")
+        _add_cluster(action)
         action.set_defaults(run=run_image, action=name)
         if name == "load":
             action.add_argument("archives", nargs="+", help="files, or - for standard input")

@@ -11,12 +11,11 @@ from knarr.api.errors import StatusError
 from knarr.api.resources import CUSTOM_RESOURCE_DEFINITIONS
 from knarr.api.scheme import Resource
 from knarr.network.ingress.gateway import CONTROLLER, GATEWAY_CLASSES, GATEWAYS, GROUP, HTTP_ROUTES
-from knarr.network.ingress.haproxy import program
 
 from .test_ingress import Running, running
 
 __all__ = ["running"]
-pytestmark = [pytest.mark.timeout(60), pytest.mark.skipif(program() is None, reason="haproxy is not installed")]
+pytestmark = pytest.mark.timeout(60)
 
 
 def definition(resource: Resource) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from knarr.client.informer import Informers
 from knarr.network import netns, rtnl
 from knarr.network.ingress import IngressController
 from knarr.network.ingress.controller import _self_signed
-from knarr.network.ingress.haproxy import Listen, program
+from knarr.network.ingress.haproxy import Listen
 from knarr.network.ingress.model import build
 
 from .world import endpoint_slice, free_ports, service
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.skipif(program() is None, reason="haproxy is not installed")]
+pytestmark = pytest.mark.timeout(60)
 
 
 def own_address() -> str:

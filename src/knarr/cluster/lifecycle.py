@@ -14,7 +14,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -286,6 +286,20 @@ def admin_client(config: ClusterConfig) -> Client:
 
     need_control_plane(config)
     return Client(common.client_config(config, common.pair(config, "admin"), "knarr"))
+
+
+def with_client(config: ClusterConfig, work: Callable[[Client], Awaitable[int]]) -> int:
+    """Run a command's work with the administrator's client, which is closed after it; gives the exit code."""
+    import asyncio
+
+    async def main() -> int:
+        client = admin_client(config)
+        try:
+            return await work(client)
+        finally:
+            await client.close()
+
+    return asyncio.run(main())
 
 
 def down(config: ClusterConfig, progress: Progress) -> None:

@@ -5,29 +5,16 @@ Role: called by the command line; prints, returns the exit code. `why` exits 1 w
 
 from __future__ import annotations
 
-import asyncio
 import sys
-from collections.abc import Awaitable, Callable
 
 from knarr.api.resources import SERVICES
 from knarr.client.rest import Client
 from knarr.cluster.config import ClusterConfig
-from knarr.cluster.lifecycle import CommandError, admin_client
+from knarr.cluster.lifecycle import CommandError, with_client
 from knarr.network import publishing
 from knarr.network.why import BadQuestion, why
 
 _SIGNS = {True: "✓", False: "✗", None: "·"}
-
-
-def _with_client(config: ClusterConfig, work: Callable[[Client], Awaitable[int]]) -> int:
-    async def main() -> int:
-        client = admin_client(config)
-        try:
-            return await work(client)
-        finally:
-            await client.close()
-
-    return asyncio.run(main())
 
 
 def explain(config: ClusterConfig, source: str, target: str, *, namespace: str, protocol: str) -> int:
@@ -42,7 +29,7 @@ def explain(config: ClusterConfig, source: str, target: str, *, namespace: str, 
             print(f"{_SIGNS[step.ok]} {step.text}")
         return 1 if any(step.ok is False for step in steps) else 0
 
-    return _with_client(config, work)
+    return with_client(config, work)
 
 
 def show_ports(config: ClusterConfig) -> int:
@@ -54,7 +41,7 @@ def show_ports(config: ClusterConfig) -> int:
             print(f"{item.host_port}\t{item.namespace}/{item.service}:{item.port}")
         return 0
 
-    return _with_client(config, work)
+    return with_client(config, work)
 
 
 def _parse(text: str, namespace: str) -> tuple[int, str, str, str]:
@@ -79,7 +66,7 @@ def add_port(config: ClusterConfig, text: str, *, namespace: str) -> int:
         print(f"http://localhost:{host_port} leads to service {where}/{service} port {port}", file=sys.stdout)
         return 0
 
-    return _with_client(config, work)
+    return with_client(config, work)
 
 
 def remove_port(config: ClusterConfig, host_port: int) -> int:
@@ -93,4 +80,4 @@ def remove_port(config: ClusterConfig, host_port: int) -> int:
         await publishing.withdraw(client, found.namespace, found.service, host_port=host_port)
         return 0
 
-    return _with_client(config, work)
+    return with_client(config, work)

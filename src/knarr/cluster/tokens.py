@@ -15,7 +15,6 @@ import hashlib
 import json
 import secrets
 import string
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from knarr.aiokits import clock
@@ -27,7 +26,7 @@ from knarr.api.types import Object
 from knarr.client.rest import Client
 from knarr.cluster import addons, addresses, nodes
 from knarr.cluster.config import ClusterConfig
-from knarr.cluster.lifecycle import CommandError, admin_client, need_control_plane
+from knarr.cluster.lifecycle import CommandError, with_client
 
 TOKEN_GROUP = "system:bootstrappers:knarr:default-node-token"
 INFO_NAME, INFO_NAMESPACE = "cluster-info", "kube-public"
@@ -61,19 +60,6 @@ def settings(config: ClusterConfig) -> dict[str, Any]:
     }
 
 
-def _run(config: ClusterConfig, work: Callable[[Client], Awaitable[int]]) -> int:
-    need_control_plane(config)
-
-    async def main() -> int:
-        client = admin_client(config)
-        try:
-            return await work(client)
-        finally:
-            await client.close()
-
-    return asyncio.run(main())
-
-
 def create(config: ClusterConfig, ttl: str) -> int:
     """Make a token and print the command that joins another machine with it."""
     try:
@@ -100,7 +86,7 @@ def create(config: ClusterConfig, ttl: str) -> int:
         await _wait_signed(client, identity)
         return 0
 
-    _run(config, work)
+    with_client(config, work)
     own = addresses.primary_address() or nodes.gateway(config)
     print(f"knarr join {own}:{config.api_port} --token {identity}.{secret} --discovery-token-ca-cert-hash {ca_hash(authority)}")
     return 0
@@ -128,7 +114,7 @@ def show(config: ClusterConfig) -> int:
             print(f"{data.get('token-id', ''):<8} {data.get('expiration', 'never ends'):<22} {data.get('description', '')}")
         return 0
 
-    return _run(config, work)
+    return with_client(config, work)
 
 
 def remove(config: ClusterConfig, token: str) -> int:
@@ -143,7 +129,7 @@ def remove(config: ClusterConfig, token: str) -> int:
             raise CommandError(f"there is no token {token.partition('.')[0]!r}") from error
         return 0
 
-    return _run(config, work)
+    return with_client(config, work)
 
 
 async def ensure_joinable(client: Client, config: ClusterConfig, authority: bytes) -> None:

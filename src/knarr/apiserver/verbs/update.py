@@ -194,10 +194,7 @@ async def _try_update(call: Call, mode: UpdateMode, change: Change, cached: Cach
             waiting = admission.validate(request)
             if waiting is not None:
                 await waiting
-        if same(old, new) and not _finished(new, old):
-            return cached
-        _ignore_timestamps(new, old)
-        if same(old, new) and not _finished(new, old):
+        if _unchanged(new, old):
             return cached
         if _finished(new, old) and endpoint.strategy.may_delete_on_update(new, old):
             if call.dry_run:
@@ -226,6 +223,13 @@ async def _try_update(call: Call, mode: UpdateMode, change: Change, cached: Cach
             if not stored:
                 for undo in reversed(request.undo):
                     undo()
+
+
+def _unchanged(new: Object, old: Object) -> bool:
+    """Nothing is to be written; times of managed fields alone are no change, and are taken back."""
+    if not same(old, new):
+        _ignore_timestamps(new, old)
+    return same(old, new) and not _finished(new, old)
 
 
 def _check_preconditions(call: Call, mode: UpdateMode, metadata: Object, old: Object) -> None:
