@@ -19,7 +19,8 @@ from knarr.aiokits.log import get_logger
 from knarr.api.types import Object
 from knarr.kubelet import podutil
 from knarr.kubelet.config import KubeletConfig
-from knarr.kubelet.resources import cpu_shares, pod_cgroup_limits, pod_totals
+from knarr.kubelet.machine import huge_pages
+from knarr.kubelet.resources import cpu_shares, page_size, pod_cgroup_limits, pod_totals
 from knarr.runtime.cri import LinuxResources
 
 log = get_logger(__name__)
@@ -69,9 +70,29 @@ def _write(path: str, value: str) -> None:
         os.close(fd)
 
 
+def _writes_v1(limits: LinuxResources) -> list[tuple[str, str, str]]:
+    """(controller, file, value) of every limit that is set."""
+    writes = []
+    if limits.cpu_shares:
+        writes.append(("cpu", "cpu.shares", str(limits.cpu_shares)))
+    if limits.cpu_quota_us:
+        writes.append(("cpu", "cpu.cfs_period_us", str(limits.cpu_period_us)))
+        writes.append(("cpu", "cpu.cfs_quota_us", str(limits.cpu_quota_us)))
+    if limits.memory_limit_bytes:
+        writes.append(("memory", "memory.limit_in_bytes", str(limits.memory_limit_bytes)))
+    if limits.pids_limit:
+        writes.append(("pids", "pids.max", str(limits.pids_limit)))
+    writes += [("hugetlb", f"hugetlb.{size}.limit_in_bytes", str(count)) for size, count in limits.hugepage_limits.items()]
+    return writes
+
+
 def shares_to_weight(shares: int) -> int:
     """cgroup v1 shares (2..262144) in the v2 scale (1..10000)."""
     return 1 + ((shares - 2) * 9999) // 262142
+
+
+class LimitsNotSet(Exception):
+    """Some limits of a group are not in force; the text names each with its reason."""
 
 
 class Cgroups:
@@ -84,6 +105,7 @@ class Cgroups:
         self.hierarchies = hierarchies or Hierarchies.of_host()
         self._root = config.cgroup_root.rstrip("/")
         self._ready: set[str] = set()
+        self._no_huge_pages = {page_size(name): 0 for name in huge_pages()}
 
     @property
     def is_v2(self) -> bool:
@@ -123,6 +145,21 @@ class Cgroups:
             self._make(path)
             if qos == "BestEffort":
                 self._apply(path, LinuxResources(cpu_shares=2))
+
+    def limit_kubepods(self, limits: LinuxResources) -> None:
+        """Limit all pods together. Raises LimitsNotSet."""
+        self._must_apply(self.kubepods(), limits)
+
+    def limit_existing(self, path: str, limits: LinuxResources) -> None:
+        """Limit a group that is not ours. Raises FileNotFoundError when there is none, LimitsNotSet."""
+        for mount in self._mounts():
+            if not os.path.isdir(mount + path):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), mount + path)
+        self._must_apply(path, limits)
+
+    def _must_apply(self, path: str, limits: LinuxResources) -> None:
+        if failures := self._apply(path, limits):
+            raise LimitsNotSet("; ".join(f"{name}: {reason}" for name, reason in failures.items()))
 
     def _make(self, path: str) -> None:
         for mount in self._mounts():
@@ -170,38 +207,46 @@ class Cgroups:
         config = self._config
         enforce_cpu = config.enforce_cpu_limits and not self._unlimited(podutil.uid(pod))
         limits = pod_cgroup_limits(pod, enforce_cpu=enforce_cpu, pids_limit=config.pod_pids_limit)
+        # Pages of a size that the pod does not ask for are none of its.
+        limits.hugepage_limits = {**self._no_huge_pages, **limits.hugepage_limits}
         self._apply(self.pod_path(pod), limits)
 
-    def _apply(self, path: str, limits: LinuxResources) -> None:
-        writes: list[tuple[str, str, str]] = []
-        if self.is_v2:
-            if limits.cpu_shares:
-                writes.append(("", "cpu.weight", str(shares_to_weight(limits.cpu_shares))))
-            if limits.cpu_period_us:
-                quota = str(limits.cpu_quota_us) if limits.cpu_quota_us > 0 else "max"
-                writes.append(("", "cpu.max", f"{quota} {limits.cpu_period_us}"))
-            writes.append(("", "memory.max", str(limits.memory_limit_bytes or "max")))
-            if limits.pids_limit:
-                writes.append(("", "pids.max", str(limits.pids_limit)))
-        else:
-            if limits.cpu_shares:
-                writes.append(("cpu", "cpu.shares", str(limits.cpu_shares)))
-            if limits.cpu_quota_us:
-                writes.append(("cpu", "cpu.cfs_period_us", str(limits.cpu_period_us)))
-                writes.append(("cpu", "cpu.cfs_quota_us", str(limits.cpu_quota_us)))
-            if limits.memory_limit_bytes:
-                writes.append(("memory", "memory.limit_in_bytes", str(limits.memory_limit_bytes)))
-            if limits.pids_limit:
-                writes.append(("pids", "pids.max", str(limits.pids_limit)))
-        for controller, name, value in writes:
+    def _apply(self, path: str, limits: LinuxResources) -> dict[str, str]:
+        """Write limits; returns the names of files that could not be written, each with the reason."""
+        failures = {}
+        for controller, name, value in self._writes_v2(limits) if self.is_v2 else _writes_v1(limits):
             mount = self.hierarchies.v2 if self.is_v2 else self.hierarchies.v1.get(controller)
-            if mount is None:
-                continue
+            if mount is None and controller == "hugetlb":
+                continue  # a kernel without it has no pages to limit, or no way to
             try:
+                if mount is None:
+                    raise OSError(errno.ENODEV, f"the host has no {controller} controller")
                 _write(os.path.join(mount + path, name), value)
             except OSError as e:
                 # A controller that this host does not pass down: the container's own limits still hold.
                 log.debug("cgroup limit not set", path=path, name=name, error=str(e))
+                failures[name] = e.strerror or str(e)
+        return failures
+
+    def _writes_v2(self, limits: LinuxResources) -> list[tuple[str, str, str]]:
+        writes = []
+        if limits.cpu_shares:
+            writes.append(("cpu", "cpu.weight", str(shares_to_weight(limits.cpu_shares))))
+        if limits.cpu_period_us:
+            quota = str(limits.cpu_quota_us) if limits.cpu_quota_us > 0 else "max"
+            writes.append(("cpu", "cpu.max", f"{quota} {limits.cpu_period_us}"))
+        writes.append(("memory", "memory.max", str(limits.memory_limit_bytes or "max")))
+        if limits.pids_limit:
+            writes.append(("pids", "pids.max", str(limits.pids_limit)))
+        if limits.hugepage_limits and "hugetlb" in self._controllers_v2():
+            writes += [("hugetlb", f"hugetlb.{size}.max", str(count)) for size, count in limits.hugepage_limits.items()]
+        return writes
+
+    def _controllers_v2(self) -> list[str]:
+        try:
+            return _read(os.path.join(self.hierarchies.v2, "cgroup.controllers")).split()
+        except OSError:
+            return []
 
     def update_qos(self, pods: list[Object]) -> None:
         """Give the Burstable group the CPU share of its pods together."""

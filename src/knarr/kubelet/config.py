@@ -82,6 +82,12 @@ class KubeletConfig:
     provider_id: str = ""
     system_reserved: dict[str, str] = field(default_factory=dict)
     kube_reserved: dict[str, str] = field(default_factory=dict)
+    enforce_node_allocatable: tuple[str, ...] = ("pods",)
+    """Of pods, system-reserved, kube-reserved and the latter two with -compressible: whose group is limited."""
+    system_reserved_cgroup: str = ""
+    """The group that holds the system's own processes, for system-reserved."""
+    kube_reserved_cgroup: str = ""
+    """The group that holds the cluster's daemons, for kube-reserved."""
     reserved_system_cpus: str = ""
     """CPUs kept from containers with CPUs of their own, e.g. "0-1"; takes the place of the cpu in system_reserved and kube_reserved."""
     cpu_manager_policy: str = "none"

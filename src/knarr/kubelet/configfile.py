@@ -94,6 +94,14 @@ def _cpus(value: Any) -> str:
     return str(value)
 
 
+def _enforcements(value: Any) -> tuple[str, ...]:
+    found = _texts(value)
+    for name in found:
+        if name not in _ENFORCEMENTS:
+            raise ValueError(f"{name!r} is none of {', '.join(_ENFORCEMENTS)}")
+    return () if "none" in found else found
+
+
 def _cpu_options(value: Any) -> tuple[str, ...]:
     found = _map(value)
     for name in found:
@@ -115,6 +123,7 @@ def _priorities(value: Any) -> tuple[tuple[int, float], ...]:
     return tuple(sorted(found))
 
 
+_ENFORCEMENTS = ("none", "pods", "system-reserved", "kube-reserved", "system-reserved-compressible", "kube-reserved-compressible")
 _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "staticPodPath": ("static_pod_path", _text),
     "podLogsDir": ("pod_logs_dir", _text),
@@ -142,6 +151,9 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "containerLogMaxFiles": ("container_log_max_files", _whole),
     "systemReserved": ("system_reserved", _quantities),
     "kubeReserved": ("kube_reserved", _quantities),
+    "enforceNodeAllocatable": ("enforce_node_allocatable", _enforcements),
+    "systemReservedCgroup": ("system_reserved_cgroup", _text),
+    "kubeReservedCgroup": ("kube_reserved_cgroup", _text),
     "reservedSystemCPUs": ("reserved_system_cpus", _cpus),
     "allowedUnsafeSysctls": ("allowed_unsafe_sysctls", _texts),
     "providerID": ("provider_id", _text),
@@ -168,7 +180,7 @@ _IDLE = frozenset(
     maxOpenFiles contentType kubeAPIQPS kubeAPIBurst evictionMinimumReclaim podsPerCore enableControllerAttachDetach
     protectKernelDefaults makeIPTablesUtilChains iptablesMasqueradeBit iptablesDropBit featureGates failSwapOn memorySwap
     containerLogMaxWorkers containerLogMonitorInterval configMapAndSecretChangeDetectionStrategy showHiddenMetricsForVersion
-    systemReservedCgroup kubeReservedCgroup enforceNodeAllocatable volumePluginDir kernelMemcgNotification logging
+    volumePluginDir kernelMemcgNotification logging
     enableSystemLogHandler enableSystemLogQuery enableProfilingHandler enableDebugFlagsHandler memoryThrottlingFactor tracing
     localStorageCapacityIsolation containerRuntimeEndpoint imageServiceEndpoint failCgroupV1 userNamespaces""".split()
 )
@@ -248,6 +260,9 @@ def _check(config: KubeletConfig) -> None:
         raise ConfigFileError("shutdownGracePeriodByPodPriority and shutdownGracePeriod exclude each other")
     if config.cpu_manager_policy == "static" and not config.reserved_system_cpus and not any("cpu" in r for r in (config.system_reserved, config.kube_reserved)):
         raise ConfigFileError("cpuManagerPolicy static needs CPUs for the system: kubeReserved, systemReserved or reservedSystemCPUs")
+    for kind, group in (("system", config.system_reserved_cgroup), ("kube", config.kube_reserved_cgroup)):
+        if not group and any(name.startswith(f"{kind}-reserved") for name in config.enforce_node_allocatable):
+            raise ConfigFileError(f"{kind}ReservedCgroup must be given when enforceNodeAllocatable contains {kind}-reserved")
     if config.image_gc_low_threshold_percent >= config.image_gc_high_threshold_percent:
         raise ConfigFileError("imageGCLowThresholdPercent must be less than imageGCHighThresholdPercent")
     if config.crash_loop_max_seconds < 1 or config.crash_loop_max_seconds > 300:

@@ -21,7 +21,7 @@ from knarr.api.types import Object
 from knarr.client.events import EventRecorder
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
-from knarr.kubelet import admission, certificates, machine, podutil
+from knarr.kubelet import admission, allocatable, certificates, machine, podutil
 from knarr.kubelet.affinity.manager import Affinity
 from knarr.kubelet.cgroups import Cgroups
 from knarr.kubelet.config import KubeletConfig
@@ -204,12 +204,10 @@ class Kubelet:
 
     async def run(self) -> None:
         """Work until cancelled. Pods go on running afterwards."""
-        if self.config.cgroups_per_qos:
-            try:
-                self.node.cgroups.ensure_tree()
-            except OSError as e:
-                log.error("cgroup tree not made", error=str(e))
         self._recorder.event(self.reporter.reference(), "Normal", "Starting", "Starting kubelet.")
+        if self.config.cgroups_per_qos:
+            limits = allocatable.enforce(self.config, self.node.cgroups, self.capacity.capacity, self._record, self.reporter.reference())
+            self.tasks.spawn(limits, "node-allocatable")
         try:
             async with asyncio.TaskGroup() as group:
                 await self._start_server()
@@ -298,8 +296,6 @@ class Kubelet:
         await self.static_pods.start()
         await self.workers.adopt_orphans()
         await self.garbage.remove_leftovers()
-        if self.config.cgroups_per_qos:
-            self._recorder.event(self.reporter.reference(), "Normal", "NodeAllocatableEnforced", "Updated Node Allocatable limit across pods")
         self.ready.set()
         self.reporter.changed()
         await self.static_pods.run()

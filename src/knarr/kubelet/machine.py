@@ -8,14 +8,23 @@ from __future__ import annotations
 import os
 import platform
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from knarr.api import quantity
 from knarr.kubelet.affinity.machine import parse_cpus
 from knarr.kubelet.config import KubeletConfig
-from knarr.kubelet.node import Capacity
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "ppc64le": "ppc64le", "s390x": "s390x", "riscv64": "riscv64"}
+
+
+@dataclass(slots=True)
+class Capacity:
+    """What this machine has and what pods may use of it, in the wire's quantities."""
+
+    capacity: dict[str, str] = field(default_factory=dict)
+    allocatable: dict[str, str] = field(default_factory=dict)
+    memory_bytes: int = 1
+    memory_allocatable_bytes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +87,12 @@ def huge_pages() -> dict[str, int]:
             count = int(read_text(f"{folder}/{name}/nr_hugepages") or 0)
             out[f"hugepages-{quantity.format(size, 'BinarySI')}"] = count * size
     return out
+
+
+def most_processes() -> int:
+    """How many processes and threads the kernel allows in all; 0 when it does not tell."""
+    limits = [read_text(f"/proc/sys/kernel/{name}") for name in ("pid_max", "threads-max")]
+    return min((int(text) for text in limits if text.isdigit()), default=0)
 
 
 def os_image() -> str:

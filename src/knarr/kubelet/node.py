@@ -19,6 +19,7 @@ from knarr.kubelet.cgroups import Cgroups
 from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.env import EnvContext
 from knarr.kubelet.images import ImageManager
+from knarr.kubelet.machine import Capacity
 from knarr.kubelet.objects import ReferencedObjects
 from knarr.kubelet.plugins.devices import DeviceManager
 from knarr.kubelet.plugins.dra import DynamicResources
@@ -34,16 +35,6 @@ if TYPE_CHECKING:
 
 RecordEvent = Callable[..., None]
 """(object, type, reason, message, field_path="")"""
-
-
-@dataclass(slots=True)
-class Capacity:
-    """What this machine has and what pods may use of it, in the wire's quantities."""
-
-    capacity: dict[str, str] = field(default_factory=dict)
-    allocatable: dict[str, str] = field(default_factory=dict)
-    memory_bytes: int = 1
-    memory_allocatable_bytes: int = 1
 
 
 @dataclass(slots=True)

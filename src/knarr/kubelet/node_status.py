@@ -20,7 +20,8 @@ from knarr.client.rest import Client
 from knarr.kubelet import machine
 from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.faults import UNREACHABLE
-from knarr.kubelet.node import Capacity, RecordEvent
+from knarr.kubelet.machine import Capacity
+from knarr.kubelet.node import RecordEvent
 from knarr.kubelet.volumes import local
 from knarr.runtime.cri import ImageService, RuntimeFault, RuntimeService
 

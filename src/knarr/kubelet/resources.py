@@ -87,13 +87,14 @@ def container_limits(
         out.cpu_quota_us = cpu_quota(cpu_limit or 0)
     for name, raw in (resources.get("limits") or {}).items():
         if name.startswith("hugepages-"):
-            out.hugepage_limits[_page_size(name)] = quantity.value(raw)
+            out.hugepage_limits[page_size(name)] = quantity.value(raw)
     if group_oom:
         out.unified["memory.oom.group"] = "1"
     return out
 
 
-def _page_size(resource: str) -> str:
+def page_size(resource: str) -> str:
+    """A resource such as hugepages-2Mi as groups' files name the size: 2MB."""
     size = quantity.value(resource.removeprefix("hugepages-"))
     for unit, name in ((1 << 30, "GB"), (1 << 20, "MB"), (1 << 10, "KB")):
         if size % unit == 0:
@@ -167,6 +168,7 @@ def pod_cgroup_limits(pod: Object, *, enforce_cpu: bool = True, pids_limit: int 
             out.cpu_period_us, out.cpu_quota_us = PERIOD_US, cpu_quota(limits["cpu"])
         if limits["memory"]:
             out.memory_limit_bytes = limits["memory"]
+    out.hugepage_limits = {page_size(name): count for name, count in extended_requests(pod).items() if name.startswith("hugepages-")}
     return out
 
 

@@ -57,6 +57,7 @@ async def serve(kubelet: Kubelet, request: Request, parts: list[str]) -> None:
         "configMapAndSecretChangeDetectionStrategy": "Watch",
         "systemReserved": c.system_reserved,
         "kubeReserved": c.kube_reserved,
+        "enforceNodeAllocatable": list(c.enforce_node_allocatable),
         "allowedUnsafeSysctls": list(c.allowed_unsafe_sysctls),
         "serializeImagePulls": c.max_parallel_image_pulls == 1,
         "maxParallelImagePulls": c.max_parallel_image_pulls,
