@@ -27,6 +27,7 @@ RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|[+-]\d\d:\d\
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 ADDRESS = re.compile(r"\b10\.0\.\d{1,3}\.\d{1,3}\b")
 TOKEN_VOLUME = re.compile(r"kube-api-access-[a-z0-9]{5}")
+NODE_PORT = re.compile(r"\b(\d+:)(3\d{4})(?=/(?:TCP|UDP|SCTP)\b)")
 AGE = re.compile(r"^(?:\d+[smhdy])+$")
 REFERENCE = re.compile(r"\{\{(\d+):([^}]*)\}\}")
 SERVICE_CIDR = "10.0.0.0/16"
@@ -138,6 +139,12 @@ class Normaliser:
 
     def _is_generated(self, name: str) -> bool:
         return any(base and name.startswith(base) and len(name) == len(base) + 5 for base in self.bases)
+
+    def cell(self, value: Any) -> Any:
+        """A table's cell: as `object`; node ports that nobody asked for are "*" in lists of ports."""
+        if isinstance(value, str):
+            value = NODE_PORT.sub(lambda m: m[0] if int(m[2]) in self.known_ports else f"{m[1]}*", value)
+        return self.object(value)
 
     def text(self, value: str) -> str:
         if RFC3339.fullmatch(value):
@@ -253,7 +260,7 @@ def _error(body: Any, response: Response, normaliser: Normaliser) -> dict[str, A
 
 def _table(body: dict[str, Any], normaliser: Normaliser) -> dict[str, Any]:
     rows = body.get("rows") or []
-    cells = [["*" if isinstance(c, str) and AGE.match(c) else normaliser.object(c) for c in row["cells"]] for row in rows]
+    cells = [["*" if isinstance(c, str) and AGE.match(c) else normaliser.cell(c) for c in row["cells"]] for row in rows]
     kind = next((f"{row['object'].get('apiVersion')}/{row['object'].get('kind')}" for row in rows if row.get("object")), None)
     columns = [[c["name"], c["type"], c.get("format", ""), c.get("priority", 0)] for c in body.get("columnDefinitions") or []]
     return {"columns": columns, "rows": cells, "rowObjectKind": kind}

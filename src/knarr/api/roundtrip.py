@@ -22,6 +22,9 @@ def _pod_spec(spec: Object | None) -> None:
         for container in spec.get(group) or ():
             if "restartPolicy" in container and (group != "initContainers" or container["restartPolicy"] != "Always"):
                 del container["restartPolicy"]
+            # What is left when the signal, behind a gate that is off, was all.
+            if not container.get("lifecycle", True):
+                del container["lifecycle"]
 
 
 _INIT_ANNOTATIONS = tuple(f"pod.{stage}.kubernetes.io/init-container{part}" for stage in ("beta", "alpha") for part in ("s", "-statuses"))

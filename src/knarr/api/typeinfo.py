@@ -564,6 +564,9 @@ def _compile(info: Message) -> Handler:
     if info.name == _META + "ObjectMeta":
         # An empty list asks to forget all ownership (knarr.api.apply reads and removes it).
         handlers["managedFields"] = _list(pruner(_META + "ManagedFieldsEntry"), dict, KEEP_EMPTY)
+    if info.name == "k8s.io.api.autoscaling.v2.HPAScalingRules":
+        # An empty list of policies is one that the defaults do not replace, and that validation refuses.
+        handlers["policies"] = _list(pruner("k8s.io.api.autoscaling.v2.HPAScalingPolicy"), dict, KEEP_EMPTY)
     for key in GATED_OFF.get(info.name, ()):
         if key in handlers:
             handlers[key] = _gated_off

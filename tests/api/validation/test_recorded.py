@@ -34,8 +34,7 @@ DIFFERENT = {
     r"endpoints\.subsets=\[\{addresses:_\[\{ip:_abc": "upstream reports the address twice",
     r"endpointslices\.endpoints=.*deprecatedTopology": "the strategy drops the field",
     r"validatingadmissionpolic|webhookconfigurations": "expressions are compiled by the admission plugin",
-    r"horizontalpodautoscalers\.spec\.behavior=\{scaleUp:_\{policies:_\[\]": "an empty list is defaulted",
-    r"replicationcontrollers\.meta\..*generateName": "upstream does not judge this kind's prefixes",
+    r"statefulsets\.spec\.updateStrategy=.*maxUnavailable:_0": "the gate of the field is on here",
     r"resourceclaims\..*adminAccess": "needs the namespace's labels",
     r"invalid\.request\.": "judged before validation",
 }

@@ -202,6 +202,13 @@ def _set_strategy(strategy: Object, path: str, errors: Errors) -> None:
     elif kind == "RollingUpdate":
         if rolling is not None:
             nonnegative(errors, f"{path}.rollingUpdate.partition", rolling.get("partition"))
+            unavailable = rolling.get("maxUnavailable")
+            if unavailable is not None:
+                own = f"{path}.rollingUpdate.maxUnavailable"
+                int_or_percent(unavailable, own, errors)
+                if not amount_of(unavailable):
+                    errors.append(invalid_value(own, unavailable, "cannot be 0"))
+                at_most_all(unavailable, own, errors)
     else:
         errors.append(invalid_value(path, strategy, "must be 'RollingUpdate' or 'OnDelete'"))
 

@@ -39,7 +39,9 @@ KINDS.update(
         ("", "serviceaccounts"): Kind(rechecks_metadata=True),
         ("", "services"): Kind(service.create_service, service.update_service, name=dns_1035_label),
         ("", "endpoints"): Kind(service.create_endpoints, rechecks_metadata=True),
-        ("", "replicationcontrollers"): Kind(apps.create_replication_controller, apps.update_replication_controller),
+        ("", "replicationcontrollers"): Kind(
+            apps.create_replication_controller, apps.update_replication_controller, generate_name=False
+        ),
         ("apps", "deployments"): Kind(apps.create_deployment, apps.update_deployment),
         ("apps", "replicasets"): Kind(apps.create_replica_set, apps.update_replica_set),
         ("apps", "statefulsets"): Kind(apps.create_stateful_set, apps.update_stateful_set, name=dns_label),

@@ -158,11 +158,12 @@ def _common(metadata: Object, namespaced: bool, errors: Errors, path: str) -> No
 
 
 def validate_object_meta(
-    metadata: Object, namespaced: bool, rule: Rule, errors: Errors, path: str = "metadata", *, core_finalizers: bool = True
-) -> None:
-    """Check the metadata of an object of a kind whose names follow `rule`."""
+    metadata: Object, namespaced: bool, rule: Rule, errors: Errors, path: str = "metadata", *, core_finalizers: bool = True,
+    prefix: bool = True,
+) -> None:  # fmt: skip
+    """Check the metadata of an object of a kind whose names, and with `prefix` also prefixes of names, follow `rule`."""
     generate_name, name = metadata.get("generateName") or "", metadata.get("name") or ""
-    if generate_name:
+    if generate_name and prefix:
         add(errors, f"{path}.generateName", generate_name, rule(mask_trailing_dash(generate_name)))
     if not name:
         errors.append(required(f"{path}.name", "name or generateName is required"))

@@ -34,13 +34,14 @@ class Kind:
     create: checks everything but the metadata. update: checks what may change and what may not;
     None means that `create` must hold for the new object and nothing more. `update` gets the
     subresource as its last argument. `core_finalizers`: finalizers without a domain must be well
-    known. `rechecks_metadata`: an update checks the whole metadata by the kind's rules again.
+    known. `generate_name`: the prefix has to fit the rule too. `rechecks_metadata`: an update checks the whole metadata by the kind's rules again.
     """
 
     create: Create | None = None
     update: Update | None = None
     name: Rule = dns_subdomain
     core_finalizers: bool = True
+    generate_name: bool = True
     rechecks_metadata: bool = False
 
 
@@ -56,7 +57,7 @@ def create_errors(resource: Resource, obj: Object) -> list[FieldError]:
     kind = KINDS.get((resource.group, resource.plural), _DEFAULT)
     errors: Errors = []
     metadata = obj.get("metadata") or {}
-    validate_object_meta(metadata, resource.namespaced, kind.name, errors, core_finalizers=kind.core_finalizers)
+    validate_object_meta(metadata, resource.namespaced, kind.name, errors, core_finalizers=kind.core_finalizers, prefix=kind.generate_name)
     if kind.create is not None:
         kind.create(obj, errors)
     if not errors:
@@ -77,7 +78,7 @@ def update_errors(resource: Resource, new: Object, old: Object, subresource: str
         if kind.core_finalizers:
             validate_core_finalizers(new_metadata.get("finalizers"), "metadata.finalizers", errors)
         if kind.rechecks_metadata and not subresource:
-            validate_object_meta(new_metadata, resource.namespaced, kind.name, errors, core_finalizers=kind.core_finalizers)
+            validate_object_meta(new_metadata, resource.namespaced, kind.name, errors, core_finalizers=kind.core_finalizers, prefix=kind.generate_name)
     if kind.update is not None:
         kind.update(new, old, errors, subresource)
     elif kind.create is not None and not subresource:

@@ -101,7 +101,8 @@ def _affinity(spec: Object, errors: Errors) -> None:
         errors.append(field_forbidden(path, "must not be set when session affinity is None"))
 
 
-def _cluster_ips(spec: Object, errors: Errors) -> None:
+def cluster_addresses(spec: Object, errors: Errors) -> None:
+    """Whether addresses, families and their policy fit together; asked again before addresses are claimed."""
     ips, path = spec.get("clusterIPs") or [], "spec.clusterIPs"
     single = spec.get("clusterIP") or ""
     if single:
@@ -259,7 +260,7 @@ def create_service(obj: Object, errors: Errors) -> None:
     validate_labels(spec.get("selector"), "spec.selector", errors)
     _affinity(spec, errors)
     if kind != "ExternalName":
-        _cluster_ips(spec, errors)
+        cluster_addresses(spec, errors)
     for index, ip in enumerate(spec.get("externalIPs") or ()):
         before = len(errors)
         validate_legacy_ip(ip, f"spec.externalIPs[{index}]", errors)

@@ -327,10 +327,12 @@ def _compile_errors(node: _Node, path: str, found: list[FieldError], uncorrelate
             wrong = isinstance(rule.broken_message, ResultTypeError)
             message = "messageExpression must evaluate to a string" if wrong else f"messageExpression compilation failed: {rule.broken_message}"
             found.append(errors.invalid_value(f"{own}.messageExpression", rule.shown, message))
-        if not rule.uses_old and rule.given.get("optionalOldSelf") is not None:
+        # What a rule that cannot be compiled uses is not known.
+        uses_old = rule.uses_old and rule.broken is None
+        if not uses_old and rule.given.get("optionalOldSelf") is not None:
             message = "may not be set if oldSelf is not used in rule"
             found.append(errors.invalid_value(f"{own}.optionalOldSelf", rule.given["optionalOldSelf"], message))
-        elif rule.uses_old and uncorrelated:
+        elif uses_old and uncorrelated:
             message = f"oldSelf cannot be used on the uncorrelatable portion of the schema within {uncorrelated}"
             found.append(errors.invalid_value(f"{own}.rule", rule.text, message))
     # The old one of a part can be told in maps that merge and in lists with keys.

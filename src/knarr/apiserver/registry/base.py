@@ -45,6 +45,8 @@ class Strategy:
     create_on_update = False
     """PUT (and apply) of an absent object creates it. Apply always may."""
     has_generation = False
+    makes_names = True
+    """generateName is a prefix (False: the name itself)."""
     resets_status = True
     """Status is owned by the status subresource (False: a plain field, as Node's on create)."""
     default_gc = DELETE

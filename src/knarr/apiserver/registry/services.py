@@ -8,11 +8,12 @@ Source: pkg/registry/core/service/{strategy.go,storage/storage.go,storage/alloc.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import TYPE_CHECKING
 
 from knarr.api import errors
 from knarr.api.types import Object
+from knarr.api.validation import service as service_rules
 from knarr.apiserver.registry.allocators import AddressAllocator, AllocationError, PortAllocator, node_ports_of
 from knarr.apiserver.registry.base import Strategy
 from knarr.apiserver.registry.simple import KeepsMostOnStatus, Plain
@@ -94,8 +95,6 @@ class Service(Strategy):
         normalize_cluster_ips(obj, None)
         claims = _Claims(self)
         try:
-            if not _sound(spec, None):
-                return claims.finish
             self.init_families(obj, None)
             if spec.get("type") != "ExternalName" and (spec.get("clusterIPs") or [""])[0] != "None":
                 await self._claim_addresses(call, obj, claims)
@@ -124,8 +123,6 @@ class Service(Strategy):
         normalize_cluster_ips(obj, old)
         claims = _Claims(self)
         try:
-            if not _sound(spec, before):
-                return claims.finish
             self.init_families(obj, old)
             await self._move_addresses(call, obj, old, claims)
             self._claim_ports(obj, old, claims, dry_run=call.dry_run)
@@ -161,39 +158,23 @@ class Service(Strategy):
             else:
                 policy = "SingleStack"
             spec["ipFamilyPolicy"] = policy
-        wanted = list(spec.get("ipFamilies") or [])
-        if old is not None and policy == "SingleStack":
-            if addresses == (old["spec"].get("clusterIPs") or []) and len(addresses) > 1:
-                spec["clusterIPs"] = addresses = addresses[:1]
-            if wanted == (old["spec"].get("ipFamilies") or []) and len(wanted) > 1:
-                wanted = wanted[:1]
-        if policy == "SingleStack":
-            if len(addresses) == 2:
-                raise _invalid(service, "spec.ipFamilyPolicy", policy, "must be 'RequireDualStack' or 'PreferDualStack' when multiple cluster IPs are specified")
-            if len(wanted) == 2:
-                raise _invalid(service, "spec.ipFamilyPolicy", policy, "must be 'RequireDualStack' or 'PreferDualStack' when multiple IP families are specified")
-        for index, address in enumerate(addresses):
-            if address == "None" or not address:
-                break
-            if index >= len(wanted):
-                family = family_of(address)
-                if family not in families:
-                    raise _invalid(service, f"spec.clusterIPs[{index}]", addresses, f"{family} is not configured on this cluster")
-                wanted.append(family)
+        found: list[errors.FieldError] = []
+        service_rules.cluster_addresses(spec, found)
+        _raise(service, found)
+        addresses, wanted = _families_of_addresses(spec, old, families, found)
+        _raise(service, found)
         if headless and not spec.get("selector"):
             wanted = wanted or [self._default_family]
             if len(wanted) < 2 and policy != "SingleStack":
                 wanted.append(OTHER[wanted[0]])
             spec["ipFamilies"] = wanted
             return
-        found = []
         if policy == "RequireDualStack" and len(families) < 2:
             found.append(errors.invalid_value("spec.ipFamilyPolicy", policy, "this cluster is not configured for dual-stack services"))
         for index, family in enumerate(wanted):
             if family not in families:
                 found.append(errors.invalid_value(f"spec.ipFamilies[{index}]", family, "not configured on this cluster"))
-        if found:
-            raise errors.invalid("Service", service["metadata"].get("name") or "", found)
+        _raise(service, found)
         wanted = wanted or [self._default_family]
         if policy != "SingleStack" and len(wanted) == 1 and len(families) == 2:
             wanted.append(OTHER[wanted[0]])
@@ -326,23 +307,44 @@ class Service(Strategy):
             obj["status"] = {**obj["status"], "loadBalancer": {}}
 
 
-def _sound(spec: Object, before: Object | None) -> bool:
-    """Whether addresses and families make sense; if not, nothing is claimed, and validation says what is wrong."""
-    one, many, families = spec.get("clusterIP") or "", spec.get("clusterIPs") or [], spec.get("ipFamilies") or []
-    if many and many[0] != one:
-        return False
-    if len(set(families)) != len(families) or any(family not in OTHER for family in families):
-        return False
-    for index, address in enumerate(many):
-        if address in ("None", ""):
+def _raise(service: Object, found: list[errors.FieldError]) -> None:
+    if found:
+        raise errors.invalid("Service", service["metadata"].get("name") or "", found)
+
+
+def _families_of_addresses(
+    spec: Object, old: Object | None, families: Container[str], found: list[errors.FieldError]
+) -> tuple[list[str], list[str]]:
+    """Return the addresses and families that are asked for; what contradicts the policy, or the cluster, goes to `found`."""
+    policy, addresses, wanted = spec["ipFamilyPolicy"], spec.get("clusterIPs") or [], list(spec.get("ipFamilies") or [])
+    before = old["spec"] if old is not None else {}
+    old_addresses, old_families = before.get("clusterIPs") or [], before.get("ipFamilies") or []
+    path = "spec.ipFamilyPolicy"
+    if old is not None and policy == "SingleStack":
+        if addresses == old_addresses and len(addresses) > 1:
+            spec["clusterIPs"] = addresses = addresses[:1]
+        if wanted == old_families and len(wanted) > 1:
+            wanted = wanted[:1]
+    elif len(old_addresses) == 2 and len(addresses) == 1:
+        found.append(errors.invalid_value(path, policy, "must be 'SingleStack' to release the secondary cluster IP"))
+    if policy != "SingleStack" and len(old_families) == 2 and len(wanted) == 1:
+        found.append(errors.invalid_value(path, policy, "must be 'SingleStack' to release the secondary IP family"))
+    if policy == "SingleStack":
+        for what, given in (("cluster IPs", addresses), ("IP families", wanted)):
+            if len(given) == 2:
+                message = f"must be 'RequireDualStack' or 'PreferDualStack' when multiple {what} are specified"
+                found.append(errors.invalid_value(path, policy, message))
+    for index, address in enumerate(addresses):
+        if address == "None":
+            break
+        if index < len(wanted):
             continue
-        try:
-            ipaddress.ip_address(address)
-        except ValueError:
-            return False
-        if before is not None and index < len(families) and families[index] != family_of(address):
-            return False
-    return True
+        family = family_of(address)
+        if family in families:
+            wanted.append(family)
+        else:
+            found.append(errors.invalid_value(f"spec.clusterIPs[{index}]", addresses, f"{family} is not configured on this cluster"))
+    return addresses, wanted
 
 
 def _keep_node_ports(spec: Object, before: Object) -> None:
@@ -392,7 +394,9 @@ async def _release(strategy: Service, addresses: list[str]) -> None:
 
 
 class IPAddress(Plain):
-    """One claimed address."""
+    """One claimed address; it is the name, which nothing can make up."""
+
+    makes_names = False
     field_names = ()
 
 

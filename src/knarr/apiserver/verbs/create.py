@@ -122,7 +122,8 @@ async def create_object(call: Call, obj: Object, *, name: str = "", tracked: boo
     dedup_owner_references(call, metadata)
     generated = not metadata.get("name") and bool(metadata.get("generateName"))
     if generated:
-        metadata["name"] = generated_name(metadata["generateName"])
+        makes_names = endpoint.strategy.makes_names
+        metadata["name"] = generated_name(metadata["generateName"]) if makes_names else metadata["generateName"]
     if not tracked:
         track_update(call, obj, None)
     pristine = deep_copy(obj) if generated else None
@@ -130,7 +131,7 @@ async def create_object(call: Call, obj: Object, *, name: str = "", tracked: boo
         result = await _try_create(call, obj)
         if result is not None:
             return result
-        if pristine is None or attempt == NAME_TRIES - 1:
+        if pristine is None or not endpoint.strategy.makes_names or attempt == NAME_TRIES - 1:
             break
         # The generated name was taken: the same object again under another one.
         obj = deep_copy(pristine)
