@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     up.add_argument("--controller-manager-arg", action="append", default=[], metavar="NAME=VALUE", help="option of kube-controller-manager, e.g. node-monitor-grace-period=40s")
     up.add_argument("--kubelet-config", default=None, metavar="FILE", help="KubeletConfiguration for the nodes of this machine; an empty name takes it back")
     up.add_argument("--scheduler-config", default=None, metavar="FILE", help="KubeSchedulerConfiguration: profiles, plugins, extenders; an empty name takes it back")
+    _add_network(up)
     up.add_argument("--no-kubeconfig", action="store_true", help="leave the user's kubeconfig alone")
     verb("down", run_down, "stop the cluster; its data stays")
     verb("delete", run_delete, "stop the cluster and remove its data")
@@ -89,6 +90,18 @@ def build_parser() -> argparse.ArgumentParser:
     _add_token(verbs)
     _add_join(verb("join", run_join, "make this machine a node of a cluster that runs elsewhere"))
     return parser
+
+
+def _add_network(up: argparse.ArgumentParser) -> None:
+    up.add_argument("--service-cidr", default=None, metavar="CIDR[,CIDR]", help="addresses of Services, for a new cluster; with an IPv6 range behind a comma for two families")
+    up.add_argument("--pod-cidr", default=None, metavar="CIDR[,CIDR]", help="addresses of pods, for a new cluster; two as with --service-cidr")
+    up.add_argument("--node-port-range", default=None, metavar="FIRST-LAST", help="ports for NodePort Services, for a new cluster")
+    up.add_argument("--load-balancer-pool", default=None, metavar="CIDR|FIRST-LAST[,…]", help="addresses for LoadBalancer Services")
+    up.add_argument(
+        "--announce", nargs="?", const="auto", default=None, metavar="INTERFACE",
+        help="answer ARP and NDP for LoadBalancer addresses, so that the local network reaches them; --announce=off takes it back",
+    )  # fmt: skip
+    up.add_argument("--dns-autopath", action=argparse.BooleanOptionalAction, default=None, help="walk through search paths in the DNS server instead of the pods")
 
 
 def _add_join(join: argparse.ArgumentParser) -> None:
@@ -171,7 +184,7 @@ def _add_image(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def run_up(options: argparse.Namespace) -> int:
-    from knarr.cluster import lifecycle
+    from knarr.cluster import lifecycle, netoptions
     from knarr.cluster.progress import Progress
 
     progress = Progress()
@@ -192,6 +205,7 @@ def run_up(options: argparse.Namespace) -> int:
                 controller_arguments=tuple(options.controller_manager_arg),
                 scheduler_config=options.scheduler_config,
                 kubeconfig=not options.no_kubeconfig,
+                network=netoptions.read(options),
             ),
             progress,
         )

@@ -61,6 +61,7 @@ class ClusterConfig:
     kubelet_port: int = 10250
     service_cidr: str = "10.96.0.0/16"
     pod_cidr: str = "10.244.0.0/16"
+    """Both: one range, or with a comma one for each family, IPv4 first, since node addresses are."""
     node_cidr: str = "172.29.0.0/24"
     """Addresses of further nodes on this machine; the first is the bridge between them."""
     node_ports: tuple[int, int] = (30000, 32767)
@@ -76,7 +77,11 @@ class ClusterConfig:
     controller_arguments: list[str] = field(default_factory=list)
     """NAME=VALUE options of the controllers."""
     balancer_range: str = ""
-    """Of the cluster joined; "" decides by the slot."""
+    """Networks and ranges for LoadBalancer Services, separated by commas; "" decides by the slot."""
+    announce: str = ""
+    """Interface to whose network LoadBalancer addresses are announced, "auto" for the one that leads there, "" for none."""
+    autopath: bool = False
+    """Whether the DNS server walks through search paths for the pods."""
     machine_node: str = ""
     """Of the cluster joined: the node that is the control machine itself."""
     machine_cidr: str = ""
@@ -106,14 +111,25 @@ class ClusterConfig:
     def store_url(self) -> str:
         return self.storage or f"sqlite://{self.data / 'store' / 'knarr.db'}"
 
-    def address(self, offset: int) -> str:
-        """The service address at an offset of the range: 1 is the API server, 10 the DNS."""
-        return str(ipaddress.ip_network(self.service_cidr)[offset])
+    @property
+    def service_cidrs(self) -> tuple[str, ...]:
+        return tuple(self.service_cidr.split(","))
 
     @property
-    def balancer_cidr(self) -> str:
-        """Addresses of LoadBalancer Services; this machine reaches them."""
-        return self.balancer_range or f"172.29.{128 + self.slot}.0/24"
+    def pod_cidrs(self) -> tuple[str, ...]:
+        return tuple(self.pod_cidr.split(","))
+
+    def address(self, offset: int) -> str:
+        """The service address at an offset of the (first) range: 1 is the API server, 10 the DNS."""
+        return str(ipaddress.ip_network(self.service_cidrs[0])[offset])
+
+    @property
+    def balancer_pool(self) -> tuple[str, ...]:
+        """Networks and ranges of LoadBalancer Services; this machine reaches them."""
+        if self.balancer_range:
+            return tuple(self.balancer_range.split(","))
+        second = (f"fd4b:6e61:7272:{self.slot}::/112",) if len(self.service_cidrs) > 1 else ()
+        return (f"172.29.{128 + self.slot}.0/24", *second)
 
     @property
     def tunnel(self) -> int:

@@ -183,6 +183,8 @@ def _write(options: JoinOptions, node_name: str, authority: bytes, settings: dic
     config.service_cidr = settings["serviceCIDR"]
     config.pod_cidr = settings["podCIDR"]
     config.balancer_range = settings["loadBalancerCIDR"]
+    config.announce = "auto" if settings.get("announce") else ""
+    config.autopath = bool(settings.get("autopath"))
     low, high = settings["nodePorts"]
     config.node_ports = (low, high)
     config.cluster_domain = settings["clusterDomain"]

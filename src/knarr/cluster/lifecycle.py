@@ -15,11 +15,11 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knarr.cluster import addresses, controllerargs, host, nodes, pki, preflight, supervisor
+from knarr.cluster import addresses, controllerargs, host, netoptions, nodes, pki, preflight, supervisor
 from knarr.cluster import config as cluster_config
 from knarr.cluster.config import ClusterConfig
 from knarr.cluster.progress import Progress
@@ -58,6 +58,7 @@ class UpOptions:
     """File that the scheduler uses from now on; "" for none."""
     kubeconfig: bool = True
     """Merge the context into the user's kubeconfig."""
+    network: netoptions.NetworkOptions = field(default_factory=netoptions.NetworkOptions)
 
 
 def existing(name: str, data_dir: str | None = None) -> ClusterConfig:
@@ -105,12 +106,14 @@ def up(options: UpOptions, progress: Progress) -> ClusterConfig:
       CommandError: preflight, a component's start or the time limit failed; the text names the log to read.
     """
     config = cluster_config.load(options.name, options.data_dir)
+    fresh = config is None
     if config is None:
         config = cluster_config.new_cluster(
             options.name, options.data_dir, nodes=options.nodes or 1, storage=options.storage or "", oci_runtime=options.oci_runtime or "runc"
         )
     elif options.storage is not None and options.storage != config.storage:
         raise CommandError(f"cluster {config.name!r} keeps its data in {config.store_url}; `knarr delete` first to change that")
+    changed = netoptions.apply(config, options.network, fresh=fresh)
     if options.oci_runtime:
         config.oci_runtime = options.oci_runtime
     if options.controllers:
@@ -128,6 +131,8 @@ def up(options: UpOptions, progress: Progress) -> ClusterConfig:
     content = _kubelet_settings(options.kubelet_config) if options.kubelet_config else b""
     scheduling = _scheduler_settings(options.scheduler_config) if options.scheduler_config else b""
     if is_running(config):
+        if changed:
+            raise CommandError(f"cluster {config.name!r} is running; `knarr down` first to change its network")
         if options.scheduler_config is not None:
             raise CommandError(f"cluster {config.name!r} is running; `knarr down` first to change its scheduler's configuration")
         if options.kubelet_config is not None:

@@ -68,7 +68,7 @@ add table ip {table}
 delete table ip {table}
 add table ip {table}
 add chain ip {table} leave {{ type nat hook postrouting priority 100; policy accept; }}
-add rule ip {table} leave ip saddr {network} ip daddr != {network} ip daddr != {config.pod_cidr} oifname != "{name}" masquerade
+add rule ip {table} leave ip saddr {network} ip daddr != {network} ip daddr != {config.pod_cidrs[0]} oifname != "{name}" masquerade
 """
     subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True, capture_output=True)
 

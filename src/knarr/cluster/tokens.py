@@ -51,7 +51,9 @@ def settings(config: ClusterConfig) -> dict[str, Any]:
     return {
         "serviceCIDR": config.service_cidr,
         "podCIDR": config.pod_cidr,
-        "loadBalancerCIDR": config.balancer_cidr,
+        "loadBalancerCIDR": ",".join(config.balancer_pool),
+        "announce": config.announce,
+        "autopath": config.autopath,
         "nodePorts": list(config.node_ports),
         "clusterDomain": config.cluster_domain,
         "tunnelID": config.tunnel,

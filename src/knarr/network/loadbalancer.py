@@ -12,7 +12,7 @@ Source: behaviour of cloud-provider's service controller (status, events).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address
 from typing import Any
 
 from knarr.aiokits.log import get_logger
@@ -25,7 +25,7 @@ from knarr.client.events import EventRecorder
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
 from knarr.network.objects import object_key
-from knarr.network.rtnl import Network
+from knarr.network.pool import parse
 
 log = get_logger(__name__)
 
@@ -48,14 +48,14 @@ class LoadBalancerController:
     """See the module.
 
     Args:
-      pool: Networks to take addresses from; one per family at least for that family's Services.
+      pool: Networks and ranges (see `pool`) to take addresses from; one per family at least for that family's Services.
     """
 
     def __init__(self, client: Client, informers: Informers, *, pool: Sequence[str] = ("172.29.128.0/24",)) -> None:
         self._client = client
         self._informers = informers
         self._services = informers.get(SERVICES)
-        self._pool: list[Network] = [ip_network(text) for text in pool]
+        self._pool = parse(pool)
         self._recorder = EventRecorder(client, "service-controller")
         self._controller = Controller("loadbalancer", self._reconcile)
         self._taken: dict[str, str] = {}
@@ -97,7 +97,7 @@ class LoadBalancerController:
                     self._controller.queue.add(object_key(waiting))
 
     def _in_pool(self, address: str) -> bool:
-        return any(ip_address(address) in network for network in self._pool if network.version == ip_address(address).version)
+        return ip_address(address) in self._pool
 
     async def _reconcile(self, key: str) -> None:
         namespace, _slash, name = key.partition("/")
@@ -137,7 +137,7 @@ class LoadBalancerController:
                 kept = [a for a in present if ip_address(a).version == version and self._taken.get(a) == key]
                 address = kept[0] if kept else self._free(version)
             if address is None:
-                if any(network.version == version for network in self._pool):
+                if self._pool.has(version):
                     self._recorder.event(service, "Warning", "SyncLoadBalancerFailed", "no address is left in the pool")
                     return None
                 continue
@@ -146,14 +146,7 @@ class LoadBalancerController:
         return wanted or None
 
     def _free(self, version: int) -> str | None:
-        for network in self._pool:
-            if network.version != version:
-                continue
-            for index in range(1, min(network.num_addresses - 1, 65536)):
-                address = str(network[index])
-                if address not in self._taken:
-                    return address
-        return None
+        return next((address for address in self._pool.candidates(version) if address not in self._taken), None)
 
     async def _write(self, service: Object, addresses: list[str]) -> None:
         meta = service["metadata"]

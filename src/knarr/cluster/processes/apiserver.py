@@ -36,7 +36,7 @@ def main(config: ClusterConfig, listener: socket.socket, announce: Announce) -> 
         requestheader_allowed_names=("front-proxy-client",),
         proxy_client_cert=str(pki / "front-proxy-client.crt"),
         proxy_client_key=str(pki / "front-proxy-client.key"),
-        service_cidrs=(config.service_cidr,),
+        service_cidrs=config.service_cidrs,
         node_port_range=config.node_ports,
         kubelet_client_cert=str(pki / "apiserver-kubelet-client.crt"),
         kubelet_client_key=str(pki / "apiserver-kubelet-client.key"),

@@ -71,7 +71,7 @@ def main(config: ClusterConfig, announce: Announce) -> None:
                 group.create_task(addons.ensure(controllers), name="addons")
                 group.create_task(serve_usage(config, controllers, usage), name="resource-metrics")
                 group.create_task(ServingCertificateApprover(controllers, informers).run(), name="serving-certificates")
-                group.create_task(LoadBalancerController(controllers, informers, pool=(config.balancer_cidr,)).run(), name="load-balancer")
+                group.create_task(LoadBalancerController(controllers, informers, pool=config.balancer_pool).run(), name="load-balancer")
                 group.create_task(ingress.run(), name="ingress")
                 group.create_task(deciding.run(), name="scheduler")
         finally:

@@ -99,7 +99,7 @@ class Node:
         )
 
     def make_network(self) -> BridgeNetwork | PluginNetwork:
-        from knarr.network import cni
+        from knarr.network import cni, pool
         from knarr.network.plugins import PluginNetwork
         from knarr.network.podnet import BridgeNetwork
 
@@ -109,8 +109,8 @@ class Node:
             return PluginNetwork(node_address=self.address, state_dir=self.state / "network")
         return BridgeNetwork(
             bridge=f"knarr{config.slot}",
-            cluster_cidrs=(config.pod_cidr,),
-            service_cidrs=(config.service_cidr, config.balancer_cidr),
+            cluster_cidrs=config.pod_cidrs,
+            service_cidrs=(*config.service_cidrs, *pool.networks(config.balancer_pool)),
             state_dir=self.state / "network",
             table=f"knarr{config.suffix}-net",
             link_prefix=f"kp{config.slot}-",
@@ -159,7 +159,7 @@ class Node:
             informers,
             node_name=self.node.name,
             table=f"knarr{self.config.suffix}",
-            pod_cidrs=(self.config.pod_cidr,),
+            pod_cidrs=self.config.pod_cidrs,
             # Where load balancers and monitoring look for kube-proxy's health; other clusters of this machine keep out of its way.
             health_port=10256 if self.node.netns else self.config.kubelet_port + 6,
             metrics_port=10249 if self.node.netns else self.config.kubelet_port - 1,
@@ -180,6 +180,8 @@ class Node:
                 group.create_task(self.serve_dns(network_client, informers, network), name="dns")
                 group.create_task(self.reach_other_nodes(informers, network), name="routes")
                 group.create_task(self.report_ready(informers, proxy), name="ready")
+                if self.announces:
+                    group.create_task(self.announce_balancers(network_client, informers), name="announce")
         finally:
             await informers.close()
             await api.close()
@@ -187,6 +189,17 @@ class Node:
             await network.close()
             await kubelet_client.close()
             await network_client.close()
+
+    @property
+    def announces(self) -> bool:
+        """Whether this node tells the local network of LoadBalancer addresses; nodes in namespaces of this machine are not part of it."""
+        return bool(self.config.announce) and not self.node.netns
+
+    async def announce_balancers(self, client: Client, informers: Informers) -> None:
+        """Answer ARP and NDP for LoadBalancer addresses that fall to this node."""
+        from knarr.network.announcer import Announcer
+
+        await Announcer(client, informers, node_name=self.node.name, interface=self.config.announce).run()
 
     async def go_down_in_order(self, kubelet: Kubelet) -> None:
         """When the supervisor asks for it, end the pods as configured, then this process."""
@@ -200,6 +213,7 @@ class Node:
 
     def kubelet_config(self, serving: pki.KeyPair) -> KubeletConfig:
         from knarr.kubelet.config import KubeletConfig
+        from knarr.network import announcer
 
         config = self.config
         settings = KubeletConfig(
@@ -219,7 +233,7 @@ class Node:
             reappear=not config.joined,
             client_ca=str(config.pki / "ca.crt"),
             cgroup_root=f"/knarr{config.suffix}/{self.node.name}",
-            node_labels=dict(self.node.labels),
+            node_labels=self.node.labels | ({announcer.LABEL: "lan"} if self.announces else {}),
             node_taints=tuple(self.node.taints),
         )
         if config.kubelet_file.is_file():
