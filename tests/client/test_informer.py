@@ -212,6 +212,33 @@ async def test_one_object_cannot_flood_the_server_with_events(apiserver: Running
     await recorder.close()
 
 
+async def test_of_an_object_that_is_gone_nothing_is_remembered(apiserver: RunningAPIServer) -> None:
+    recorder = EventRecorder(apiserver.client, "test-controller")
+    targets = [await apiserver.client.create(CONFIG_MAPS, _config_map(f"target-{number}")) for number in range(3)]
+    for target in targets:
+        recorder.event(target, "Normal", "Seen", "once")
+        recorder.event(target, "Normal", "Seen", "twice")
+        recorder.forget(target)
+    recorder.event(targets[0], "Normal", "Seen", "once")
+    await recorder.flush()
+    assert len(recorder._memory) == 1
+    events = (await apiserver.client.list(EVENTS, "default"))["items"]
+    assert sorted(event["count"] for event in events) == [1] * 7
+    await recorder.close()
+
+
+async def test_only_the_newest_events_are_remembered(apiserver: RunningAPIServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("knarr.client.events._CACHE_ENTRIES", 6)
+    recorder = EventRecorder(apiserver.client, "test-controller")
+    for number in range(10):
+        target = _config_map(f"target-{number}")
+        recorder.event(target, "Normal", "Seen", "once")
+        recorder.event(target, "Normal", "Seen", "twice")
+        await recorder.flush()
+    assert len(recorder._memory) == 6
+    await recorder.close()
+
+
 async def test_new_events_become_a_series(apiserver: RunningAPIServer) -> None:
     client = apiserver.client
     target = await client.create(CONFIG_MAPS, _config_map("target"))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import OrderedDict, deque
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from knarr.aiokits import clock
 from knarr.aiokits.log import get_logger
@@ -39,36 +39,73 @@ _SERIES_SECONDS = 360.0
 _TRIES = 12
 _RETRY_SECONDS = 10.0
 _MESSAGE_CHARACTERS = 1024
+_FORGET = "forget"  # stands in a lane for the end of an object
 
 _last_name = 0  # nanoseconds in the name of the newest event of this process
 
-V = TypeVar("V")
 
+class _About:
+    """What must be known of the events told about one object: by hashes of their keys, whose many texts would be most of the memory."""
 
-class _Recent(Generic[V]):
-    """The most recently used entries. Kept by the 64 bit hash of their keys, whose many texts would be most of the memory."""
-
-    __slots__ = ("_entries",)
+    __slots__ = ("limits", "similar", "told")
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[int, V] = OrderedDict()
+        self.limits: dict[int, RateLimit] = {}
+        self.similar: dict[int, tuple[float, tuple[int, ...]]] = {}
+        """When the last of a kind was told, and the hashes of its messages."""
+        self.told: dict[int, _Told] = {}
 
-    def get(self, key: tuple[str, ...]) -> V | None:
-        number = hash(key)
-        value = self._entries.get(number)
-        if value is not None:
-            self._entries.move_to_end(number)
-        return value
+    def __len__(self) -> int:
+        return len(self.told)
 
-    def put(self, key: tuple[str, ...], value: V) -> None:
-        number = hash(key)
-        self._entries[number] = value
-        self._entries.move_to_end(number)
-        if len(self._entries) > _CACHE_ENTRIES:
-            self._entries.popitem(last=False)
 
-    def drop(self, key: tuple[str, ...]) -> None:
-        self._entries.pop(hash(key), None)
+class _Told:
+    """One event that exists, and how often it happened."""
+
+    __slots__ = ("count", "first", "name", "seen", "written")
+
+    def __init__(self, name: str, count: int = 1, first: str = "", now: float = 0.0) -> None:
+        self.name, self.count, self.first = name, count, first
+        self.seen = self.written = now
+
+
+class _Memory:
+    """The objects that events were told about most recently, at most _CACHE_ENTRIES events in all."""
+
+    __slots__ = ("_objects", "_size")
+
+    def __init__(self) -> None:
+        self._objects: OrderedDict[int, _About] = OrderedDict()
+        self._size = 0
+
+    def __len__(self) -> int:
+        """How many events."""
+        return self._size
+
+    def about(self, reference: Object) -> _About:
+        number = _identity(reference)
+        about = self._objects.get(number)
+        if about is None:
+            about = self._objects[number] = _About()
+        else:
+            self._objects.move_to_end(number)
+        return about
+
+    def tell(self, reference: Object, key: int, told: _Told) -> None:
+        about = self.about(reference)  # again: it may have been dropped while the event was sent
+        self._size += key not in about.told
+        about.told[key] = told
+        while self._size > _CACHE_ENTRIES and len(self._objects) > 1:
+            self._size -= len(self._objects.popitem(last=False)[1])
+
+    def forget(self, reference: Object) -> None:
+        gone = self._objects.pop(_identity(reference), None)
+        if gone is not None:
+            self._size -= len(gone)
+
+
+def _identity(reference: Object) -> int:
+    return hash(tuple(reference.get(name) or "" for name in ("kind", "namespace", "name", "uid", "apiVersion")))
 
 
 def object_reference(obj: Object, field_path: str = "") -> Object:
@@ -103,10 +140,7 @@ class EventRecorder:
         self._tasks = Tasks()
         self._lanes: list[deque[Object]] = [deque() for _ in range(_LANES)]
         self._senders: list[asyncio.Task[None] | None] = [None] * _LANES
-        self._limits: _Recent[RateLimit] = _Recent()
-        self._similar: _Recent[tuple[float, set[str]]] = _Recent()
-        self._observed: _Recent[Object] = _Recent()
-        """What must be known of events already told: thousands are kept, so never whole ones."""
+        self._memory = _Memory()
         self._dropped = 0
         self._closed = False
 
@@ -142,7 +176,15 @@ class EventRecorder:
             if self._dropped.bit_count() == 1:  # 1, 2, 4, 8 …: a flood of events must not become a flood of lines
                 log.warning("events dropped, too many unsent", reason=reason, dropped=self._dropped)
             return
-        reference = event.get("involvedObject") or event.get("regarding") or {}
+        self._enqueue(event, event.get("involvedObject") or event.get("regarding") or {})
+
+    def forget(self, obj: Object) -> None:
+        """An object is gone for good: what is remembered of its events goes with it, once they are sent."""
+        if not self._closed:
+            reference = object_reference(obj)
+            self._enqueue({_FORGET: reference}, reference)
+
+    def _enqueue(self, event: Object, reference: Object) -> None:
         number = hash((reference.get("uid"), reference.get("name"))) % _LANES
         self._lanes[number].append(event)
         sender = self._senders[number]
@@ -221,43 +263,46 @@ class EventRecorder:
         # The task ends when nothing is left, so an idle recorder costs nothing.
         while lane:
             event = lane.popleft()
-            if self._new_api:
+            if _FORGET in event:
+                self._memory.forget(event[_FORGET])
+            elif self._new_api:
                 await self._send_new(event)
             else:
                 await self._send_core(event)
 
     async def _send_core(self, event: Object) -> None:
         reference, source = event["involvedObject"], event["source"]
-        about = tuple(str(reference.get(name, "")) for name in ("kind", "namespace", "name", "uid", "apiVersion"))
+        about = self._memory.about(reference)
         who = (source["component"], source.get("host", ""))
-        spam_key = (*who, *about, event["type"])
-        limit = self._limits.get(spam_key)
+        spam_key = hash((*who, event["type"]))
+        limit = about.limits.get(spam_key)
         if limit is None:
-            limit = RateLimit(_SPAM_PER_SECOND, _SPAM_BURST)
-            self._limits.put(spam_key, limit)
+            limit = about.limits[spam_key] = RateLimit(_SPAM_PER_SECOND, _SPAM_BURST)
         if not limit.try_take():
             return
-        event, key = self._aggregate(event, (*who, *about, reference.get("fieldPath", ""), event["type"], event["reason"]))
-        known = self._observed.get(key)
+        event, key = self._aggregate(about, event, (*who, event["type"], event["reason"]), reference.get("fieldPath", ""))
+        known = about.told.get(key)
         if known is not None:
-            event["count"] = known["count"] + 1
-            event["firstTimestamp"] = known["firstTimestamp"]
-            event["metadata"]["name"] = known["name"]
+            event["count"] = known.count + 1
+            event["firstTimestamp"] = known.first
+            event["metadata"]["name"] = known.name
         sent = await self._deliver(event, known is not None) or event
-        told = {"count": sent["count"], "firstTimestamp": sent["firstTimestamp"], "name": sent["metadata"]["name"]}
-        self._observed.put(key, told)
+        self._memory.tell(reference, key, _Told(sent["metadata"]["name"], sent["count"], sent["firstTimestamp"]))
 
-    def _aggregate(self, event: Object, key: tuple[str, ...]) -> tuple[Object, tuple[str, ...]]:
+    def _aggregate(self, about: _About, event: Object, kind: tuple[str, ...], field_path: str) -> tuple[Object, int]:
         # The field path is no part of upstream's aggregate key, only of the exact one.
-        aggregate_key = (*key[:7], *key[8:])
+        aggregate_key = hash(kind)
         now = clock.now()
-        record = self._similar.get(aggregate_key)
-        messages = record[1] if record is not None and now - record[0] <= _AGGREGATE_SECONDS else set()
-        messages.add(event["message"])
-        self._similar.put(aggregate_key, (now, messages))
+        last, messages = about.similar.get(aggregate_key, (now, ()))
+        message = hash(event["message"])
+        if now - last > _AGGREGATE_SECONDS:
+            messages = ()
+        if message not in messages:
+            messages = (*messages, message)
         if len(messages) < _AGGREGATE_EVENTS:
-            return event, (*key, event["message"])
-        messages.pop()
+            about.similar[aggregate_key] = (now, messages)
+            return event, hash((kind, field_path, event["message"]))
+        about.similar[aggregate_key] = (now, messages[1:])
         combined = dict(event)
         combined["message"] = "(combined from similar events): " + event["message"]
         return combined, aggregate_key
@@ -289,28 +334,28 @@ class EventRecorder:
 
     async def _send_new(self, event: Object) -> None:
         reference = event["regarding"]
-        parts: tuple[Any, ...] = (event["type"], event["action"], event["reason"], event["reportingController"], event["reportingInstance"])
+        about = self._memory.about(reference)
         related = event.get("related") or {}
-        key = tuple(str(part) for part in (*parts, *reference.values(), *related.values()))
-        known = self._observed.get(key)
-        if known is not None and clock.now() - known["seen"] < _SERIES_SECONDS:
+        parts = (event["type"], event["action"], event["reason"], event["reportingController"], event["reportingInstance"])
+        key = hash((*parts, *reference.values(), *related.values()))
+        known = about.told.get(key)
+        if known is not None and clock.now() - known.seen < _SERIES_SECONDS:
             await self._continue_series(known, event)
             return
         meta = event["metadata"]
-        self._observed.put(key, {"name": meta["name"], "namespace": meta["namespace"], "count": 1, "seen": clock.now(), "written": clock.now()})
-        await self._try(lambda: self._client.create(EVENTS_V1, event, event["metadata"]["namespace"]), event)
+        self._memory.tell(reference, key, _Told(meta["name"], now=clock.now()))
+        await self._try(lambda: self._client.create(EVENTS_V1, event, meta["namespace"]), event)
 
-    async def _continue_series(self, known: Object, event: Object) -> None:
-        known["count"] += 1
-        known["seen"] = clock.now()
+    async def _continue_series(self, known: _Told, event: Object) -> None:
+        known.count += 1
+        known.seen = clock.now()
         # The second occurrence is written at once, later ones with the refresh interval of upstream.
-        if known["count"] > 2 and clock.now() - known["written"] < _SERIES_SECONDS / 2:
+        if known.count > 2 and known.seen - known.written < _SERIES_SECONDS / 2:
             return
-        known["written"] = clock.now()
-        series = {"count": known["count"], "lastObservedTime": event["eventTime"]}
-        await self._try(
-            lambda: self._client.patch(EVENTS_V1, known["name"], known["namespace"], {"series": series}, type="strategic"), event
-        )
+        known.written = known.seen
+        series = {"count": known.count, "lastObservedTime": event["eventTime"]}
+        namespace = event["metadata"]["namespace"]
+        await self._try(lambda: self._client.patch(EVENTS_V1, known.name, namespace, {"series": series}, type="strategic"), event)
 
     async def _try(self, send: Any, event: Object) -> None:
         for _ in range(_TRIES):

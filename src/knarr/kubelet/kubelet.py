@@ -147,6 +147,7 @@ class Kubelet:
             tokens=tokens,
             userns=UserNamespaces(config.pods_dir),
             record=self._record,
+            forget_events=self._recorder.forget,
             services=self._services_for,
             wait_services=self._services.wait_synced,
             runtime_class=lambda name: self._classes.get(None, name),

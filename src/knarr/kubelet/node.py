@@ -54,6 +54,8 @@ class Node:
     tokens: Tokens
     userns: UserNamespaces
     record: RecordEvent
+    forget_events: Callable[[Object], None]
+    """A pod is gone for good: what is remembered of its events may go."""
     services: Callable[[str], Iterable[Object]]
     """Services of a namespace and of "default"."""
     wait_services: Callable[[], object]

@@ -147,6 +147,7 @@ class PodWorkers:
         worker = self._workers.get(uid)
         if worker is None:
             self._node.status.forget(uid)
+            self._node.forget_events(pod)
             return
         grace = pod["metadata"].get("deletionGracePeriodSeconds")
         if grace is None:
@@ -168,6 +169,7 @@ class PodWorkers:
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 30.0)
         self._node.status.forget(worker.uid)
+        self._node.forget_events(worker.pod)
         if self._node.resize is not None:
             self._node.resize.forget(worker.uid)
         if self._workers.get(worker.uid) is worker:
