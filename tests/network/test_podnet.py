@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -230,6 +232,32 @@ async def test_a_pod_cannot_send_in_anothers_name(world):
         await ask(a, b.ip, 5000, udp=True, seconds=0.3, source="10.77.0.250")
     assert server.seen == []
     assert (await ask(a, b.ip, 5000, udp=True))[0] == "b"
+
+
+def datagram(source: str, target: str, port: int) -> bytes:
+    """A UDP datagram over IPv4 as a pod's link carries it to its node."""
+    body = struct.pack(">HHHH", 4200, port, 9, 0) + b"!"
+    head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(body), 0, 0, 64, 17, 0) + socket.inet_aton(source) + socket.inet_aton(target)
+    total = sum(struct.unpack(">10H", head))
+    checksum = struct.pack(">H", 0xFFFF - total % 0xFFFF)
+    return bytes.fromhex("eeeeeeeeeeee 020000000001 0800") + head[:10] + checksum + head[12:] + body
+
+
+async def test_a_pod_cannot_reach_what_listens_on_the_nodes_loopback(world):
+    pod = await world.pod("a")
+    with world.node.open(socket.SOCK_DGRAM) as listener, netns.entered(pod.path):
+        wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+        listener.bind(("0.0.0.0", 5300))
+        listener.settimeout(2)
+        with wire:
+            wire.bind(("eth0", 0))
+            for source in (pod.ip, "127.0.0.1", "10.77.0.250"):
+                wire.send(datagram(source, "127.0.0.1", 5300))
+            wire.send(datagram(pod.ip, "10.77.0.1", 5300))
+        assert (await asyncio.to_thread(listener.recvfrom, 16))[1] == (pod.ip, 4200)
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.recvfrom(16)
 
 
 async def test_udp_flows_to_a_host_port_follow_its_next_pod(world):

@@ -340,9 +340,9 @@ async def test_services_that_change_while_their_proxy_is_away_are_right_when_it_
         async with Tasks() as tasks:
             task = tasks.spawn(running.proxy.run(), "proxy")
             await running.proxy.wait_synced()
-            refusing = running.proxy._table.elements("refused4")
+            refusing = running.proxy._table.elements("service4")
             assert {key[3] for key, _data in refusing} == set(living.values())
-            assert running.proxy._table.elements("service4") == []
+            assert running.proxy._table.elements("endpoint4") == []
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         await running.proxy.cleanup()

@@ -33,22 +33,31 @@ def render(table: str, cluster_cidrs: Sequence[str], pod_cidrs: Sequence[str], l
         lines.append(f" set self{version} {{ type {kind} . {kind}; }}")
     lines.append(
         """
- chain raw_in {
-  type filter hook prerouting priority raw; policy accept;
-  # The node's loopback is routable towards pods (host ports on 127.0.0.1), so nothing from outside may name it.
+ chain loopback {
+  type filter hook input priority raw; policy accept;
+  # The node's loopback is routable towards pods (host ports on 127.0.0.1), so nothing from outside may name it but answers.
+  iif != "lo" ip daddr 127.0.0.0/8 ct status dnat accept
   iif != "lo" ip daddr 127.0.0.0/8 drop
  }
+ # Chains of type nat are asked for the first packet of a connection only: all further ones pass without a look.
+ chain first {
+  type nat hook prerouting priority dstnat - 50; policy accept;
+  iif != "lo" ip daddr 127.0.0.0/8 drop
+  iifname "LINKS*" jump honest
+ }
  chain honest {
-  type filter hook prerouting priority mangle; policy accept;
   # A pod sends with its own addresses: those whose way back is the link they came in by.
-  ct state new iifname "LINKS*" ip6 saddr { fe80::/10, ::/128 } accept
-  ct state new iifname "LINKS*" fib saddr . iif oif 0 drop
+  ip6 saddr { fe80::/10, ::/128 } return
+  fib saddr . iif oif 0 drop
  }
  chain host_ports {
   dnat ip to ip daddr . meta l4proto . th dport map @address_port4
   dnat ip6 to ip6 daddr . meta l4proto . th dport map @address_port6
-  fib daddr type local dnat ip to meta l4proto . th dport map @port4
-  fib daddr type local dnat ip6 to meta l4proto . th dport map @port6
+  fib daddr type local jump node_ports
+ }
+ chain node_ports {
+  dnat ip to meta l4proto . th dport map @port4
+  dnat ip6 to meta l4proto . th dport map @port6
  }
  chain nat_in {
   type nat hook prerouting priority dstnat - 2; policy accept;

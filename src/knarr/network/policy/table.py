@@ -3,7 +3,7 @@
 Role: used by `engine` from its worker thread (blocking). The base chain hooks forwarded packets only: what the node
 itself sends to or receives from its pods (probes, DNS) is always allowed. Of a tracked connection only the original
 direction is judged, and every packet of it, so that a changed policy counts for living connections at once; answers
-pass.
+pass. The base chain is there only while some pod is isolated.
 Invariants: memory equals kernel after every call; other tables are untouched. A fresh load replaces whatever table of
 that name there was, in the same transaction.
 """
@@ -116,6 +116,8 @@ class PolicyTable:
             for direction in ("ingress", "egress"):
                 add_set(batch, self.name, f"{direction}{version}", key_types=types, key_bytes=length, number=self._next(), verdicts=True)
             add_set(batch, self.name, f"self{version}", key_types=types * 2, key_bytes=length * 2, number=self._next())
+
+    def _hook(self, batch: ElementBatch) -> None:
         add_base_chain(batch, self.name, "forward", hook=_FORWARD_HOOK, priority=_PRIORITY)
         accept = verdict(1)
         related = ct_load(CT_STATE, R) + masked(R, _CT_RELATED) + compare(R, bytes(4), 1)
@@ -138,6 +140,11 @@ class PolicyTable:
         for name in new.chains.keys() - old.chains.keys():
             self._add_chain(batch, new.chains[name])
         self._members(batch, old, new)
+        # Where no pod is isolated, no packet passes here.
+        if new.members and not old.members:
+            self._hook(batch)
+        elif old.members and not new.members:
+            delete_chain(batch, self.name, "forward")
         # Last, when nothing refers to them any more.
         for name in old.chains.keys() - new.chains.keys():
             delete_chain(batch, self.name, name)

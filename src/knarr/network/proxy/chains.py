@@ -2,7 +2,7 @@
 
 Role: `ruleset` writes both. One shared set of maps serves all Services:
 
-    service  (address . protocol . port) -> chain            what is asked for
+    service  (address . protocol . port) -> chain            what is asked for; also who has no endpoint and is refused
     endpoint (address . protocol . port . index) -> address . port
     local    the same, only this node's endpoints
     port, port_endpoint, port_local                          node ports: the same without the address
@@ -12,6 +12,8 @@ the map says. Session affinity is one dynamic map from client and frontend to en
 (and its time renewed) in a hook behind the translation, where the packet itself names the chosen endpoint. The rules of
 these chains are encoded here, so that chains and elements change in one transaction, and because nft's language has no
 concatenation with a tracked connection's original port. `nft list` shows all of them.
+Every base chain is of type nat, where the kernel asks only for the first packet of a connection: sources that may not
+come and Services without endpoints are judged there, too, so that all further packets pass no rule of this table.
 Invariants: names depend on content alone, so a chain that exists is the right one.
 Source: behaviour of pkg/proxy/nftables/proxier.go.
 """
@@ -49,7 +51,7 @@ from knarr.network.nftables import ElementBatch
 
 MASQUERADE_MARK = 0x4000
 AFFINITY_MARK = 0x2000
-SKELETON_VERSION = 3
+SKELETON_VERSION = 4
 _FAMILIES = ((4, "ip", "ipv4_addr", "0.0.0.0"), (6, "ip6", "ipv6_addr", "::"))
 
 
@@ -103,9 +105,7 @@ def skeleton(table: str, pod_cidrs: Sequence[str], node_port_addresses: Sequence
             f" set limited{version} {{ type {frontend}; }}",
             f" set allowed{version} {{ type {frontend} . {kind}; flags interval; }}",
             f" map service{version} {{ type {frontend} : verdict; }}",
-            f" map refused{version} {{ type {frontend} : verdict; }}",
             f" map port{version} {{ type {port} : verdict; }}",
-            f" map refused_port{version} {{ type {port} : verdict; }}",
             f" map endpoint{version} {{ {typed} . {index} : {target}; }}",
             f" map local{version} {{ {typed} . {index} : {target}; }}",
             f" map port_endpoint{version} {{ {typed_port} . {index} : {target}; }}",
@@ -118,9 +118,12 @@ def skeleton(table: str, pod_cidrs: Sequence[str], node_port_addresses: Sequence
     out.append(" chain lose { drop; }")
     out.append(" chain services {")
     for version, ip, _kind, _zero in _FAMILIES:
+        frontend = f"{ip} daddr . meta l4proto . th dport"
         out += [
+            f"  {frontend} @limited{version} {frontend} . {ip} saddr != @allowed{version} drop",
             f"  {ip} daddr @cluster_ip{version} {ip} saddr != @pods{version} meta mark set meta mark or 0x4000",
-            f"  {ip} daddr . meta l4proto . th dport vmap @service{version}",
+            f"  {frontend} vmap @service{version}",
+            f"  {ip} daddr @cluster_ip{version} reject",
         ]
     for version, ip, _kind, _zero in _FAMILIES:
         cidrs = [cidr for cidr in node_port_addresses if ip_network(cidr).version == version]
@@ -133,66 +136,35 @@ def skeleton(table: str, pod_cidrs: Sequence[str], node_port_addresses: Sequence
     return "\n".join(out) + "\n"
 
 
-_ENDPOINT_CHECK = """  ct state new ip daddr . meta l4proto . th dport vmap @refused4
-  ct state new ip6 daddr . meta l4proto . th dport vmap @refused6
-  ip daddr @cluster_ip4 reject
-  ip6 daddr @cluster_ip6 reject"""
-
-_SOURCE_CHECK = """  ct state new ip daddr . meta l4proto . th dport @limited4 ip daddr . meta l4proto . th dport . ip saddr != @allowed4 drop
-  ct state new ip6 daddr . meta l4proto . th dport @limited6 ip6 daddr . meta l4proto . th dport . ip6 saddr != @allowed6 drop"""
-
-_BASE_CHAINS = f""" chain source_in {{
-  type filter hook prerouting priority dstnat - 10; policy accept;
-{_SOURCE_CHECK}
- }}
- chain source_output {{
-  type filter hook output priority -110; policy accept;
-{_SOURCE_CHECK}
- }}
- chain nat_in {{
+_BASE_CHAINS = """ chain nat_in {
   type nat hook prerouting priority dstnat; policy accept;
   jump services
- }}
- chain nat_output {{
+ }
+ chain nat_output {
   type nat hook output priority -100; policy accept;
   jump services
- }}
- chain learn_in {{
-  type filter hook prerouting priority dstnat + 10; policy accept;
+ }
+ chain learn_in {
+  type nat hook input priority 90; policy accept;
   meta mark & 0x2000 != 0 jump learn
- }}
- chain learn_output {{
-  type filter hook output priority -90; policy accept;
+ }
+ chain learn_out {
+  type nat hook postrouting priority srcnat - 10; policy accept;
   meta mark & 0x2000 != 0 jump learn
- }}
- chain learn {{
- }}
- chain filter_in {{
-  type filter hook input priority filter; policy accept;
-  ct state new meta nfproto ipv4 meta l4proto . th dport vmap @refused_port4
-  ct state new meta nfproto ipv6 meta l4proto . th dport vmap @refused_port6
-  ct state new ip daddr . meta l4proto . th dport vmap @refused4
-  ct state new ip6 daddr . meta l4proto . th dport vmap @refused6
- }}
- chain filter_forward {{
-  type filter hook forward priority filter; policy accept;
-{_ENDPOINT_CHECK}
- }}
- chain filter_output {{
-  type filter hook output priority filter; policy accept;
-{_ENDPOINT_CHECK}
- }}
- chain nat_out {{
+ }
+ chain learn {
+ }
+ chain nat_out {
   type nat hook postrouting priority srcnat; policy accept;
   oif "lo" return
   meta mark & 0x4000 != 0 jump hide
   ct status dnat ip saddr . ip daddr @hairpin4 masquerade fully-random
   ct status dnat ip6 saddr . ip6 daddr @hairpin6 masquerade fully-random
- }}
- chain hide {{
+ }
+ chain hide {
   meta mark set meta mark xor 0x4000
   masquerade fully-random
- }}"""
+ }"""
 
 
 def version_chain(pod_cidrs: Sequence[str]) -> str:

@@ -200,7 +200,7 @@ def _internal(out: Rendered, port: _Port, address: str) -> None:
     endpoints = port.internal
     _watch_flows(out, port, address, port.number, key, endpoints)
     if not endpoints:
-        out.elements[f"refused{port.version}", key] = LOSE if port.backends.any_endpoints else REFUSE
+        out.elements[f"service{port.version}", key] = LOSE if port.backends.any_endpoints else REFUSE
         return
     pick = Pick(port.version, False, len(endpoints), affinity_seconds=port.affinity_seconds)
     out.picks.update(needed(pick))
@@ -219,8 +219,7 @@ def _external(out: Rendered, port: _Port, address: str, number: int) -> None:
     everywhere, here = port.backends.cluster, port.backends.local
     _watch_flows(out, port, address, number, key, {*everywhere, *(here if port.external_local else ())})
     if not (everywhere or (here if port.external_local else ())):
-        refused = f"refused{'_port' if node_port else ''}{port.version}"
-        out.elements[refused, key] = LOSE if port.backends.any_endpoints else REFUSE
+        out.elements[table, key] = LOSE if port.backends.any_endpoints else REFUSE
         return
     if port.external_local:
         pick = Pick(port.version, node_port, len(everywhere), len(here), affinity_seconds=port.affinity_seconds)

@@ -161,8 +161,7 @@ _SETS = [
     f"{name}{version}"
     for version in (4, 6)
     for name in (
-        "service", "port", "refused", "refused_port", "endpoint", "local", "port_endpoint", "port_local",
-        "cluster_ip", "hairpin", "limited", "allowed", "affinity", "sticky", "port_sticky",
+        "service", "port", "endpoint", "local", "port_endpoint", "port_local", "cluster_ip", "hairpin", "limited", "allowed", "affinity", "sticky", "port_sticky",
     )
 ]  # fmt: skip
 
