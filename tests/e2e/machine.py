@@ -26,7 +26,7 @@ class Machine:
     """The cluster's name on that machine."""
     cluster: Cluster
 
-    address = f"{FAR}.2"
+    address: str = f"{FAR}.2"
 
     def start(self) -> None:
         self.stop()
@@ -47,6 +47,27 @@ class Machine:
         _ip("-n", MACHINE, "link", "set", "eth0", "up")
         _ip("-n", MACHINE, "route", "add", "default", "via", f"{FAR}.1")
         _ip("route", "add", f"{FAR}.0/24", "via", f"{NEAR}.2")
+
+    def move(self, host: int) -> str:
+        """Give the machine another address of its network and take the old one; its default route goes with it. Returns the new one."""
+        old, self.address = self.address, f"{FAR}.{host}"
+        _ip("-n", MACHINE, "address", "delete", f"{old}/24", "dev", "eth0")
+        _ip("-n", MACHINE, "address", "add", f"{self.address}/24", "dev", "eth0")
+        _ip("-n", MACHINE, "route", "add", "default", "via", f"{FAR}.1")
+        return self.address
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """Run a program there; returns its output."""
+        result = subprocess.run([*self._inside(MACHINE), *command], capture_output=True, text=True, env=self.cluster.environment, timeout=120)
+        if check and result.returncode != 0:
+            raise AssertionError(f"{' '.join(command)}: exit {result.returncode}\n{result.stdout}{result.stderr}\n{Cluster(self.name, self.cluster.folder).logs()}")
+        return result.stdout
+
+    @staticmethod
+    def outside(*command: str) -> str:
+        """Run a program on this machine, which the other one knows as a client; returns its output, "" when it fails."""
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        return result.stdout if result.returncode == 0 else ""
 
     def unplug(self) -> None:
         """Cut the cable between the machine and its router."""

@@ -73,6 +73,7 @@ class APIServer:
         """Asked in turn about paths nobody here serves (extension API servers): True when answered."""
         self._ready = False
         self._http: HTTPServer | None = None
+        self._context: ssl.SSLContext | None = None
         self._watchers: set[Watcher] = set()
         self._bookmark_timer: asyncio.TimerHandle | None = None
 
@@ -155,7 +156,7 @@ class APIServer:
         config = self.config
         if not config.serving_cert:
             return None
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context = context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_cert_chain(config.serving_cert, config.serving_key)
         for path in (config.client_ca, config.requestheader_client_ca):
@@ -183,6 +184,14 @@ class APIServer:
         if config.advertise_address:
             return config.advertise_address
         return config.bind_address if config.bind_address not in ("0.0.0.0", "::", "") else "127.0.0.1"
+
+    async def move(self, address: str) -> None:
+        """The machine has another address: tell clients in the cluster, and show the serving certificate that was written for it."""
+        self.config.advertise_address = address
+        if self._context is not None:
+            self._context.load_cert_chain(self.config.serving_cert, self.config.serving_key)
+        await bootstrap.publish_endpoints(self)
+        log.info("API server has another address", address=address)
 
     @property
     def auditing(self) -> bool:

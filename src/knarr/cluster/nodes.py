@@ -58,9 +58,7 @@ def ensure_bridge(config: ClusterConfig) -> None:
         _ip("address", "add", f"{gateway(config)}/{network.prefixlen}", "dev", name, "noprefixroute")
         _ip("link", "set", name, "up")
         _ip("route", "add", str(network), "dev", name, "src", gateway(config), "metric", "10")
-        if primary := addresses.primary_address():
-            # Other nodes must see the address under which the cluster knows this one; should the machine lose it, the route above stays.
-            _ip("route", "add", str(network), "dev", name, "src", primary, "metric", "5")
+        prefer_primary(config)
     SysctlRecord(config.data / "sysctls.json").ensure("net/ipv4/ip_forward", "1")
     table = f"knarr{config.suffix}-nodes"
     rules = f"""
@@ -71,6 +69,16 @@ add chain ip {table} leave {{ type nat hook postrouting priority 100; policy acc
 add rule ip {table} leave ip saddr {network} ip daddr != {network} ip daddr != {config.pod_cidrs[0]} oifname != "{name}" masquerade
 """
     subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True, capture_output=True)
+
+
+def prefer_primary(config: ClusterConfig) -> None:
+    """Let other nodes see the address under which the cluster knows this one. Idempotent; nothing without a bridge.
+
+    Should the machine lose the address, the bridge's other route stays.
+    """
+    name = bridge_name(config)
+    if (primary := addresses.primary_address()) and Path("/sys/class/net", name).exists():
+        _ip("route", "replace", str(ipaddress.ip_network(config.node_cidr)), "dev", name, "src", primary, "metric", "5")
 
 
 def ensure_host(config: ClusterConfig, node: NodeConfig) -> None:

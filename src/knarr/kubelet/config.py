@@ -6,6 +6,7 @@ Source: kubelet.config.k8s.io/v1beta1 KubeletConfiguration; names follow it in s
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -42,6 +43,8 @@ class KubeletConfig:
     """Address of the node (InternalIP, hostIP of its pods)."""
     node_ips: tuple[str, ...] = ()
     """All node addresses when dual stack; empty means only node_ip."""
+    current_ips: Callable[[], tuple[str, ...]] | None = None
+    """Asked for the addresses instead, where they may change while the node runs (see Kubelet.host_changed)."""
     root_dir: str = "/var/lib/knarr/default/kubelet"
     """Pod directories, volumes and check-points."""
     pod_logs_dir: str = ""
@@ -147,4 +150,6 @@ class KubeletConfig:
     @property
     def host_ips(self) -> tuple[str, ...]:
         """The node's addresses, primary first."""
+        if self.current_ips is not None:
+            return self.current_ips()
         return self.node_ips or (self.node_ip,)

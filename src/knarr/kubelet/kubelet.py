@@ -132,7 +132,7 @@ class Kubelet:
         affinity = Affinity(config, runtime)
         claims = Claims(client, self.csi)
         volumes = Volumes(config, payload_context, claims, image_manager, event, lambda: self.capacity.memory_allocatable_bytes)
-        probes = Probes(runtime, container_event, lambda uid: self.workers.wake(uid), config.node_ip)
+        probes = Probes(runtime, container_event, lambda uid: self.workers.wake(uid), lambda: config.host_ips[0])
         node = Node(
             config=config,
             client=client,
@@ -286,6 +286,14 @@ class Kubelet:
             self._tls.load_cert_chain(self.config.serving_cert, self.config.serving_key)
         else:
             self.tasks.spawn(self._start_server(), "serve")
+
+    def host_changed(self) -> None:
+        """The node has other addresses (`current_ips`), and perhaps another serving certificate for them: use and tell them."""
+        if self._tls is not None:
+            self._tls.load_cert_chain(self.config.serving_cert, self.config.serving_key)
+        self.reporter.changed()
+        for worker in self.workers.workers():
+            self.workers.wake(worker.uid)
 
     async def _run_pods(self) -> None:
         await self.reporter.register()

@@ -188,7 +188,7 @@ async def _wait_services(worker: PodWorker) -> None:
 async def _post_start(worker: PodWorker, spec: Object, container_id: str, hook: Object) -> None:
     """Run the hook; when it fails the container is killed and its restart policy decides."""
     node, pod, name = worker.node, worker.pod, spec["name"]
-    ip = worker.ips[0] if worker.ips else (node.config.node_ip if podutil.host_network(pod) else "")
+    ip = worker.ips[0] if worker.ips else (node.config.host_ips[0] if podutil.host_network(pod) else "")
     try:
         await worker.interruptible(hooks.run_hook(node.runtime, pod, spec, container_id, hook, ip))
     except hooks.HookError as e:

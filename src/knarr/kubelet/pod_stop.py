@@ -87,7 +87,7 @@ async def stop_one(
 async def _pre_stop(worker: PodWorker, spec: Object, container_id: str, hook: Object, grace: float) -> None:
     """Run the hook, at most as long as the grace period; one that takes longer ends with its container, as a failure."""
     node, pod = worker.node, worker.pod
-    ip = worker.ips[0] if worker.ips else (node.config.node_ip if podutil.host_network(pod) else "")
+    ip = worker.ips[0] if worker.ips else (node.config.host_ips[0] if podutil.host_network(pod) else "")
 
     async def run() -> None:
         try:

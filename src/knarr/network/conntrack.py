@@ -59,13 +59,17 @@ def _tuple(data: memoryview) -> tuple[str, str, int, int, int]:
 
 def udp_flows(netlink: NetlinkSocket) -> list[Flow]:
     """All UDP flows of both families in the socket's namespace."""
+    return _flows(netlink, _is_udp)
+
+
+def _flows(netlink: NetlinkSocket, wanted: Callable[[memoryview], bool]) -> list[Flow]:
     found: list[Flow] = []
     for family in (socket.AF_INET, socket.AF_INET6):
         for body in netlink.dump(_GET, struct.pack("=BBH", family, 0, 0), "listing tracked flows"):
             fields = dict(attributes(body, 4))
             original = fields.get(_TUPLE_ORIGINAL)
             reply = fields.get(_TUPLE_REPLY)
-            if original is None or reply is None or not _is_udp(original):
+            if original is None or reply is None or not wanted(original):
                 continue
             flow = Flow(family, bytes(original), bytes(fields[_ZONE]) if _ZONE in fields else None)
             flow.source_address, flow.target_address, _protocol, _port, flow.target_port = _tuple(original)
@@ -96,6 +100,14 @@ def delete(netlink: NetlinkSocket, flow: Flow) -> None:
 def forget_stale(netlink: NetlinkSocket, is_stale: Callable[[Flow], bool]) -> int:
     """Delete the UDP flows that a predicate calls stale; returns how many."""
     stale = [flow for flow in udp_flows(netlink) if is_stale(flow)]
+    for flow in stale:
+        delete(netlink, flow)
+    return len(stale)
+
+
+def forget_translated(netlink: NetlinkSocket, address: str) -> int:
+    """Delete flows of any protocol that were led to an address that is gone, so that their ends notice; returns how many."""
+    stale = [flow for flow in _flows(netlink, lambda _original: True) if flow.reply_address == address != flow.target_address]
     for flow in stale:
         delete(netlink, flow)
     return len(stale)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
-from knarr.cluster import addresses
+from knarr.aiokits.tasks import Tasks
+from knarr.cluster import addresses, relocation
 from knarr.cluster.config import ClusterConfig
 from knarr.cluster.processes import common
 from knarr.cluster.supervisor import Announce
+
+if TYPE_CHECKING:
+    from knarr.apiserver.server import APIServer
 
 CLUSTER_INFO_PATH = "/api/v1/namespaces/kube-public/configmaps/cluster-info"
 
@@ -52,10 +58,24 @@ def main(config: ClusterConfig, listener: socket.socket, announce: Announce) -> 
         server = APIServer(settings)
         await server.start()
         announce("api")
-        try:
-            # Should the store lose events, only a new process can be right again; the supervisor starts it.
-            await server.storage.store.wait_lost()
-        finally:
-            await server.stop()
+        async with Tasks() as tasks:
+            tasks.spawn_eternal(relocation.follow(settings.advertise_address, follower(config, server)), "relocation")
+            try:
+                # Should the store lose events, only a new process can be right again; the supervisor starts it.
+                await server.storage.store.wait_lost()
+            finally:
+                await server.stop()
 
     common.run(serve)
+
+
+def follower(config: ClusterConfig, server: APIServer) -> Callable[[str, str], Awaitable[None]]:
+    """What is to be done when the machine has another address."""
+
+    async def moved(_old: str, new: str) -> None:
+        from knarr.cluster.lifecycle import make_pki
+
+        make_pki(config)
+        await server.move(new)
+
+    return moved

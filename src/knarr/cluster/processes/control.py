@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
-from knarr.cluster import addons, addresses, controllerargs, nodes, pki
+from knarr.cluster import addons, addresses, controllerargs, nodes, pki, relocation
 from knarr.cluster.config import ClusterConfig
 from knarr.cluster.localapi import Answer, LocalAPI, Say, socket_path
 from knarr.cluster.processes import common, endpoints
@@ -64,6 +64,11 @@ def main(config: ClusterConfig, announce: Announce) -> None:
         api = LocalAPI(socket_path(config, "control"), scheduler_verbs(deciding))
         await api.start()
         usage = usage_server(config, controllers)
+
+        async def moved(_old: str, new: str) -> None:
+            ingress.show([new])
+            await serve_usage(config, controllers, usage)
+
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(managing.run(), name="controllers")
@@ -73,6 +78,7 @@ def main(config: ClusterConfig, announce: Announce) -> None:
                 group.create_task(ServingCertificateApprover(controllers, informers).run(), name="serving-certificates")
                 group.create_task(LoadBalancerController(controllers, informers, pool=config.balancer_pool).run(), name="load-balancer")
                 group.create_task(ingress.run(), name="ingress")
+                group.create_task(relocation.follow(shown[0] if shown else "", moved), name="relocation")
                 group.create_task(deciding.run(), name="scheduler")
         finally:
             await usage.close()

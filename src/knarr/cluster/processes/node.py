@@ -19,11 +19,13 @@ from knarr.api.resources import NODES
 from knarr.api.types import Object
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
-from knarr.cluster import nodes, pki, supervisor
+from knarr.cluster import nodes, pki, relocation, supervisor
 from knarr.cluster.config import ClusterConfig, NodeConfig
 from knarr.cluster.processes import common
 from knarr.cluster.supervisor import Announce
 from knarr.kubelet import certificates, configfile
+from knarr.network import conntrack, netns
+from knarr.network.netlink import NETLINK_NETFILTER
 
 if TYPE_CHECKING:
     from knarr.kubelet.config import KubeletConfig
@@ -180,6 +182,8 @@ class Node:
                 group.create_task(self.serve_dns(network_client, informers, network), name="dns")
                 group.create_task(self.reach_other_nodes(informers, network), name="routes")
                 group.create_task(self.report_ready(informers, proxy), name="ready")
+                if not self.node.ip:
+                    group.create_task(relocation.follow(self.address, lambda _old, new: self.move(new, kubelet)), name="relocation")
                 if self.announces:
                     group.create_task(self.announce_balancers(network_client, informers), name="announce")
         finally:
@@ -189,6 +193,18 @@ class Node:
             await network.close()
             await kubelet_client.close()
             await network_client.close()
+
+    async def move(self, address: str, kubelet: Kubelet) -> None:
+        """The machine has another address, so this node has."""
+        old, self.address = self.address, address
+        if not self.config.joined:
+            self.serving()
+        kubelet.host_changed()
+        nodes.prefer_primary(self.config)
+        with netns.open_netlink(None, NETLINK_NETFILTER) as netlink:
+            # Connections of pods to what was there hang otherwise, until their programs give them up.
+            forgotten = conntrack.forget_translated(netlink, old)
+        log.info("node has another address", address=address, connections_forgotten=forgotten)
 
     @property
     def announces(self) -> bool:
@@ -219,6 +235,7 @@ class Node:
         settings = KubeletConfig(
             node_name=self.node.name,
             node_ip=self.address,
+            current_ips=lambda: (self.address,),
             root_dir=str(self.data / "kubelet"),
             pod_logs_dir=str(self.data / "pod-logs"),
             static_pod_path=str(self.data / "manifests"),
@@ -280,7 +297,7 @@ class Node:
         await self.network_started.wait()
         # A node's own address may have a DNS server of the machine's owner; the pod network's is ours alone.
         port = 53 if network.own_routes else 10053
-        server = DNSServer(informers, listen=network.gateways, port=port, cluster_domain=self.config.cluster_domain)
+        server = DNSServer(informers, listen=network.gateways, port=port, cluster_domain=self.config.cluster_domain, avoid=[self.config.dns_ip])
         await server.start()
         try:
             await DNSPublisher(

@@ -48,7 +48,7 @@ class _Running:
 class Probes:
     """All probes of this node."""
 
-    def __init__(self, runtime: RuntimeService, event: Event, changed: Callable[[str], None], host_ip: str) -> None:
+    def __init__(self, runtime: RuntimeService, event: Event, changed: Callable[[str], None], host_ip: Callable[[], str]) -> None:
         self._runtime = runtime
         self._event = event
         self._changed = changed
@@ -209,9 +209,9 @@ class Probes:
         try:
             if probe.get("exec"):
                 return await actions.run_exec(self._runtime, container_id, probe["exec"].get("command") or [], timeout)
-            ip = running.ips[0] if running.ips else self._host_ip
+            ip = running.ips[0] if running.ips else self._host_ip()
             if podutil.host_network(running.pod):
-                ip = self._host_ip
+                ip = self._host_ip()
             if probe.get("httpGet"):
                 source = probe["httpGet"]
                 port = actions.resolve_port(spec, source["port"])
