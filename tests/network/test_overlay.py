@@ -14,7 +14,7 @@ import pytest
 
 from knarr.aiokits.tasks import Tasks
 from knarr.api.resources import NODES
-from knarr.network import netns, rtnl
+from knarr.network import netns, nftables, rtnl
 from knarr.network.overlay import NodeRoutes
 from knarr.network.podnet import BridgeNetwork
 from knarr.runtime.cri import SandboxNetwork
@@ -137,12 +137,14 @@ async def test_pods_of_two_nodes_talk_with_their_own_addresses_and_ways_go_with_
         with netns.open_netlink(two.place.path) as netlink:
             way = next(route for route in rtnl.routes(netlink) if str(route.destination) == one.network.pod_cidrs[0])
             assert (way.index == rtnl.link(netlink, "knt-vx").index) == (mode == "vxlan")
+        assert "notrack" in nftables.list_table("knt-vx", two.place.path)
         two.informers.drop(NODES, "", "node-1")
         await asyncio.sleep(0.1)
         with pytest.raises(OSError):
             await asyncio.to_thread(lambda: two.pod_place.ask(one.pod_place.ip, 80, seconds=0.5))
     for way in routes:
         await way.cleanup()
+    assert nftables.list_table("knt-vx", two.place.path) == ""
 
 
 async def test_a_node_that_gets_another_address_keeps_its_ways(pair):

@@ -213,7 +213,7 @@ def table_names(config: ClusterConfig) -> list[tuple[str, str]]:
     answer = subprocess.run([program, "-j", "list", "tables"], check=False, capture_output=True)
     if answer.returncode != 0:
         return []
-    names = {f"knarr{config.suffix}{part}" for part in ("", "-net", "-policy", "-nodes")}
+    names = {f"knarr{config.suffix}{part}" for part in ("", "-net", "-policy", "-nodes")} | {f"kp{config.slot}-vx"}
     tables = [entry["table"] for entry in json.loads(answer.stdout)["nftables"] if "table" in entry]
     return [(table["family"], table["name"]) for table in tables if table["name"] in names]
 

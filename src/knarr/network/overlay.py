@@ -27,6 +27,7 @@ from knarr.client.informer import Informers
 from knarr.network import rtnl
 from knarr.network.netlink import GONE, Message, NetlinkError, NetlinkSocket
 from knarr.network.netns import open_netlink, run_inside
+from knarr.network.nftables import NftError, delete_table, run_script
 from knarr.network.objects import is_address
 from knarr.network.podnet import BridgeNetwork
 from knarr.network.sysctl import write
@@ -36,6 +37,19 @@ T = TypeVar("T")
 
 Mode = Literal["auto", "vxlan", "routes"]
 OVERHEAD_BYTES = {4: 50, 6: 70}
+_UNTRACKED = """table inet {table} {{}}
+delete table inet {table}
+table inet {table} {{
+ chain come {{
+  type filter hook prerouting priority raw; policy accept;
+  udp dport {port} notrack
+ }}
+ chain go {{
+  type filter hook output priority raw; policy accept;
+  udp dport {port} notrack
+ }}
+}}
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +94,7 @@ class NodeRoutes:
       network: This node's pod network (its CIDRs, gateways, namespace).
       mode: "routes" never tunnels, "vxlan" always, "auto" tunnels to peers that are not on a directly attached network.
       next_hops: Node name to the neighbour that leads there without a tunnel, for nodes that share this machine.
-      device: Name of the tunnel device.
+      device: Name of the tunnel device, and of the nf_tables table beside it.
       behind: Name of the node through whose tunnel a peer is reached that has no address of its own out there; "" for all others.
     """
 
@@ -258,7 +272,18 @@ class NodeRoutes:
         mac = tunnel_mac(self._network.pod_cidrs[0])
         netlink.send(rtnl.add_vxlan(self._device, vni=self._vni, port=self._port, mtu=mtu, mac=mac, local=local))
         run_inside(self._network.netns, lambda: write(f"net/ipv6/conf/{self._device}/disable_ipv6", "0"))
+        self._leave_untracked()
         return rtnl.link(netlink, self._device).index
+
+    def _leave_untracked(self) -> None:
+        """Keep the tunnel's own packets out of connection tracking: each flow inside would be a connection of its own outside, too.
+
+        Only speed depends on it, so a kernel or a firewall that takes the table away takes nothing else.
+        """
+        try:
+            run_script(_UNTRACKED.format(table=self._device, port=self._port), self._network.netns)
+        except NftError as error:
+            log.warning("the tunnel's packets are tracked as connections", device=self._device, error=str(error))
 
     def _own_address(self, netlink: NetlinkSocket, towards: rtnl.Address) -> rtnl.Address:
         own = self._nodes.get(None, self._node_name)
@@ -285,3 +310,4 @@ class NodeRoutes:
     def _remove_device(self) -> None:
         with open_netlink(self._network.netns) as netlink:
             netlink.send(rtnl.delete_link(self._device), ignore=GONE)
+        delete_table(self._device, self._network.netns)
