@@ -21,6 +21,12 @@ PORT = 16395
 @pytest_asyncio.fixture
 async def served(bench: Bench) -> AsyncIterator[Bench]:
     """A kubelet with its port open."""
+    await serve(bench)
+    yield bench
+
+
+async def serve(bench: Bench) -> None:
+    """Start the kubelet anew with its port open."""
     await bench.stop()
     serving = make_pki().node_serving(bench.folder, bench.node_name, ["127.0.0.1"])
     bench.options = {
@@ -30,10 +36,9 @@ async def served(bench: Bench) -> AsyncIterator[Bench]:
         "client_ca": str(Path(_folder().name) / "ca.crt"),
     }
     await bench.start()
-    yield bench
 
 
-def _client(*, certificate: bool) -> HTTPClient:
+def client_of(*, certificate: bool) -> HTTPClient:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     if certificate:
@@ -43,7 +48,7 @@ def _client(*, certificate: bool) -> HTTPClient:
 
 
 async def test_strangers_are_refused(served: Bench) -> None:
-    client = _client(certificate=False)
+    client = client_of(certificate=False)
     try:
         assert (await client.request("GET", "/pods")).status == 401
         answer = await client.request("GET", "/pods", headers=[("Authorization", "Bearer nonsense")])
@@ -55,7 +60,7 @@ async def test_strangers_are_refused(served: Bench) -> None:
 async def test_pods_statistics_metrics_and_logs_are_served(served: Bench) -> None:
     await served.run("p", "echo one; echo two >&2; sleep 1000", container={"resources": {"limits": {"memory": "64Mi", "cpu": "1"}}})
     await served.until_ready("p")
-    client = _client(certificate=True)
+    client = client_of(certificate=True)
     try:
         assert (await client.request("GET", "/healthz")).body == b"ok"
         pods = orjson.loads((await client.request("GET", "/pods")).body)
@@ -89,7 +94,7 @@ async def test_pods_statistics_metrics_and_logs_are_served(served: Bench) -> Non
 
 async def test_a_followed_log_shows_new_lines_and_ends_with_the_container(served: Bench) -> None:
     await served.run("p", "for i in 1 2 3; do echo $i; sleep 0.3; done")
-    client = _client(certificate=True)
+    client = client_of(certificate=True)
     try:
         await served.until("p", lambda p: p and (p["status"].get("containerStatuses") or [{}])[0].get("state", {}).get("running"))
         got = b""
@@ -104,7 +109,7 @@ async def test_a_followed_log_shows_new_lines_and_ends_with_the_container(served
 async def test_a_checkpoint_is_answered_as_upstream_does_where_the_runtime_has_none(served: Bench) -> None:
     await served.run("p", "sleep 1000")
     await served.until_ready("p")
-    client = _client(certificate=True)
+    client = client_of(certificate=True)
     try:
         for path, status, words in (
             ("/checkpoint/test/none/c", 404, b"pod does not exist"),

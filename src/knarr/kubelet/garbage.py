@@ -24,7 +24,7 @@ log = get_logger(__name__)
 
 _PERIOD_SECONDS = 60.0
 _IMAGE_ROUNDS = 5
-_LOG_PERIOD_SECONDS = 10.0
+LOG_PERIOD_SECONDS = 10.0
 
 
 class GarbageCollector:
@@ -40,8 +40,8 @@ class GarbageCollector:
         """Collect for ever."""
         round_number = 0
         while True:
-            for _ in range(int(_PERIOD_SECONDS / _LOG_PERIOD_SECONDS)):
-                await asyncio.sleep(_LOG_PERIOD_SECONDS)
+            for _ in range(int(_PERIOD_SECONDS / LOG_PERIOD_SECONDS)):
+                await asyncio.sleep(LOG_PERIOD_SECONDS)
                 await self._guard("log rotation", self.rotate_logs())
             round_number += 1
             await self._guard("container garbage", self.collect_containers())

@@ -13,7 +13,9 @@ import contextlib
 import os
 import ssl
 from collections.abc import Coroutine, Iterable, Sequence
+from typing import cast
 
+from knarr.aiokits import clock
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
 from knarr.api.resources import NODES, PODS, RUNTIME_CLASSES, SERVICES
@@ -28,6 +30,7 @@ from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.eviction import Eviction
 from knarr.kubelet.garbage import GarbageCollector
 from knarr.kubelet.images import ImageManager
+from knarr.kubelet.meters import Metered, Meters
 from knarr.kubelet.node import Node
 from knarr.kubelet.node_status import NodeReporter
 from knarr.kubelet.objects import ReferencedObjects
@@ -69,6 +72,11 @@ class Kubelet:
         """Wire everything; nothing is started and no I/O is done but making folders."""
         self.config = config
         self.client = client
+        self.meters = Meters()
+        self.started_at = clock.now()
+        self.meters.gauges["kubelet_node_startup_pre_kubelet_duration_seconds"] = self.started_at - machine.booted_at()
+        runtime = cast("RuntimeService", Metered(runtime, self.meters))
+        images = cast("ImageService", Metered(images, self.meters))
         self.runtime = runtime
         for folder in (config.root_dir, config.pods_dir, config.logs_dir, os.path.join(config.root_dir, "seccomp")):
             os.makedirs(folder, 0o755, exist_ok=True)
@@ -129,7 +137,7 @@ class Kubelet:
             config.plugins_dir or os.path.join(config.root_dir, "plugins_registry"),
             {"CSIPlugin": self.csi, "DevicePlugin": self.devices, "DRAPlugin": self.dynamic},
         )
-        affinity = Affinity(config, runtime)
+        affinity = Affinity(config, runtime, meters=self.meters)
         claims = Claims(client, self.csi)
         volumes = Volumes(config, payload_context, claims, image_manager, event, lambda: self.capacity.memory_allocatable_bytes)
         probes = Probes(runtime, container_event, lambda uid: self.workers.wake(uid), lambda: config.host_ips[0])
@@ -139,7 +147,7 @@ class Kubelet:
             runtime=runtime,
             image_service=images,
             images=image_manager,
-            status=StatusManager(client, self._api_pod),
+            status=StatusManager(client, self._api_pod, self.meters.observe),
             volumes=volumes,
             probes=probes,
             cgroups=Cgroups(config, unlimited=affinity.exclusive),
@@ -156,6 +164,7 @@ class Kubelet:
             devices=self.devices,
             affinity=affinity,
             dynamic=self.dynamic,
+            meters=self.meters,
         )
         node.resize = Resizes(node)
         return node
@@ -296,7 +305,9 @@ class Kubelet:
             self.workers.wake(worker.uid)
 
     async def _run_pods(self) -> None:
+        before = clock.now()
         await self.reporter.register()
+        registered = clock.now()
         self._node.add_handler(on_update=lambda _, node: self.reporter.seen(node))
         self._pods.add_handler(self._on_add, self._on_update, self._on_delete)
         await self.informers.start()
@@ -307,6 +318,13 @@ class Kubelet:
         await self.garbage.remove_leftovers()
         self.ready.set()
         self.reporter.changed()
+        for name, seconds in (
+            ("pre_registration_", before - self.started_at),
+            ("registration_", registered - before),
+            ("post_registration_", clock.now() - registered),
+            ("", clock.now() - self.started_at),
+        ):
+            self.meters.gauges[f"kubelet_node_startup_{name}duration_seconds"] = seconds
         await self.static_pods.run()
 
     def _on_add(self, pod: Object) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
+import time
 from dataclasses import dataclass, field
 
 from knarr.api import quantity
@@ -102,15 +103,30 @@ def os_image() -> str:
     return "Linux"
 
 
-def node_info(config: KubeletConfig, runtime_version: str) -> dict[str, object]:
-    """status.nodeInfo."""
+def identity() -> dict[str, str]:
+    """machineID, systemUUID, bootID."""
     boot = read_text("/proc/sys/kernel/random/boot_id")
     machine_id = read_text("/etc/machine-id") or boot.replace("-", "")
+    return {"machineID": machine_id, "systemUUID": read_text("/sys/class/dmi/id/product_uuid") or machine_id, "bootID": boot}
+
+
+def processors() -> tuple[int, int]:
+    """(CPU cores, sockets) of the machine; threads of one core count once."""
+    cores, sockets, folder = set(), set(), "/sys/devices/system/cpu"
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        topology = f"{folder}/{name}/topology"
+        if name.startswith("cpu") and name[3:].isdigit() and os.path.isdir(topology):
+            socket_id = read_text(f"{topology}/physical_package_id")
+            sockets.add(socket_id)
+            cores.add((socket_id, read_text(f"{topology}/core_id")))
+    return len(cores) or os.cpu_count() or 1, len(sockets) or 1
+
+
+def node_info(config: KubeletConfig, runtime_version: str) -> dict[str, object]:
+    """status.nodeInfo."""
     swap = memory_info().get("SwapTotal", 0)
     out: dict[str, object] = {
-        "machineID": machine_id,
-        "systemUUID": read_text("/sys/class/dmi/id/product_uuid") or machine_id,
-        "bootID": boot,
+        **identity(),
         "kernelVersion": platform.release(),
         "osImage": os_image(),
         "containerRuntimeVersion": runtime_version,
@@ -122,6 +138,11 @@ def node_info(config: KubeletConfig, runtime_version: str) -> dict[str, object]:
     if swap:
         out["swap"] = {"capacity": swap}
     return out
+
+
+def booted_at() -> float:
+    """When the machine was started, epoch seconds."""
+    return time.time() - float((read_text("/proc/uptime") or "0").split()[0])
 
 
 def host_name() -> str:

@@ -20,6 +20,7 @@ from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.env import EnvContext
 from knarr.kubelet.images import ImageManager
 from knarr.kubelet.machine import Capacity
+from knarr.kubelet.meters import Meters
 from knarr.kubelet.objects import ReferencedObjects
 from knarr.kubelet.plugins.devices import DeviceManager
 from knarr.kubelet.plugins.dra import DynamicResources
@@ -69,12 +70,11 @@ class Node:
     resize: Resizes | None = None
     pods_changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when pods came, went or were resized: what groups of pods share has to be set anew."""
-    counters: dict[str, int] = field(default_factory=dict)
-    """Metric name (with labels) to its count since the start."""
+    meters: Meters = field(default_factory=Meters)
 
     def count(self, metric: str) -> None:
         """Add one to a counter of /metrics; the name may carry labels."""
-        self.counters[metric] = self.counters.get(metric, 0) + 1
+        self.meters.count(metric)
 
     def event(self, pod: Object, kind: str, reason: str, message: str) -> None:
         """Record an event about a pod."""

@@ -29,7 +29,7 @@ log = get_logger(__name__)
 
 _LEASE_NAMESPACE = "kube-node-lease"
 _LEAST_TIMEOUT_SECONDS = 5.0
-_MAX_IMAGES = 50
+MAX_IMAGES = 50
 _NAMES_PER_IMAGE = 5
 _PRESSURES = (
     ("MemoryPressure", "KubeletHasInsufficientMemory", "KubeletHasSufficientMemory", "memory"),
@@ -253,7 +253,7 @@ class NodeReporter:
             return []
         found.sort(key=lambda i: -i.size_bytes)
         out = []
-        for image in found[:_MAX_IMAGES]:
+        for image in found[:MAX_IMAGES]:
             names = [*image.repo_digests, *image.repo_tags][:_NAMES_PER_IMAGE]
             out.append({"names": names or [image.id], "sizeBytes": image.size_bytes})
         return out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 
 from knarr.aiokits import clock
 from knarr.aiokits.log import get_logger
@@ -95,7 +96,11 @@ async def _image(worker: PodWorker, spec: Object) -> Image:
     def event(kind: str, reason: str, message: str) -> None:
         node.container_event(pod, spec["name"], kind, reason, message)
 
-    return await worker.interruptible(node.images.ensure(pod, spec["image"], spec.get("imagePullPolicy") or "", secrets, event))
+    begun = time.monotonic()
+    try:
+        return await worker.interruptible(node.images.ensure(pod, spec["image"], spec.get("imagePullPolicy") or "", secrets, event))
+    finally:
+        worker.pulling_seconds += time.monotonic() - begun
 
 
 def _attempt(worker: PodWorker, name: str, observed: Observed) -> int:

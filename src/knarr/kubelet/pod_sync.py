@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 
 from knarr.aiokits import clock
 from knarr.aiokits.log import get_logger
@@ -18,6 +19,7 @@ from knarr.api.types import Object
 from knarr.kubelet import identity, lifecycle, pod_start, pod_stop, podutil, sandboxes, status, termination
 from knarr.kubelet.durations import go_duration
 from knarr.kubelet.lifecycle import Plan, ProbeView
+from knarr.kubelet.meters import POD_START_BUCKETS
 from knarr.kubelet.observed import Observed, observe
 from knarr.kubelet.plugins.dra import ClaimError
 from knarr.kubelet.pod_worker import PodWorker
@@ -34,8 +36,10 @@ _FAILED_RETRY_SECONDS = 10.0
 
 async def look(worker: PodWorker) -> Observed:
     """Observe the pod; its last addresses stay known after the sandbox is gone."""
-    node = worker.node
+    node, begun = worker.node, time.monotonic()
     observed = await observe(node.runtime, worker.uid)
+    node.meters.observe("kubelet_pleg_relist_duration_seconds", time.monotonic() - begun)
+    node.meters.gauges["kubelet_pleg_last_seen_seconds"] = clock.now()
     if observed.ips:
         worker.ips = observed.ips
     elif not observed.ready_sandbox():
@@ -71,7 +75,22 @@ def publish(worker: PodWorker, observed: Observed, *, terminal: bool = False, ma
     if finished:
         termination.finish(pod, made)
     node.status.set(pod, made, may_run=may_run, finished=finished)
+    if not worker.started and made["phase"] == "Running":
+        worker.started = True
+        _note_start(worker)
     return made
+
+
+def _note_start(worker: PodWorker) -> None:
+    """The pod's containers run for the first time: how long that took."""
+    meters, now = worker.node.meters, clock.now()
+    total = now - clock.parse_rfc3339(worker.pod["metadata"].get("creationTimestamp") or clock.now_rfc3339())
+    meters.observe("kubelet_pod_start_duration_seconds", now - worker.admitted_at, bounds=POD_START_BUCKETS)
+    meters.observe("kubelet_pod_start_total_duration_seconds", total, bounds=POD_START_BUCKETS)
+    own = max(0.0, total - worker.pulling_seconds)
+    meters.observe("kubelet_pod_start_sli_duration_seconds", own, bounds=POD_START_BUCKETS)
+    if not podutil.host_network(worker.pod):
+        meters.gauges.setdefault("kubelet_first_network_pod_start_sli_duration_seconds", own)
 
 
 def _over_deadline(worker: PodWorker) -> bool:
@@ -119,7 +138,9 @@ async def _prepare_host(worker: PodWorker, observed: Observed) -> bool:
     node, pod = worker.node, worker.pod
     if node.config.cgroups_per_qos and not node.cgroups.exists(pod):
         try:
+            begun = time.monotonic()
             node.cgroups.ensure_pod(pod)
+            node.meters.observe("kubelet_cgroup_manager_duration_seconds", time.monotonic() - begun, 'operation_type="create"')
         except OSError as e:
             node.event(pod, "Warning", "FailedCreatePodContainer", f"unable to ensure pod container exists: {e}")
             worker.wake_after(_FAILED_RETRY_SECONDS)
@@ -190,6 +211,14 @@ async def _refresh_volumes(worker: PodWorker) -> None:
 
 async def execute(worker: PodWorker, plan: Plan, observed: Observed) -> bool:
     """Carry a plan out; True when something changed, so that another look is due."""
+    changed = await _carry_out(worker, plan, observed)
+    if plan.create_sandbox and worker.reasons and worker.pod["spec"].get("hostUsers") is False:
+        # What is wrong with a user namespace mostly shows only when the first container starts.
+        worker.node.count("kubelet_started_user_namespaced_pods_errors_total")
+    return changed
+
+
+async def _carry_out(worker: PodWorker, plan: Plan, observed: Observed) -> bool:
     node, pod = worker.node, worker.pod
     changed = False
     if plan.kill_pod:
@@ -277,7 +306,11 @@ async def _create_sandbox(worker: PodWorker, plan: Plan) -> str | None:
         node.count("kubelet_started_pods_total")
         if config.namespaces.user_mappings:
             node.count("kubelet_started_user_namespaced_pods_total")
-        return await node.runtime.run_pod_sandbox(config, handler)
+        begun = time.monotonic()
+        try:
+            return await node.runtime.run_pod_sandbox(config, handler)
+        finally:
+            node.meters.observe("kubelet_run_podsandbox_duration_seconds", time.monotonic() - begun, f'runtime_handler="{handler}"')
     except (RuntimeFault, OSError, identity.IdentityError, NoRangeLeft, LookupError) as e:
         if not worker.ending:
             node.count("kubelet_started_pods_errors_total")

@@ -9,6 +9,7 @@ Source: pkg/kubelet/pod_workers.go.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from enum import IntEnum
 from typing import Any, TypeVar
@@ -70,6 +71,10 @@ class PodWorker:
         self.messages: dict[str, str] = {}
         """Container id to its termination message."""
         self.admitted_at = clock.now()
+        self.pulling_seconds = 0.0
+        """Time spent on images so far: no matter of the node's."""
+        self.started = podutil.phase(pod) == "Running"
+        """Whether the pod's containers have been seen running."""
         self.task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._wake.set()
@@ -197,21 +202,24 @@ class PodWorker:
         """Live until the pod has ended and is cleaned up."""
         from knarr.kubelet import pod_stop, pod_sync
 
+        operation = "create"
+        self.node.meters.observe("kubelet_pod_worker_start_duration_seconds", clock.now() - self.admitted_at)
         try:
             while not self.ending:
                 await self._wake.wait()
                 self._wake.clear()
                 if self.ending:
                     break
-                await self._guarded(pod_sync.sync(self), _RETRY_SECONDS)
+                await self._guarded(pod_sync.sync(self), _RETRY_SECONDS, operation)
+                operation = "sync"
             self.stage = max(self.stage, Stage.TERMINATING)
             while self.stage is Stage.TERMINATING:
-                if await self._guarded(pod_stop.terminate(self), 0):
+                if await self._guarded(pod_stop.terminate(self), 0, "kill"):
                     self.stage = Stage.TERMINATED
                 else:
                     await asyncio.sleep(_END_RETRY_SECONDS)
             while self.stage is Stage.TERMINATED:
-                if await self._guarded(pod_stop.clean_up(self), 0):
+                if await self._guarded(pod_stop.clean_up(self), 0, "cleanup"):
                     self.stage = Stage.FINISHED
                 else:
                     await asyncio.sleep(_END_RETRY_SECONDS)
@@ -221,8 +229,9 @@ class PodWorker:
                 if timer is not None:
                     timer.cancel()
 
-    async def _guarded(self, step: Coroutine[Any, Any, None], retry_seconds: float) -> bool:
-        """Run a step; a fault is logged and the step tried again later. False on a fault."""
+    async def _guarded(self, step: Coroutine[Any, Any, None], retry_seconds: float, operation: str) -> bool:
+        """Run a step; a fault is logged and the step tried again later. False on a fault. `operation` is its name in the metrics."""
+        begun = time.monotonic()
         try:
             await step
             return True
@@ -233,6 +242,8 @@ class PodWorker:
             if retry_seconds:
                 self.wake_after(retry_seconds)
             return False
+        finally:
+            self.node.meters.observe("kubelet_pod_worker_duration_seconds", time.monotonic() - begun, f'operation_type="{operation}"')
 
 
 async def _shield_error(coroutine: Coroutine[Any, Any, T]) -> tuple[T | None, Exception | None]:

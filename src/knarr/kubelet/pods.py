@@ -66,6 +66,7 @@ class PodWorkers:
         pod = self._allocated(pod)
         worker = PodWorker(self._node, pod)
         self._workers[uid] = worker
+        self._node.meters.observe("kubelet_containers_per_pod_count", len(podutil.containers(pod)), bounds=(1, 2, 4, 8, 16))
         if podutil.is_deleted(pod) or podutil.is_terminal_phase(podutil.phase(pod)):
             worker.update(pod)
         self._spawn(worker)
@@ -94,6 +95,7 @@ class PodWorkers:
         uid = podutil.uid(pod)
         log.info("pod refused", pod=podutil.key(pod), reason=reason, message=message)
         self._rejected.add(uid)
+        self._node.count(f'kubelet_admission_rejections_total{{reason="{reason}"}}')
         self._node.event(pod, "Warning", reason, message)
         old = pod.get("status") or {}
         status: Object = {
@@ -199,6 +201,7 @@ class PodWorkers:
             uid = sandbox.metadata.uid
             if uid in self._workers or uid in self._rejected or podutil.POD_UID_LABEL not in sandbox.labels:
                 continue
+            self._node.count("kubelet_orphaned_runtime_pods_total")
             log.info("ending a pod that nobody knows", pod=f"{sandbox.metadata.namespace}/{sandbox.metadata.name}", uid=uid)
             worker = PodWorker(self._node, _pod_of_sandbox(sandbox))
             worker.orphan = True

@@ -89,12 +89,31 @@ class Resizes:
             self._waiting.pop(uid, None)
             return pod
         refusal = self._refusal(pod, [p for p in others if podutil.uid(p) != uid], admit)
+        self._count(uid, held, _resources_of(pod), refusal)
         if refusal is None:
             self._waiting.pop(uid, None)
             self._store(pod)
             return pod
         self._waiting[uid] = (*refusal, pod)
         return _with_resources(pod, held)
+
+    def _count(self, uid: str, held: dict[str, Object], asked: dict[str, Object], refusal: tuple[str, str] | None) -> None:
+        """Note in the metrics what was asked for and what became of it, once."""
+        node, waited = self._node, self._waiting.get(uid)
+        if waited is not None:
+            if refusal is None and waited[0] == "Deferred":
+                node.count('kubelet_pod_deferred_accepted_resizes_total{retry_trigger="periodic_retry"}')
+            return
+        if refusal is not None and refusal[0] == "Infeasible":
+            node.count('kubelet_pod_infeasible_resizes_total{reason_detail="insufficient_node_allocatable"}')
+        for name, new in asked.items():
+            for kind in ("requests", "limits"):
+                for resource in ("cpu", "memory"):
+                    before, after = resources.amount(held.get(name), kind, resource), resources.amount(new, kind, resource)
+                    if before != after:
+                        change = "add" if before is None else "remove" if after is None else "increase" if after > before else "decrease"
+                        labels = f'operation_type="{change}",requirement="{kind}",resource="{resource}"'
+                        node.count(f"kubelet_container_requested_resizes_total{{{labels}}}")
 
     def _refusal(
         self, pod: Object, others: list[Object], admit: Callable[[Object, Iterable[Object]], tuple[str, str] | None]
@@ -115,6 +134,10 @@ class Resizes:
                 return "Infeasible", f"Node didn't have enough capacity: {name}, requested: {requests[name]}, capacity: {room[name]}"
         refused = admit(pod, others)
         return ("Deferred", refused[1]) if refused is not None else None
+
+    def in_progress(self) -> int:
+        """Pods whose resize is granted and not yet carried out."""
+        return len(self._running)
 
     def deferred(self) -> list[Object]:
         """Pods whose resize waits for room; look at them again when room was made."""

@@ -51,12 +51,14 @@ class NodeShutdown:
         """Wait for the request, then end the pods."""
         await self._requested.wait()
         self._reporter.shutting_down = True
+        self._node.meters.gauges["kubelet_graceful_shutdown_start_time_seconds"] = clock.now()
         self._reporter.changed()
         self._node.event(self._reporter.reference(), "Normal", "Shutdown", "Shutdown manager detected shutdown event")
         workers = [w for w in self._workers.workers() if w.stage < Stage.TERMINATED]
         groups = shutdown_groups(self._node.config)
         for index, (_, seconds) in enumerate(groups):
             await self._end([w for w in workers if _group_of(w.pod, groups) == index], seconds)
+        self._node.meters.gauges["kubelet_graceful_shutdown_end_time_seconds"] = clock.now()
         self.finished.set()
         await asyncio.Event().wait()
 

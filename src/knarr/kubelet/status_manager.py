@@ -11,6 +11,7 @@ while containers may still run. Source: pkg/kubelet/status/status_manager.go.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,8 @@ class _Record:
     may_run: bool = True
     dirty: bool = False
     sending: bool = False
+    changed_at: float = 0.0
+    """Since when (monotonic) there is something to send."""
     deleted: bool = False
     """The API server has been told to delete the pod."""
     timer: asyncio.TimerHandle | None = None
@@ -73,9 +76,12 @@ class _Record:
 class StatusManager:
     """The statuses of this node's pods; see the module."""
 
-    def __init__(self, client: Client, api_pod: Callable[[Object], Object | None]) -> None:
-        """`api_pod` gives the API's newest copy of a pod (for a static pod: its mirror), None when there is none."""
+    def __init__(
+        self, client: Client, api_pod: Callable[[Object], Object | None], observe: Callable[[str, float], None] = lambda name, value: None
+    ) -> None:
+        """`api_pod` gives the API's newest copy of a pod (for a static pod: its mirror), None when there is none; `observe` takes times for a metric."""
         self._client = client
+        self._observe = observe
         self._api_pod = api_pod
         self._records: dict[str, _Record] = {}
         self._tasks = Tasks()
@@ -147,6 +153,8 @@ class StatusManager:
 
     def _mark(self, uid: str, record: _Record) -> None:
         self._hurry(record)
+        if not record.dirty:
+            record.changed_at = time.monotonic()
         record.dirty = True
         if not record.sending:
             record.sending = True
@@ -161,6 +169,7 @@ class StatusManager:
                         # Only now: what became newer while this one waited for its turn goes out with it.
                         record.dirty = False
                         await self._send_once(uid, record)
+                        self._observe("kubelet_pod_status_sync_duration_seconds", time.monotonic() - record.changed_at)
                     delay = 0.2
                 except errors.StatusError as e:
                     if errors.is_not_found(e) or errors.is_conflict(e):

@@ -292,6 +292,10 @@ class InterfaceStats:
     rx_errors: int = 0
     tx_bytes: int = 0
     tx_errors: int = 0
+    rx_packets: int = 0
+    rx_dropped: int = 0
+    tx_packets: int = 0
+    tx_dropped: int = 0
 
 
 @dataclass(slots=True)

@@ -96,6 +96,8 @@ def interfaces(text: str) -> list[InterfaceStats]:
     for line in text.splitlines()[2:]:
         name, _, rest = line.partition(":")
         fields = rest.split()
-        if name.strip() != "lo" and len(fields) >= 11:
-            found.append(InterfaceStats(name.strip(), int(fields[0]), int(fields[2]), int(fields[8]), int(fields[10])))
+        if name.strip() != "lo" and len(fields) >= 12:
+            numbers = [int(field) for field in fields]
+            own = InterfaceStats(name.strip(), numbers[0], numbers[2], numbers[8], numbers[10], numbers[1], numbers[3], numbers[9], numbers[11])
+            found.append(own)
     return sorted(found, key=lambda item: item.name != "eth0")

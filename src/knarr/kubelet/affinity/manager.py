@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 
 import orjson
 
@@ -26,19 +27,22 @@ from knarr.kubelet.affinity.cpus import CPUManager, NotEnough, exclusive_count
 from knarr.kubelet.affinity.hints import Hint, Hints
 from knarr.kubelet.affinity.memory import Block, MemoryManager
 from knarr.kubelet.config import KubeletConfig
+from knarr.kubelet.meters import Meters
 from knarr.runtime.cri import ContainerState, LinuxResources, RuntimeFault, RuntimeService
 
 log = get_logger(__name__)
 
 _FILE = "affinity.json"
 _RETRY_SECONDS = 10.0
+_ADMISSION_BUCKETS = tuple(0.05 * 2**i for i in range(15))
 
 
 class Affinity:
     """All of it for one node; does nothing while every policy is "none"."""
 
-    def __init__(self, config: KubeletConfig, runtime: RuntimeService, machine: machines.Machine | None = None) -> None:
+    def __init__(self, config: KubeletConfig, runtime: RuntimeService, machine: machines.Machine | None = None, meters: Meters | None = None) -> None:
         """Raises ValueError when the configuration does not fit the machine."""
+        self._meters = meters or Meters()
         self._config = config
         self._runtime = runtime
         self._path = os.path.join(config.root_dir, _FILE)
@@ -100,6 +104,13 @@ class Affinity:
         own = self.memory.of(uid, name) if self.memory is not None else None
         return machines.format_cpus(own) if own is not None else ""
 
+    def pool(self) -> tuple[int, int]:
+        """(CPUs that containers have for themselves, CPUs that the others share); zeros without the static policy."""
+        if self.cpus is None:
+            return 0, 0
+        own = {cpu for given in self.cpus.assigned.values() for cpus in given.values() for cpu in cpus}
+        return len(own), len(self.cpus.shared)
+
     def exclusive(self, uid: str, name: str = "") -> bool:
         """Whether a container (or any of the pod) has CPUs of its own; a quota would only throttle it there."""
         if self.cpus is None:
@@ -121,18 +132,22 @@ class Affinity:
         """Give a pod's containers their places; (reason, message) when that is not possible."""
         if self.cpus is None and self.memory is None:
             return None
-        uid = podutil.uid(pod)
+        uid, begun = podutil.uid(pod), time.monotonic()
         before = self._given(uid)
+        self._meters.count("kubelet_topology_manager_admission_requests_total")
         try:
             if self._config.topology_manager_scope == "pod":
                 self._place_pod(pod)
             else:
                 self._place_containers(pod)
         except NotEnough as error:
+            self._meters.count("kubelet_topology_manager_admission_errors_total")
             if not before:
                 self.release(uid)
             known = error.reason != "UnexpectedAdmissionError"
             return error.reason, str(error) if known else f"Allocate failed due to {error}, which is unexpected"
+        finally:
+            self._meters.observe("kubelet_topology_manager_admission_duration_ms", (time.monotonic() - begun) * 1000, bounds=_ADMISSION_BUCKETS)
         if self._given(uid) != before:
             self._save()
             self._moved.set()
@@ -179,10 +194,22 @@ class Affinity:
     def _allocate(self, pod: Object, container: Object, walk: _Walk, hint: Hint) -> None:
         uid, name = podutil.uid(pod), container["name"]
         if self.cpus is not None and (count := exclusive_count(pod, container)):
-            walk.took(container, self.cpus.allocate(uid, name, count, hint.nodes, walk.reusable))
+            with self._pinning("cpu"):
+                walk.took(container, self.cpus.allocate(uid, name, count, hint.nodes, walk.reusable))
         if self.memory is not None and (amounts := memories.wanted(pod, container)):
-            self.memory.allocate(uid, name, amounts, hint.nodes, walk.held)
+            with self._pinning("memory"):
+                self.memory.allocate(uid, name, amounts, hint.nodes, walk.held)
             walk.filled(container, amounts)
+
+    @contextlib.contextmanager
+    def _pinning(self, kind: str) -> Iterator[None]:
+        """Count one container that is to be bound to places."""
+        self._meters.count(f"kubelet_{kind}_manager_pinning_requests_total")
+        try:
+            yield
+        except NotEnough:
+            self._meters.count(f"kubelet_{kind}_manager_pinning_errors_total")
+            raise
 
     def release(self, uid: str) -> None:
         """The pod has ended: its places are free."""

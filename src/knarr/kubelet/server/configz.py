@@ -8,6 +8,8 @@ import orjson
 
 from knarr.http.server import Request
 from knarr.kubelet.durations import go_duration
+from knarr.kubelet.garbage import LOG_PERIOD_SECONDS
+from knarr.kubelet.node_status import MAX_IMAGES
 
 if TYPE_CHECKING:
     from knarr.kubelet.kubelet import Kubelet
@@ -25,6 +27,15 @@ async def serve(kubelet: Kubelet, request: Request, parts: list[str]) -> None:
         "address": c.bind_address,
         "port": c.port,
         "tlsCertFile": c.serving_cert,
+        "tlsPrivateKeyFile": c.serving_key,
+        "enableDebuggingHandlers": True,
+        "enableSystemLogHandler": True,
+        "enableControllerAttachDetach": True,
+        "seccompDefault": c.seccomp_default,
+        "localStorageCapacityIsolation": True,
+        "nodeStatusMaxImages": MAX_IMAGES,
+        "containerLogMonitorInterval": go_duration(LOG_PERIOD_SECONDS),
+        "containerLogMaxWorkers": 1,
         "authentication": {"x509": {"clientCAFile": c.client_ca}, "webhook": {"enabled": True}, "anonymous": {"enabled": c.anonymous_auth}},
         "authorization": {"mode": c.authorization_mode},
         "clusterDomain": c.cluster_domain,

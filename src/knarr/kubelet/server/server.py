@@ -7,6 +7,7 @@ Source: pkg/kubelet/server/server.go.
 from __future__ import annotations
 
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -87,6 +88,11 @@ _ROUTES: dict[str, Route] = {
 }
 
 
+def _long(request: Request, route: str) -> str:
+    """Whether a request may go on for as long as its client likes, as text."""
+    return "true" if route in ("exec", "attach", "portForward") or request.query.get("follow") == ["true"] else "false"
+
+
 class KubeletServer:
     """Port 10250."""
 
@@ -94,6 +100,8 @@ class KubeletServer:
         self._kubelet = kubelet
         self._authorizer = Authorizer(kubelet.config, kubelet.client)
         self._server: HTTPServer | None = None
+        self._inflight: dict[str, int] = {}
+        """Labels to requests that are being answered."""
 
     async def listen(self, host: str, port: int, context: ssl.SSLContext) -> None:
         """Accept connections. Raises OSError when the port is taken."""
@@ -108,6 +116,21 @@ class KubeletServer:
         """Answer one request."""
         parts = request.path.strip("/").split("/")
         route = _ROUTES.get(parts[0])
+        begun, meters = time.monotonic(), self._kubelet.meters
+        labels = f'method="{request.method}",path="{parts[0] if route is not None else "other"}",server_type="readwrite",long_running="{_long(request, parts[0])}"'
+        meters.count(f"kubelet_http_requests_total{{{labels}}}")
+        self._inflight[labels] = self._inflight.get(labels, 0) + 1
+        try:
+            await self._answer(request, route, parts)
+        finally:
+            self._inflight[labels] -= 1
+            meters.observe("kubelet_http_requests_duration_seconds", time.monotonic() - begun, labels)
+
+    def inflight(self) -> list[tuple[str, float]]:
+        """Requests that are being answered, as samples."""
+        return [(f"kubelet_http_inflight_requests{{{labels}}}", value) for labels, value in self._inflight.items()]
+
+    async def _answer(self, request: Request, route: Route | None, parts: list[str]) -> None:
         refusal = await self._authorizer.check(request)
         if refusal is not None:
             request.respond(refusal[0], _TEXT, refusal[1].encode())

@@ -17,6 +17,8 @@ from knarr.http.server import Request
 from knarr.kubelet import machine, podutil
 from knarr.kubelet.eviction import tree_bytes
 from knarr.kubelet.pod_worker import PodWorker, Stage
+from knarr.kubelet.server import groups
+from knarr.kubelet.server.groups import Group, Pressure
 from knarr.runtime.cri import ContainerStats, RuntimeFault
 
 if TYPE_CHECKING:
@@ -45,6 +47,51 @@ def rate(key: str, now: float, used_ns: int) -> int:
     value = max(0, int((used_ns - before[1]) / (now - before[0]))) if before else 0
     _rates[key] = (now, used_ns, value)
     return value
+
+
+def swap() -> tuple[int, int]:
+    """(swap in use on the machine, all of it) in bytes."""
+    info = machine.memory_info()
+    total = info.get("SwapTotal", 0)
+    return total - info.get("SwapFree", 0), total
+
+
+def swap_allowed(group: Group, total: int, *, v2: bool) -> int:
+    """Swap that a group may use; in version 1 its limit counts memory and swap together."""
+    if v2:
+        return min(group.swap_limit or total, total)
+    return min(max(0, group.swap_limit - group.memory_limit), total) if group.swap_limit else total
+
+
+def _psi(found: Pressure | None) -> Summary:
+    """Pressure in the shape of the summary; what the kernel does not tell is 0."""
+    out: Summary = {}
+    for name, line in (("full", found.full if found else {}), ("some", found.some if found else {})):
+        # The kernel counts in microseconds, the summary in nanoseconds.
+        out[name] = {"total": int(line.get("total", 0)) * 1000, **{key: line.get(key, 0) for key in ("avg10", "avg60", "avg300")}}
+    return out
+
+
+def _group(key: str, now: float, group: Group) -> Summary:
+    """CPU, memory, input and output, and swap of a group."""
+    stamp = clock.rfc3339(now)
+    memory: Summary = {
+        "time": stamp,
+        "usageBytes": group.memory,
+        "workingSetBytes": group.working_set,
+        "rssBytes": group.rss,
+        "pageFaults": group.faults,
+        "majorPageFaults": group.major_faults,
+        "psi": _psi(group.pressure.get("memory")),
+    }
+    if group.memory_limit:
+        memory["availableBytes"] = max(0, group.memory_limit - group.working_set)
+    return {
+        "cpu": {**_cpu(key, now, group.cpu_ns), "psi": _psi(group.pressure.get("cpu"))},
+        "memory": memory,
+        "io": {"time": stamp, "psi": _psi(group.pressure.get("io"))},
+        "swap": {"time": stamp, "swapUsageBytes": group.swap},
+    }
 
 
 def _cpu(key: str, now: float, used_ns: int) -> Summary:
@@ -97,7 +144,7 @@ async def summary(kubelet: Kubelet, *, only_cpu_and_memory: bool = False) -> Sum
     except RuntimeFault:
         networks = {}
     pods = []
-    seen = {"node"}
+    seen = {"node", "pods"}
     for worker in kubelet.workers.workers():
         if worker.stage >= Stage.TERMINATED or worker.orphan:
             continue
@@ -125,24 +172,31 @@ def _filesystem(path: str, stamp: str, used: int | None = None) -> Summary:
 def _node(kubelet: Kubelet, now: float, *, only: bool) -> Summary:
     stamp = clock.rfc3339(now)
     usage, working, rss, available, _ = node_memory()
+    counted = groups.pairs(machine.read_text("/proc/vmstat"))
+    stalled = {name: groups.pressure(machine.read_text(f"/proc/pressure/{name}")) for name in ("cpu", "memory", "io")}
+    used_swap, all_swap = swap()
     out: Summary = {
         "nodeName": kubelet.config.node_name,
-        "startTime": clock.rfc3339(now - float((machine.read_text("/proc/uptime") or "0").split()[0])),
-        "cpu": _cpu("node", now, node_cpu_ns()),
+        "startTime": clock.rfc3339(machine.booted_at()),
+        "cpu": {**_cpu("node", now, node_cpu_ns()), "psi": _psi(stalled["cpu"])},
         "memory": {
             "time": stamp,
             "availableBytes": available,
             "usageBytes": usage,
             "workingSetBytes": working,
             "rssBytes": rss,
-            "pageFaults": 0,
-            "majorPageFaults": 0,
+            "pageFaults": counted.get("pgfault", 0),
+            "majorPageFaults": counted.get("pgmajfault", 0),
+            "psi": _psi(stalled["memory"]),
         },
+        "systemContainers": _system(kubelet, now),
     }
     if only:
         return out
     links = interfaces()
     first = links[0] if links else {"name": ""}
+    out["io"] = {"time": stamp, "psi": _psi(stalled["io"])}
+    out["swap"] = {"time": stamp, "swapUsageBytes": used_swap, "swapAvailableBytes": all_swap - used_swap}
     out["network"] = {"time": stamp, **first, "interfaces": links}
     out["fs"] = _filesystem(kubelet.config.root_dir, stamp)
     out["runtime"] = {"imageFs": _filesystem(kubelet.config.root_dir, stamp), "containerFs": _filesystem(kubelet.config.root_dir, stamp)}
@@ -153,16 +207,26 @@ def _node(kubelet: Kubelet, now: float, *, only: bool) -> Summary:
     return out
 
 
+def _system(kubelet: Kubelet, now: float) -> list[Summary]:
+    """All pods together, as the one group of the system that is always there."""
+    found = groups.read(kubelet.node.cgroups.hierarchies, kubelet.node.cgroups.kubepods()) if kubelet.config.cgroups_per_qos else None
+    if found is None:
+        return []
+    one = {"name": "pods", "startTime": clock.rfc3339(kubelet.started_at), **_group("pods", now, found)}
+    if "availableBytes" not in one["memory"]:
+        one["memory"]["availableBytes"] = max(0, kubelet.capacity.memory_allocatable_bytes - found.working_set)
+    return [one]
+
+
 async def _pod(kubelet: Kubelet, worker: PodWorker, stats: list[ContainerStats], network: Any, now: float, *, only: bool) -> Summary:
     cgroups, meta, stamp = kubelet.node.cgroups, worker.pod["metadata"], clock.rfc3339(now)
     path = cgroups.pod_path(worker.pod)
-    usage, working = cgroups.memory_usage(path)
+    group = groups.read(cgroups.hierarchies, path) or Group()
     out: Summary = {
         "podRef": {"name": meta["name"], "namespace": meta.get("namespace", ""), "uid": worker.uid},
         "startTime": (kubelet.node.status.get(worker.uid) or {}).get("startTime"),
         "containers": [_container(s, worker, now, kubelet, only=only) for s in stats],
-        "cpu": _cpu(worker.uid, now, cgroups.cpu_usage_ns(path)),
-        "memory": {"time": stamp, "usageBytes": usage, "workingSetBytes": working, "rssBytes": sum(s.memory_rss_bytes for s in stats)},
+        **_group(worker.uid, now, group),
     }
     if only:
         return out
@@ -199,9 +263,13 @@ def _container(stats: ContainerStats, worker: PodWorker, now: float, kubelet: Ku
             "pageFaults": stats.memory_page_faults,
             "majorPageFaults": stats.memory_major_page_faults,
         },
-        "swap": {"time": stamp, "swapUsageBytes": 0},
     }
     if not only:
+        cgroups = kubelet.node.cgroups
+        group = groups.read(cgroups.hierarchies, f"{cgroups.pod_path(worker.pod)}/{stats.id}") or Group()
+        allowed = swap_allowed(group, swap()[1], v2=cgroups.is_v2)
+        out["io"] = {"time": stamp}
+        out["swap"] = {"time": stamp, "swapUsageBytes": group.swap, "swapAvailableBytes": max(0, allowed - group.swap)}
         rootfs = _filesystem(kubelet.config.root_dir, stamp, stats.writable_layer_bytes)
         rootfs["inodesUsed"] = stats.writable_layer_inodes
         out["rootfs"] = rootfs
