@@ -29,11 +29,15 @@ class History:
         self._bytes = 0
         self._marks: deque[tuple[float, int, int]] = deque([(now, revision, 0)])
 
-    def note(self, now: float, revision: int, written_bytes: int) -> None:
+    def note(self, now: float, revision: int, written_bytes: int) -> bool:
+        """Remember a commit; True when the history is larger than allowed by a tenth, so that compaction should not wait for its timer."""
         self._bytes += written_bytes
         last_time, last_revision, _ = self._marks[-1]
-        if now - last_time >= 1.0 or revision - last_revision >= 1000:
-            self._marks.append((now, revision, self._bytes))
+        if now - last_time < 1.0 and revision - last_revision < 1000:
+            return False
+        self._marks.append((now, revision, self._bytes))
+        _, oldest, written = self._marks[0]
+        return revision - oldest > 1.1 * self._retention.revisions or self._bytes - written > 1.1 * self._retention.history_bytes
 
     def compactable(self, now: float, revision: int) -> int:
         """The newest marked revision that no limit protects; 0 when there is none."""

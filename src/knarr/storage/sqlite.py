@@ -11,7 +11,8 @@ what is on disk and nothing is published; the next write tries again.
 
 The table is append-only: the row id is the revision, a row names the row it replaces (`previous`), a removal is a row
 without value. Revisions are gapless, because the one writer gives each row its id. Compaction deletes rows that were superseded
-up to a revision, in short transactions between the commits; freed pages are used again or given back.
+up to a revision, in short transactions between the commits, on a timer and as soon as the history outgrows its limits. Freed pages are
+used again; what is free beyond that is given back in small steps, and in a quiet moment the write-ahead log is emptied.
 
 Loops: the writer thread (input: batches, one at a time; bound: what arrives during one commit), two reader threads
 (get, scan and history, at most READERS at a time), one compaction timer. kill -9 at any moment loses nothing acknowledged: WAL with
@@ -45,6 +46,8 @@ T = TypeVar("T")
 
 READERS = 2
 COMPACTION_INTERVAL_SECONDS = 10.0
+QUIET_REVISIONS = 1000
+"""Fewer writes than these since the last look at the file: a quiet moment."""
 
 
 class _Pending:
@@ -71,6 +74,9 @@ class SQLiteStore:
         self._last = 0
         self._compacted = 0
         self._compacting = False
+        """Whether the timer's work is under way, so that no second one begins."""
+        self._settled = 0
+        """The revision when the file was last looked at for free pages and an outgrown log."""
         self._index: dict[str, int] = {}
         self._pending = _Pending()
         self._committing: _Pending | None = None
@@ -301,7 +307,8 @@ class SQLiteStore:
                     future.set_result(Put(True, event.revision, None))
             for lease in batch.leases:
                 self._leases.add(*lease)
-            self._retention.note(clock.now(), self._revision, batch.value_bytes)
+            if self._retention.note(clock.now(), self._revision, batch.value_bytes) and not self._compacting and not self._closed:
+                self._compact_due()
         if self._pending.rows:
             self._flush()
         else:
@@ -344,16 +351,50 @@ class SQLiteStore:
 
     # -- compaction --------------------------------------------------------------------------------------------------
     def _plan_compaction(self) -> None:
+        self._compacting = False
         if not self._closed:
             loop = asyncio.get_running_loop()
             self._compaction_timer = loop.call_later(COMPACTION_INTERVAL_SECONDS, self._compact_due)
 
     def _compact_due(self) -> None:
+        self._compacting = True
+        if self._compaction_timer is not None:
+            self._compaction_timer.cancel()
         target = self._retention.compactable(clock.now(), self._revision)
         if target > self._compacted:
-            self._begin_compaction(target, self._plan_compaction)
+            self._begin_compaction(target, self._give_back)
         else:
-            self._plan_compaction()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Return free pages, a few at a time in turn with commits, until few are left; then plan the next compaction."""
+        writer, thread, loop = self._writer, self._writer_thread, self._loop
+        assert writer is not None
+        assert thread is not None
+        quiet = self._revision - self._settled < QUIET_REVISIONS
+        self._settled = self._revision
+
+        def step() -> None:
+            more = False
+            try:
+                more = writer.give_back(quiet=quiet)
+            except sqlite3.Error as error:
+                log.warning("store file was not tidied", path=str(self._path), error=str(error))
+            loop.call_soon_threadsafe(after, more)
+
+        def after(more: bool) -> None:
+            if more and not self._closed:
+                submit()
+            else:
+                self._plan_compaction()
+
+        def submit() -> None:
+            try:
+                thread.submit(step)
+            except RuntimeError:
+                self._plan_compaction()
+
+        submit()
 
     async def compact(self, revision: int) -> None:
         if revision > self._revision:

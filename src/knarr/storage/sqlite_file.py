@@ -18,8 +18,12 @@ Row = tuple[int, str, int, bool, float, "bytes | None"]
 
 SCHEMA_VERSION = 1
 _ROWS_PER_STATEMENT = 100
-_COMPACTION_ROWS = 1000
-_VACUUM_PAGES = 2000
+_COMPACTION_ROWS = 2000
+_VACUUM_PAGES = 128
+_FREE_PAGES = 512
+"""So many free pages (2 MiB) are kept for the next writes."""
+_LOG_BYTES = 4 << 20
+"""A write-ahead log larger than this is emptied in a quiet moment."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS log (
@@ -160,9 +164,31 @@ class Writer:
         except sqlite3.Error:
             connection.execute("ROLLBACK")
             raise
-        if until >= target and connection.execute("PRAGMA freelist_count").fetchone()[0] > _VACUUM_PAGES:
-            connection.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES // 2})").fetchall()
         return CompactionStep(until)
+
+    def give_back(self, *, quiet: bool) -> bool:
+        """Give a few free pages back to the file system; True while there are more to give.
+
+        Under load the free pages will be used again soon, so up to a quarter of the file may be free then. In a quiet moment few are
+        kept, and the write-ahead log, which never shrinks by itself, is emptied when nobody reads it.
+        """
+        execute = self._connection.execute
+        free: int = execute("PRAGMA freelist_count").fetchone()[0]
+        allowed = _FREE_PAGES if quiet else max(_FREE_PAGES, execute("PRAGMA page_count").fetchone()[0] // 4)
+        if free > allowed:
+            execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
+            return True
+        log_file = self._path.with_name(self._path.name + "-wal")
+        if quiet and log_file.exists() and log_file.stat().st_size > _LOG_BYTES:
+            execute("PRAGMA busy_timeout=0")  # readers have precedence: the next time will do
+            execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            execute("PRAGMA busy_timeout=5000")
+        return False
+
+    def size_bytes(self) -> int:
+        """Bytes of the file and its write-ahead log."""
+        paths = (self._path, self._path.with_name(self._path.name + "-wal"))
+        return sum(path.stat().st_size for path in paths if path.exists())
 
     def skip_to(self, revision: int) -> None:
         """Make `revision` the last one used, and everything up to it compacted; only for a store without rows."""
