@@ -17,7 +17,7 @@ from knarr.apiserver import negotiation
 if TYPE_CHECKING:
     from knarr.apiserver.server import APIServer
 
-AGGREGATED = ("v2", "v2beta1")
+AGGREGATED = negotiation.Clause("", "APIGroupDiscoveryList", "apidiscovery.k8s.io", "v2")
 
 
 class Discovery:
@@ -26,7 +26,7 @@ class Discovery:
     def __init__(self, server: APIServer) -> None:
         self._server = server
         self._generation = -1
-        self._documents: dict[str, bytes] = {}
+        self._documents: dict[str, tuple[bytes, str]] = {}
         self.hidden: set[tuple[str, str, str]] = set()
         """Resources that are served but not announced (their names are not accepted yet)."""
         self._foreign: dict[tuple[str, str], list[Object]] = {}
@@ -43,27 +43,22 @@ class Discovery:
         if self._foreign.pop((group, version), None) is not None:
             self._generation = -1
 
-    def document(self, path: str, accept: str) -> tuple[bytes, str, str] | None:
-        """Return (body, content type, etag) of a discovery path, None when there is no such document."""
+    def document(self, path: str, *, aggregated: bool) -> tuple[bytes, str] | None:
+        """Return (JSON, entity tag) of a discovery path, None when there is no such document; only aggregated ones have a tag."""
         registry = self._server.registry
         if self._generation != registry.generation:
             self._generation = registry.generation
             self._documents = {}
-        if path in ("/api", "/apis"):
-            version = _aggregated_version(accept)
-            if version:
-                key = f"{path}#{version}"
-                if key not in self._documents:
-                    self._documents[key] = orjson.dumps(self._aggregated(path, version)) + b"\n"
-                body = self._documents[key]
-                etag = '"' + hashlib.sha512(body).hexdigest()[:64].upper() + '"'
-                return body, f"application/json;g=apidiscovery.k8s.io;v={version};as=APIGroupDiscoveryList", etag
-        if path not in self._documents:
-            made = self._make(path)
+        key = f"{path}#aggregated" if aggregated else path
+        found = self._documents.get(key)
+        if found is None:
+            made = self._aggregated(path) if aggregated else self._make(path)
             if made is None:
                 return None
-            self._documents[path] = orjson.dumps(made) + b"\n"
-        return self._documents[path], "application/json", ""
+            body = orjson.dumps(made) + b"\n"
+            tag = '"' + hashlib.sha512(body).hexdigest().upper() + '"' if aggregated else ""
+            found = self._documents[key] = body, tag
+        return found
 
     # -- the content -----------------------------------------------------------------------------------------------------------
     def groups(self) -> dict[str, list[str]]:
@@ -144,27 +139,27 @@ class Discovery:
         out["resources"] = entries
         return out
 
-    def _aggregated(self, path: str, version: str) -> Object:
+    def _aggregated(self, path: str) -> Object:
         items: list[Object] = []
         if path == "/api":
-            items.append({"metadata": {"creationTimestamp": None}, "versions": [self._aggregated_group("", "v1")]})
+            items.append({"metadata": {}, "versions": [self._aggregated_group("", "v1")]})
         else:
             for group, versions in self.groups().items():
                 items.append({
-                    "metadata": {"name": group, "creationTimestamp": None},
+                    "metadata": {"name": group},
                     "versions": [self._aggregated_group(group, each) for each in versions],
                 })
-        return {"kind": "APIGroupDiscoveryList", "apiVersion": f"apidiscovery.k8s.io/{version}", "metadata": {}, "items": items}
+        return {"kind": "APIGroupDiscoveryList", "apiVersion": "apidiscovery.k8s.io/v2", "metadata": {}, "items": items}
 
     def _aggregated_group(self, group: str, version: str) -> Object:
         foreign = self._foreign.get((group, version))
         if foreign is not None:
-            return {"version": version, "resources": _from_resource_list(group, version, foreign), "freshness": "Current"}
+            return {"version": version, "resources": _from_resource_list(foreign), "freshness": "Current"}
         entries: list[Object] = []
         for resource in self.resources(group, version):
             entry: Object = {
                 "resource": resource.plural,
-                "responseKind": {"group": resource.group, "version": resource.version, "kind": resource.kind},
+                "responseKind": _response_kind(resource, resource.group, resource.version, resource.kind),
                 "scope": "Namespaced" if resource.namespaced else "Cluster", "singularResource": resource.singular,
                 "verbs": _verbs(resource),
             }  # fmt: skip
@@ -181,9 +176,14 @@ class Discovery:
     @staticmethod
     def _aggregated_sub(resource: Resource, name: str) -> Object:
         sub = resource.subresources[name]
-        return {
-            "subresource": name, "responseKind": {"group": sub.group, "version": sub.version, "kind": sub.kind}, "verbs": sorted(sub.verbs),
-        }
+        kind = _response_kind(resource, sub.group, sub.version, sub.kind)
+        return {"subresource": name, "responseKind": kind, "verbs": sorted(sub.verbs)}
+
+
+def _response_kind(resource: Resource, group: str, version: str, kind: str) -> Object:
+    """Built-in resources say a group and version only where it is not their own; custom ones always do."""
+    own = not resource.custom and (group, version) == (resource.group, resource.version)
+    return {"group": "" if own else group, "version": "" if own else version, "kind": kind}
 
 
 def _verbs(resource: Resource) -> list[str]:
@@ -195,20 +195,20 @@ def _group(name: str, versions: list[str]) -> Object:
     return {"name": name, "versions": entries, "preferredVersion": entries[0]}
 
 
-def _from_resource_list(group: str, version: str, resources: list[Object]) -> list[Object]:
-    """Return aggregated entries made of a plain APIResourceList."""
+def _from_resource_list(resources: list[Object]) -> list[Object]:
+    """Return aggregated entries made of a plain APIResourceList; a subresource that comes alone makes its resource."""
     entries: dict[str, Object] = {}
-    for one in resources:
+    for one in sorted(resources, key=lambda one: "/" in str(one.get("name"))):
         plural, _, sub = str(one.get("name")).partition("/")
-        kind = {"group": one.get("group") or group, "version": one.get("version") or version, "kind": one.get("kind")}
+        kind = {"group": one.get("group") or "", "version": one.get("version") or "", "kind": one.get("kind") or ""}
+        scope, verbs = "Namespaced" if one.get("namespaced") else "Cluster", one.get("verbs") or []
         if sub:
-            parent = entries.get(plural)
-            if parent is not None:
-                parent.setdefault("subresources", []).append({"subresource": sub, "responseKind": kind, "verbs": one.get("verbs") or []})
+            nothing = {"group": "", "version": "", "kind": ""}
+            parent = entries.setdefault(plural, {"resource": plural, "responseKind": nothing, "scope": scope, "singularResource": "", "verbs": []})
+            parent.setdefault("subresources", []).append({"subresource": sub, "responseKind": kind if kind["kind"] else nothing, "verbs": verbs})
             continue
         entry: Object = {
-            "resource": plural, "responseKind": kind, "scope": "Namespaced" if one.get("namespaced") else "Cluster",
-            "singularResource": one.get("singularName") or "", "verbs": one.get("verbs") or [],
+            "resource": plural, "responseKind": kind, "scope": scope, "singularResource": one.get("singularName") or "", "verbs": verbs,
         }  # fmt: skip
         for key in ("shortNames", "categories"):
             if one.get(key):
@@ -217,14 +217,14 @@ def _from_resource_list(group: str, version: str, resources: list[Object]) -> li
     return list(entries.values())
 
 
-def _aggregated_version(accept: str) -> str:
-    for clause in negotiation.parse_accept(accept):
-        if clause.as_kind == "APIGroupDiscoveryList" and clause.as_group == "apidiscovery.k8s.io" and clause.as_version in AGGREGATED:
-            if clause.media_type == negotiation.JSON:
-                return clause.as_version
-        elif not clause.as_kind:
-            return ""
-    return ""
+def wanted(path: str, accept: str) -> negotiation.Clause | None:
+    """Return what an Accept header asks for of a discovery path, an aggregated document before a plain one; None: nothing there is."""
+    clauses = negotiation.parse_accept(accept)
+    if path in ("/api", "/apis"):
+        for clause in clauses:
+            if clause[1:4] == AGGREGATED[1:4]:
+                return clause
+    return next((clause for clause in clauses if not clause.as_kind), None)
 
 
 def version_priority(version: str) -> tuple[Any, ...]:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import orjson
 
 from knarr.api import errors
-from knarr.apiserver import negotiation
+from knarr.apiserver import discovery, negotiation
 from knarr.apiserver.attributes import PathHandler, UserInfo
-from knarr.apiserver.call import audit_id, respond_no_such_path, to_pretty, wants_pretty
+from knarr.apiserver.call import audit_id, respond_no_such_path, to_pretty, to_yaml, wants_pretty
 from knarr.apiserver.metrics import family
 from knarr.http.server import Request
 
@@ -36,6 +36,15 @@ HOOKS = (
     "apiservice-openapiv3-controller",
 )  # fmt: skip
 HEADERS = "Cache-Control: no-cache, private\r\n"
+
+
+def _packed(body: bytes) -> bytes:
+    """Return the protobuf form of a discovery document."""
+    from knarr.apiserver.protoforms import encode_envelope
+
+    obj = orjson.loads(body)
+    obj.setdefault("apiVersion", "v1")
+    return encode_envelope(obj)
 
 
 class Paths:
@@ -75,44 +84,33 @@ class Paths:
             raise errors.route_not_found()
 
     async def _discovery(self, request: Request, path: str, user: UserInfo) -> None:
-        accept = request.headers.get("accept", "")
-        clauses = negotiation.parse_accept(accept)
-        if accept and not any(not c.as_kind or c.as_kind == "APIGroupDiscoveryList" for c in clauses):
+        clause = discovery.wanted(path, request.headers.get("accept", ""))
+        if clause is None:
             raise errors.not_acceptable(negotiation.SUPPORTED)
-        found = self._server.discovery.document(path, accept)
+        aggregated = bool(clause.as_kind)
+        found = self._server.discovery.document(path, aggregated=aggregated)
         if found is None:
             if await self._server.delegate_path(request, user):
                 return
             respond_no_such_path(request)
             return
-        body, content_type, etag = found
-        headers = [("Audit-Id", audit_id(request)), ("Content-Type", content_type)]
-        if etag:
+        body, etag = found
+        parameters = ";g={2};v={3};as={1}".format(*clause) if aggregated else ""
+        headers = [("Audit-Id", audit_id(request)), ("Content-Type", clause.media_type + parameters)]
+        if aggregated:
             headers += [("ETag", etag), ("Vary", "Accept"), ("Cache-Control", "public")]
             if request.headers.get("if-none-match") == etag:
                 request.respond(304, headers, b"")
                 return
         else:
             headers.append(("Cache-Control", "no-cache, private"))
-            if "protobuf" in accept and path.count("/") <= 4:
-                packed = self._protobuf(body, accept)
-                if packed is not None:
-                    body, headers[1] = packed, ("Content-Type", "application/vnd.kubernetes.protobuf")
-        if headers[1][1].startswith("application/json") and wants_pretty(request):
+        if clause.media_type == negotiation.PROTOBUF:
+            body = _packed(body)
+        elif clause.media_type == negotiation.YAML:
+            body = to_yaml(body)
+        elif wants_pretty(request):
             body = to_pretty(body)
         request.respond(200, headers, body)
-
-    @staticmethod
-    def _protobuf(body: bytes, accept: str) -> bytes | None:
-        clauses = negotiation.parse_accept(accept)
-        first = next((clause for clause in clauses if not clause.as_kind), None)
-        if first is None or first.media_type != negotiation.PROTOBUF:
-            return None
-        from knarr.apiserver.protoforms import encode_envelope
-
-        obj = orjson.loads(body)
-        obj.setdefault("apiVersion", "v1")
-        return encode_envelope(obj)
 
     @staticmethod
     def _json(request: Request, value: object) -> None:
