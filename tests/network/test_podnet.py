@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from knarr.network import firewalls, netns, nftables, rtnl, sysctl
+from knarr.network import netns, rtnl, sysctl
 from knarr.network.ipam import AddressManager, PoolExhausted
 from knarr.network.podnet import BridgeNetwork
 from knarr.runtime.cri import PortMapping, RuntimeFault, SandboxNetwork
@@ -270,19 +270,3 @@ async def test_udp_flows_to_a_host_port_follow_its_next_pod(world):
         pod.serve(name, 53, udp=True)
         assert (await ask(world.client, address, 7070, **flow))[0] == name
         await world.network.teardown(world.pods[-1][1])
-
-
-async def test_a_foreign_firewall_that_drops_is_named_and_left_alone(world):
-    rules = "table ip filter { chain FORWARD { type filter hook forward priority filter; policy drop; }\n}"
-    await asyncio.to_thread(nftables.run_script, rules, world.node.path)
-    assert firewalls.forward_drops(["knt-pods"], world.node.path) == ["ip filter FORWARD"]
-    await world.network.start()
-    assert (
-        "policy drop"
-        in subprocess.run(
-            ["ip", "netns", "exec", Path(world.node.path).name, "nft", "list", "table", "ip", "filter"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    )

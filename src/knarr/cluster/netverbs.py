@@ -12,7 +12,8 @@ from knarr.client.rest import Client
 from knarr.cluster.config import ClusterConfig
 from knarr.cluster.lifecycle import CommandError, with_client
 from knarr.network import publishing
-from knarr.network.why import BadQuestion, why
+from knarr.network.firewalls import blockers
+from knarr.network.why import BadQuestion, Step, why
 
 _SIGNS = {True: "✓", False: "✗", None: "·"}
 
@@ -25,11 +26,19 @@ def explain(config: ClusterConfig, source: str, target: str, *, namespace: str, 
             steps = await why(client, source, target, namespace=namespace, protocol=protocol.upper())
         except BadQuestion as error:
             raise CommandError(str(error)) from error
-        for step in steps:
+        for step in [*steps, *_firewalls()]:
             print(f"{_SIGNS[step.ok]} {step.text}")
         return 1 if any(step.ok is False for step in steps) else 0
 
     return with_client(config, work)
+
+
+def _firewalls() -> list[Step]:
+    """Remarks about firewalls of this machine; none for those who may not read its rules."""
+    try:
+        return [Step(None, str(blocker)) for blocker in blockers()]
+    except OSError:
+        return []
 
 
 def show_ports(config: ClusterConfig) -> int:

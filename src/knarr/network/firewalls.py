@@ -1,25 +1,57 @@
 """Other people's firewalls that would stop pods: found, named, never touched.
 
-Role: the pod network looks once at its start and logs what it finds. A packet must pass every table's chains of a hook,
-so a forward chain with policy drop (as Docker sets it) stops pods whatever our own tables accept; only its owner can
-open it.
+Role: `FirewallWatch` looks at the start of a node and at every change of rules, `knarr why` when asked. A
+packet must pass every table's chains of a hook, so a chain that drops or rejects what none of its rules let through
+stops pods whatever our own tables accept; only its owner can open it. Docker sets such a policy for forwarded packets,
+firewalld ends with such a rule, ufw has both.
+Invariants: reads only. Rules of nf_tables (iptables-nft's as well) and of the older ip_tables are seen.
 """
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
+import os
+import socket
 import struct
-from collections.abc import Collection
+from dataclasses import dataclass
 
-from knarr.network.netlink import NETLINK_NETFILTER, attributes, cstring
-from knarr.network.netns import open_netlink
+from knarr.aiokits.log import get_logger
+from knarr.client.events import EventRecorder
+from knarr.client.rest import Client
+from knarr.network.netlink import NETLINK_NETFILTER, NetlinkSocket, attributes, cstring
+from knarr.network.netns import entered, open_netlink
+from knarr.network.tablewatch import RulesetWatch
 
-_GETCHAIN = (10 << 8) | 4
-_FORWARD = 2
+log = get_logger(__name__)
+
+_GETCHAIN, _GETRULE = (10 << 8) | 4, (10 << 8) | 7
+OWN = ("knarr", "kp")
+_HOOKS = {1: "input", 2: "forward"}
 _FAMILIES = {1: "inet", 2: "ip", 10: "ip6"}
+_SILENT = {"counter", "log", "meta", "limit"}
+"""Expressions that decide nothing in a last rule."""
+_OLD = {2: ("ip", "ip_tables_names", 0, 88), 10: ("ip6", "ip6_tables_names", 41, 140)}
+"""Family: name, its list of tables, socket level, and where an entry says at which offset its target is."""
+_GET_INFO, _GET_ENTRIES = 64, 65
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
-def forward_drops(own_tables: Collection[str], netns: str | None = None) -> list[str]:
-    """Foreign chains on the forward hook that drop by default, as "family table chain". Raises OSError."""
+@dataclass(frozen=True, slots=True)
+class Blocker:
+    """A chain that ends in a refusal. `hook` is "forward" (pods to anywhere) or "input" (pods to this machine: DNS, API)."""
+
+    hook: str
+    chain: str
+    """ "family table chain"."""
+
+    def __str__(self) -> str:
+        what = "forwards for pods" if self.hook == "forward" else "gets from pods (DNS, the API server)"
+        return f"a firewall of this machine ({self.chain}) drops what the machine {what} unless one of its rules lets it through"
+
+
+def blockers(own: tuple[str, ...] = OWN, netns: str | None = None) -> list[Blocker]:
+    """Chains that may stop pods, of tables whose names do not begin with one of `own`. Raises OSError."""
     found = []
     with open_netlink(netns, NETLINK_NETFILTER) as netlink:
         for family, name in _FAMILIES.items():
@@ -30,7 +62,120 @@ def forward_drops(own_tables: Collection[str], netns: str | None = None) -> list
                 hook = dict(attributes(fields[4]))
                 number = struct.unpack(">I", hook[1])[0] if 1 in hook else -1
                 policy = struct.unpack(">I", fields[5])[0]
-                table = cstring(fields[1])
-                if number == _FORWARD and policy == 0 and table not in own_tables:
-                    found.append(f"{name} {table} {cstring(fields[3])}")
+                table, chain = cstring(fields[1]), cstring(fields[3])
+                if number not in _HOOKS or table.startswith(own):
+                    continue
+                if policy == 0 or _ends_in_refusal(netlink, family, table, chain):
+                    found.append(Blocker(_HOOKS[number], f"{name} {table} {chain}"))
+    with entered(netns):
+        for family in _OLD:
+            found.extend(_old_policies(family))
     return found
+
+
+def forward_drops(own: tuple[str, ...] = OWN, netns: str | None = None) -> list[str]:
+    """The chains of `blockers` on the forward hook."""
+    return [blocker.chain for blocker in blockers(own, netns) if blocker.hook == "forward"]
+
+
+def _ends_in_refusal(netlink: NetlinkSocket, family: int, table: str, chain: str) -> bool:
+    last: list[tuple[str, memoryview]] = []
+    for body in netlink.dump(_GETRULE, struct.pack("=BBH", family, 0, 0), "listing rules"):
+        fields = dict(attributes(body, 4))
+        if body[0] == family and 4 in fields and cstring(fields[1]) == table and cstring(fields[2]) == chain:
+            last = [_expression(item) for _kind, item in attributes(fields[4])]
+    deciding = [(name, data) for name, data in last if name not in _SILENT]
+    return len(deciding) == 1 and _refuses(*deciding[0])
+
+
+def _expression(item: memoryview) -> tuple[str, memoryview]:
+    fields = dict(attributes(item))
+    return cstring(fields[1]), fields.get(2, memoryview(b""))
+
+
+def _refuses(name: str, data: memoryview) -> bool:
+    if name == "reject":
+        return True
+    fields = dict(attributes(data))
+    if name == "target":
+        # iptables-nft's form of targets that nf_tables has not.
+        return 1 in fields and cstring(fields[1]) in ("REJECT", "DROP")
+    if name != "immediate" or 2 not in fields:
+        return False
+    verdict = dict(attributes(fields[2])).get(2)
+    code = dict(attributes(verdict)).get(1) if verdict is not None else None
+    return code is not None and struct.unpack(">i", code)[0] == 0
+
+
+def _old_policies(family: int) -> list[Blocker]:
+    """Policies of ip_tables' filter table, which nf_tables does not show."""
+    name, listing, level, target_field = _OLD[family]
+    try:
+        with open(f"/proc/thread-self/net/{listing}") as file:
+            if "filter" not in file.read().split():
+                return []
+        with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
+            info = _ask(sock, level, _GET_INFO, 84)
+            underflows, size = struct.unpack_from("=5I", info, 56), struct.unpack_from("=I", info, 80)[0]
+            entries = _ask(sock, level, _GET_ENTRIES, 40 + size, size)[40:]
+    except OSError as error:
+        log.debug("rules of ip_tables cannot be read", family=name, error=str(error))
+        return []
+    found = []
+    for hook, text in _HOOKS.items():
+        start = underflows[hook]
+        target = start + struct.unpack_from("=H", entries, start + target_field)[0]
+        if struct.unpack_from("=i", entries, target + 32)[0] == -1:
+            found.append(Blocker(text, f"{name} filter {text.upper()}"))
+    return found
+
+
+def _ask(sock: socket.socket, level: int, option: int, length: int, size: int = 0) -> bytes:
+    buffer = ctypes.create_string_buffer(struct.pack("=32sI", b"filter", size), length)
+    room = ctypes.c_uint32(length)
+    if _libc.getsockopt(sock.fileno(), level, option, buffer, ctypes.byref(room)) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return buffer.raw
+
+
+class FirewallWatch:
+    """Tells in events of the node which firewalls may stop its pods, those that come later as well.
+
+    Args:
+      own: What the names of our own tables begin with, of other clusters as well.
+      netns: Path of the node's network namespace; None is the process's.
+    """
+
+    def __init__(self, client: Client, node_name: str, *, own: tuple[str, ...] = OWN, netns: str | None = None) -> None:
+        self._recorder = EventRecorder(client, "knarr-network", node_name)
+        # As kubelets do: the node's name stands for its uid, so that events of one node are found together.
+        self._node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": node_name, "uid": node_name}}
+        self._own = own
+        self._netns = netns
+        self._wake = asyncio.Event()
+        self._watch = RulesetWatch(self._wake.set, netns=netns, settle_seconds=1.0)
+        self.known: frozenset[Blocker] = frozenset()
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        self._watch.start()
+        self._wake.set()
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                try:
+                    found = frozenset(await asyncio.to_thread(blockers, self._own, self._netns))
+                except OSError as error:
+                    log.warning("firewalls of this machine cannot be read", error=str(error))
+                    continue
+                for blocker in sorted(found - self.known, key=str):
+                    log.warning("a firewall of this machine may stop pods", hook=blocker.hook, chain=blocker.chain)
+                    self._recorder.event(self._node, "Warning", "FirewallMayBlockPods", str(blocker))
+                for blocker in sorted(self.known - found, key=str):
+                    self._recorder.event(self._node, "Normal", "FirewallOpened", f"{blocker.chain} no longer drops by default")
+                self.known = found
+        finally:
+            self._watch.close()
+            await self._recorder.close()

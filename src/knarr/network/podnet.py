@@ -28,7 +28,6 @@ from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
 from knarr.network import rtnl
 from knarr.network.bandwidth import shape
-from knarr.network.firewalls import forward_drops
 from knarr.network.hostport import HostPorts, Port
 from knarr.network.ipam import AddressManager, Lease, PoolExhausted, gateway_of
 from knarr.network.netlink import GONE, NetlinkError, NetlinkSocket
@@ -222,21 +221,12 @@ class BridgeNetwork:
                 return
             self._ensure_gateway()
             run_inside(self.netns, self._ensure_sysctls)
-            self._look_for_firewalls()
             held: list[Port] = [port for lease in self._addresses.leases.values() for port in lease.ports]
             self._host_ports.install(self.cluster_cidrs, self.pod_cidrs, held)
         except Exception as error:
             self._why_not = str(error)
             raise
         self._started = True
-
-    def _look_for_firewalls(self) -> None:
-        for chain in forward_drops([self._table], self.netns):
-            log.warning(
-                "a firewall of this machine drops forwarded packets by default; pods may be cut off",
-                chain=chain,
-                interfaces=f"{self._prefix}*",
-            )
 
     @staticmethod
     def uplink_mtu(netlink: NetlinkSocket) -> int:

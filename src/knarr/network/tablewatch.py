@@ -29,20 +29,14 @@ _SO_ATTACH_FILTER = 26
 _SETTLE_SECONDS = 0.05
 
 
-class TableWatch:
-    """Calls `on_lost` (a plain function, in the event loop) when the table is gone.
+class RulesetWatch:
+    """Calls `on_change` (a plain function, in the event loop) a moment after anybody changed any rule; a burst is one call."""
 
-    Args:
-      wanted: Whether the table ought to be there now; asked before each look.
-    """
-
-    def __init__(self, table: str, on_lost: Callable[[], None], *, wanted: Callable[[], bool], netns: str | None = None) -> None:
-        self._table = table
-        self._on_lost = on_lost
-        self._wanted = wanted
+    def __init__(self, on_change: Callable[[], None], *, netns: str | None = None, settle_seconds: float = _SETTLE_SECONDS) -> None:
+        self._on_change = on_change
         self._netns = netns
+        self._settle_seconds = settle_seconds
         self._listener: NetlinkSocket | None = None
-        self._asker: NetlinkSocket | None = None
         self._pending: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -51,12 +45,11 @@ class TableWatch:
             return
         try:
             self._listener = open_netlink(self._netns, NETLINK_NETFILTER)
-            self._asker = open_netlink(self._netns, NETLINK_NETFILTER)
             _only_messages(self._listener, _NEWGEN)
             self._listener.subscribe(_GROUP_NFTABLES)
             self._listener.set_blocking(False)
         except OSError as error:
-            log.warning("changes of the ruleset by others cannot be watched", table=self._table, error=str(error))
+            log.warning("changes of the ruleset by others cannot be watched", error=str(error))
             self.close()
             return
         asyncio.get_running_loop().add_reader(self._listener.fileno(), self._readable)
@@ -71,9 +64,6 @@ class TableWatch:
                 asyncio.get_running_loop().remove_reader(self._listener.fileno())
             self._listener.close()
             self._listener = None
-        if self._asker is not None:
-            self._asker.close()
-            self._asker = None
 
     def _readable(self) -> None:
         assert self._listener is not None
@@ -82,14 +72,51 @@ class TableWatch:
                 self._listener.receive()
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.ENOBUFS):
-                log.warning("watching the ruleset failed", table=self._table, error=str(error))
+                log.warning("watching the ruleset failed", error=str(error))
                 self.close()
                 return
         if self._pending is None:
-            self._pending = asyncio.get_running_loop().call_later(_SETTLE_SECONDS, self._look)
+            self._pending = asyncio.get_running_loop().call_later(self._settle_seconds, self._tell)
+
+    def _tell(self) -> None:
+        self._pending = None
+        self._on_change()
+
+
+class TableWatch:
+    """Calls `on_lost` (a plain function, in the event loop) when the table is gone.
+
+    Args:
+      wanted: Whether the table ought to be there now; asked before each look.
+    """
+
+    def __init__(self, table: str, on_lost: Callable[[], None], *, wanted: Callable[[], bool], netns: str | None = None) -> None:
+        self._table = table
+        self._on_lost = on_lost
+        self._wanted = wanted
+        self._netns = netns
+        self._asker: NetlinkSocket | None = None
+        self._changes = RulesetWatch(self._look, netns=netns)
+
+    def start(self) -> None:
+        """Begin to watch; needs the running loop. A kernel that refuses costs only the watch, which is logged."""
+        if self._asker is not None:
+            return
+        try:
+            self._asker = open_netlink(self._netns, NETLINK_NETFILTER)
+        except OSError as error:
+            log.warning("the ruleset cannot be looked at", table=self._table, error=str(error))
+            return
+        self._changes.start()
+
+    def close(self) -> None:
+        """Stop watching; idempotent."""
+        self._changes.close()
+        if self._asker is not None:
+            self._asker.close()
+            self._asker = None
 
     def _look(self) -> None:
-        self._pending = None
         if self._asker is None or not self._wanted():
             return
         if not table_exists(self._asker, self._table):

@@ -205,6 +205,7 @@ class Node:
             # Connections of pods to what was there hang otherwise, until their programs give them up.
             forgotten = conntrack.forget_translated(netlink, old)
         log.info("node has another address", address=address, connections_forgotten=forgotten)
+                group.create_task(self.watch_firewalls(network_client), name="firewalls")
 
     @property
     def announces(self) -> bool:
@@ -234,6 +235,12 @@ class Node:
         config = self.config
         settings = KubeletConfig(
             node_name=self.node.name,
+    async def watch_firewalls(self, client: Client) -> None:
+        """Tell which firewalls of this machine may stop pods."""
+        from knarr.network.firewalls import FirewallWatch
+
+        await FirewallWatch(client, self.node.name).run()
+
             node_ip=self.address,
             current_ips=lambda: (self.address,),
             root_dir=str(self.data / "kubelet"),
