@@ -182,6 +182,7 @@ class Node:
                 group.create_task(self.serve_dns(network_client, informers, network), name="dns")
                 group.create_task(self.reach_other_nodes(informers, network), name="routes")
                 group.create_task(self.report_ready(informers, proxy), name="ready")
+                group.create_task(self.watch_firewalls(network_client), name="firewalls")
                 if not self.node.ip:
                     group.create_task(relocation.follow(self.address, lambda _old, new: self.move(new, kubelet)), name="relocation")
                 if self.announces:
@@ -205,12 +206,17 @@ class Node:
             # Connections of pods to what was there hang otherwise, until their programs give them up.
             forgotten = conntrack.forget_translated(netlink, old)
         log.info("node has another address", address=address, connections_forgotten=forgotten)
-                group.create_task(self.watch_firewalls(network_client), name="firewalls")
 
     @property
     def announces(self) -> bool:
         """Whether this node tells the local network of LoadBalancer addresses; nodes in namespaces of this machine are not part of it."""
         return bool(self.config.announce) and not self.node.netns
+
+    async def watch_firewalls(self, client: Client) -> None:
+        """Tell which firewalls of this machine may stop pods."""
+        from knarr.network.firewalls import FirewallWatch
+
+        await FirewallWatch(client, self.node.name).run()
 
     async def announce_balancers(self, client: Client, informers: Informers) -> None:
         """Answer ARP and NDP for LoadBalancer addresses that fall to this node."""
@@ -235,12 +241,6 @@ class Node:
         config = self.config
         settings = KubeletConfig(
             node_name=self.node.name,
-    async def watch_firewalls(self, client: Client) -> None:
-        """Tell which firewalls of this machine may stop pods."""
-        from knarr.network.firewalls import FirewallWatch
-
-        await FirewallWatch(client, self.node.name).run()
-
             node_ip=self.address,
             current_ips=lambda: (self.address,),
             root_dir=str(self.data / "kubelet"),
