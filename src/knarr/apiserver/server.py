@@ -185,11 +185,15 @@ class APIServer:
             return config.advertise_address
         return config.bind_address if config.bind_address not in ("0.0.0.0", "::", "") else "127.0.0.1"
 
+    def serving_renewed(self) -> None:
+        """The files of the serving certificate have become others: new connections get it."""
+        if self._context is not None:
+            self._context.load_cert_chain(self.config.serving_cert, self.config.serving_key)
+
     async def move(self, address: str) -> None:
         """The machine has another address: tell clients in the cluster, and show the serving certificate that was written for it."""
         self.config.advertise_address = address
-        if self._context is not None:
-            self._context.load_cert_chain(self.config.serving_cert, self.config.serving_key)
+        self.serving_renewed()
         await bootstrap.publish_endpoints(self)
         log.info("API server has another address", address=address)
 

@@ -2,7 +2,7 @@
 
 Role: called by `up` before the components start; components get paths. Names and groups in the certificates are the ones
 that the bootstrap RBAC policy knows (kubeadm's layout: kubernetes.io/docs/setup/best-practices/certificates).
-Certificates with under 30 days left are made again from the same authority by the next `up`.
+Certificates with under 30 days left are made again from the same authority, by the running processes (see renewal) or the next `up`.
 """
 
 from __future__ import annotations

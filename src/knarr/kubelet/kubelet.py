@@ -266,14 +266,8 @@ class Kubelet:
         """What keeps this node's certificates fresh, as far as configured."""
         config, loops = self.config, []
         if config.rotate_certificates:
-
-            def use(certificate: bytes, key: bytes) -> None:
-                for client in self.rotated_clients:
-                    client.use_certificate(certificate, key)
-                    self.tasks.spawn(_retire(client), "retire-connections")
-
             template = certificates.Template(config.node_name)
-            loops.append(("client-certificate", certificates.Rotation(self.client, config.client_cert_file, lambda: template, use).run()))
+            loops.append(("client-certificate", certificates.Rotation(self.client, config.client_cert_file, lambda: template, self.client_renewed).run()))
         if config.server_tls_bootstrap:
             serving = certificates.Rotation(self.client, config.serving_cert, self._serving_template, self._use_serving)
             self._node.add_handler(lambda _: serving.changed(), lambda _old, _new: serving.changed())
@@ -291,15 +285,24 @@ class Kubelet:
 
     def _use_serving(self, certificate: bytes, key: bytes) -> None:
         if self._tls is not None:
-            # New connections get the new certificate; those that exist go on.
-            self._tls.load_cert_chain(self.config.serving_cert, self.config.serving_key)
+            self.serving_renewed()
         else:
             self.tasks.spawn(self._start_server(), "serve")
 
-    def host_changed(self) -> None:
-        """The node has other addresses (`current_ips`), and perhaps another serving certificate for them: use and tell them."""
+    def serving_renewed(self) -> None:
+        """The files of the serving certificate have become others: new connections get it, those that exist go on."""
         if self._tls is not None:
             self._tls.load_cert_chain(self.config.serving_cert, self.config.serving_key)
+
+    def client_renewed(self, certificate: bytes, key: bytes) -> None:
+        """There is another client certificate of this node (PEM)."""
+        for client in self.rotated_clients:
+            client.use_certificate(certificate, key)
+            self.tasks.spawn(_retire(client), "retire-connections")
+
+    def host_changed(self) -> None:
+        """The node has other addresses (`current_ips`), and perhaps another serving certificate for them: use and tell them."""
+        self.serving_renewed()
         self.reporter.changed()
         for worker in self.workers.workers():
             self.workers.wake(worker.uid)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
-from knarr.cluster import addons, addresses, controllerargs, nodes, pki, relocation
+from knarr.cluster import addons, addresses, controllerargs, nodes, pki, relocation, renewal
 from knarr.cluster.config import ClusterConfig
 from knarr.cluster.localapi import Answer, LocalAPI, Say, socket_path
 from knarr.cluster.processes import common, endpoints
@@ -78,6 +78,7 @@ def main(config: ClusterConfig, announce: Announce) -> None:
                 group.create_task(ServingCertificateApprover(controllers, informers).run(), name="serving-certificates")
                 group.create_task(LoadBalancerController(controllers, informers, pool=config.balancer_pool).run(), name="load-balancer")
                 group.create_task(ingress.run(), name="ingress")
+                group.create_task(renewal.follow(own_pairs(config), renewal.start_again, issue=lambda: usage_pair(config)), name="certificates")
                 group.create_task(relocation.follow(shown[0] if shown else "", moved), name="relocation")
                 group.create_task(deciding.run(), name="scheduler")
         finally:
@@ -90,13 +91,24 @@ def main(config: ClusterConfig, announce: Announce) -> None:
     common.run(control)
 
 
+def own_pairs(config: ClusterConfig) -> list[pki.KeyPair]:
+    """The certificates of this process, made again (here, or by the API server's process) before they end."""
+    return [common.pair(config, name) for name in ("controller-manager", "scheduler", "metrics")]
+
+
+def usage_pair(config: ClusterConfig) -> pki.KeyPair:
+    """The serving certificate of metrics.k8s.io."""
+    from knarr.cluster.usage.registration import HOST
+
+    return pki.Authority(config.pki, "ca", "kubernetes").issue(config.pki / "metrics", "knarr-metrics", hosts=[HOST], server=True, client=False)
+
+
 def usage_server(config: ClusterConfig, client: Client) -> UsageServer:
     """What answers for metrics.k8s.io, not listening yet."""
     from knarr.cluster.usage.collector import Collector, kubelet_reader
-    from knarr.cluster.usage.registration import HOST
     from knarr.cluster.usage.server import UsageServer
 
-    serving = pki.Authority(config.pki, "ca", "kubernetes").issue(config.pki / "metrics", "knarr-metrics", hosts=[HOST], server=True, client=False)
+    serving = usage_pair(config)
     proxy_ca = config.pki / "front-proxy-ca.crt"
     return UsageServer(client, Collector(kubelet_reader(client)), certificate=str(serving.certificate), key=str(serving.key), proxy_ca=str(proxy_ca))
 

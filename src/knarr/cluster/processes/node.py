@@ -19,7 +19,7 @@ from knarr.api.resources import NODES
 from knarr.api.types import Object
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
-from knarr.cluster import nodes, pki, relocation, supervisor
+from knarr.cluster import nodes, pki, relocation, renewal, supervisor
 from knarr.cluster.config import ClusterConfig, NodeConfig
 from knarr.cluster.processes import common
 from knarr.cluster.supervisor import Announce
@@ -79,13 +79,34 @@ class Node:
                 raise RuntimeError(f"{self.config.client_certificate(self.node.name)} is missing; `knarr delete` and join again")
             own = network = pair
         else:
-            issued = self.authority().issue(self.data / "pki" / "kubelet-client", f"system:node:{self.node.name}", groups=["system:nodes"])
+            issued = self.client_pair()
             shared = common.pair(self.config, "network")
             own, network = (issued.certificate_pem(), issued.key_pem()), (shared.certificate_pem(), shared.key_pem())
         return (
             Client(common.certified(self.config, *own, "kubelet", server=self.server)),
             Client(common.certified(self.config, *network, "knarr-network", server=self.server)),
         )
+
+    def client_pair(self) -> pki.KeyPair:
+        """The kubelet's client certificate on the machine of the control plane, made where it is missing or ends soon."""
+        return self.authority().issue(self.data / "pki" / "kubelet-client", f"system:node:{self.node.name}", groups=["system:nodes"])
+
+    async def renew_certificates(self, kubelet: Kubelet, network_client: Client) -> None:
+        """Keep this node's certificates fresh where the authority is at hand. Eternal."""
+        shared = common.pair(self.config, "network")
+
+        def renewed(pairs: list[pki.KeyPair]) -> None:
+            for pair in pairs:
+                if pair == shared:
+                    # Connections made with the old one end with it at the latest, and are made again.
+                    network_client.use_certificate(pair.certificate_pem(), pair.key_pem())
+                elif str(pair.certificate) == kubelet.config.serving_cert:
+                    kubelet.serving_renewed()
+                else:
+                    kubelet.client_renewed(pair.certificate_pem(), pair.key_pem())
+
+        own = [self.client_pair(), self.serving()]
+        await renewal.follow([*own, shared], renewed, issue=lambda: (self.client_pair(), self.serving()))
 
     def authority(self) -> pki.Authority:
         return pki.Authority(self.config.pki, "ca", "kubernetes")
@@ -174,6 +195,8 @@ class Node:
                 kubelet = Kubelet(kubelet_client, runtime, runtime, self.kubelet_config(self.serving()))
                 if self.config.joined:
                     kubelet.rotated_clients.append(network_client)
+                else:
+                    group.create_task(self.renew_certificates(kubelet, network_client), name="certificates")
                 group.create_task(kubelet.run(), name="kubelet")
                 group.create_task(self.go_down_in_order(kubelet), name="orderly-shutdown")
                 group.create_task(self.follow_own_node(informers, network, runtime, kubelet.reporter.changed), name="own-node")
