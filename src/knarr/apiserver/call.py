@@ -105,7 +105,9 @@ class Call:
             self.dry_run = True
         manager = self.parameter("fieldManager")
         if manager:
-            if len(manager.encode()) > 128:
+            raw = manager.encode("utf-8", "surrogateescape")
+            manager = raw.decode("utf-8", "replace")
+            if len(raw) > 128:
                 found.append(errors.too_long("fieldManager", 128))
             for index, character in enumerate(manager):
                 if not character.isprintable():

@@ -126,10 +126,10 @@ def parse_revision(text: str, *, for_list: bool = False) -> int | None:
     if not text:
         return None
     if not text.isdecimal() or int(text) >= 1 << 64:
-        detail = f"strconv.ParseUint: parsing {errors.go_quote(text)}: invalid syntax"
+        detail = f"resourceVersion: Invalid value: {errors.go_quote(text)}: strconv.ParseUint: parsing {errors.go_quote(text)}: invalid syntax"
         if not for_list:
             # Only lists check it before the storage layer does, whose error has no reason.
-            raise StatusError(500, "", f"resourceVersion: Invalid value: {errors.go_quote(text)}: {detail}")
+            raise StatusError(500, "", detail)
         raise StatusError(400, "BadRequest", f"invalid resource version: {detail}")
     return int(text)
 

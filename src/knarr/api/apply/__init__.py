@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from knarr.api import decode, errors, schema, typeinfo, yamldoc
+from knarr.api import decode, errors, explain, schema, typeinfo, yamldoc
 from knarr.api.apply import fieldset, managed, types
 from knarr.api.apply.fieldset import FieldSet, of_paths, only_below, recursive_difference
 from knarr.api.apply.manager import FieldManager
@@ -165,7 +165,9 @@ def apply_body(
     if patch is None:
         patch = {}
     if not isinstance(patch, dict):
-        raise errors.bad_request("error decoding YAML: json: cannot unmarshal into Go value of type map[string]interface {}")
+        word = explain._json_word(patch)
+        why = f"json: cannot unmarshal {word} into Go value of type map[string]interface {{}}"
+        raise errors.bad_request(f"error decoding YAML: error unmarshaling JSON: while decoding JSON: {why}")
     new = manager.apply(live, patch, field_manager, force=force)
     if duplicates and field_validation == decode.STRICT:
         raise errors.bad_request(f"error strict decoding YAML: {duplicates}")

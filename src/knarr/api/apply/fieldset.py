@@ -31,6 +31,9 @@ def value_element(value: Any) -> str:
     return "v:" + orjson.dumps(value).decode()
 
 
+_ORDER = {"f": "0", "k": "1", "v": "2", "i": "3"}
+
+
 @lru_cache(maxsize=16384)
 def canonical_element(element: str) -> str:
     """A path element with its JSON rewritten compactly.
@@ -71,12 +74,12 @@ def from_json(fields: Any) -> FieldSet:
     for element, child in fields.items():
         if element == MEMBER:
             node[MEMBER] = True
+        elif element[1:2] == ":" and element[0] not in _ORDER:
+            # What a later version may know is left out.
+            continue
         else:
             node[canonical_element(element)] = from_json(child) if child else _IN
     return node
-
-
-_ORDER = {"f": "0", "k": "1", "v": "2", "i": "3"}
 
 
 def _sort_key(element: str) -> str:

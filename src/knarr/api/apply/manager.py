@@ -25,6 +25,7 @@ from knarr.api.types import Object
 
 LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 _BEFORE_FIRST_APPLY = "before-first-apply"
+MOST_SETTLED = 2048
 _SELF = ManagerID("current-operation", UPDATE, "", "")
 
 _STRIPPED = fs.of_paths(
@@ -66,6 +67,8 @@ class FieldManager:
         self._convert = convert
         self._kind_of = kind_of
         self._shapes = Shapes()
+        self._settled: dict[tuple[int, str], FieldSet] = {}
+        """Sets known to fit the schema, by identity and version."""
 
     # --- writes other than apply --------------------------------------------------------------------------------------
 
@@ -178,9 +181,9 @@ class FieldManager:
         return new
 
     def _check_identity(self, patch: Object) -> None:
-        version, kind = patch.get("apiVersion") or "", patch.get("kind") or ""
+        version, kind = _text(patch.get("apiVersion")), _text(patch.get("kind"))
         if version != self._api_version or kind != self._kind_name:
-            raise errors.bad_request(f"invalid object type: {version}, Kind={kind}")
+            raise errors.bad_request(f"invalid object type: {_group_version(version)}, Kind={kind}")
         meta = patch.get("metadata")
         if isinstance(meta, dict) and meta.get("managedFields") is not None:
             raise errors.bad_request("metadata.managedFields must be nil")
@@ -244,15 +247,23 @@ class FieldManager:
         try:
             self._finish(new)
         except errors.StatusError as error:
-            raise errors.StatusError(500, "", f"failed to convert new object ({self._object_text(patch)}): {error.message}") from None
+            raise errors.StatusError(500, "", self._unfit(patch, error.message)) from None
         return new, managers
+
+    def _unfit(self, patch: Object, why: str) -> str:
+        """What is said of a merged object that the version's type cannot hold."""
+        version = _group_version(self._api_version)
+        reason = why.partition(f"cannot be handled as a {self._kind_name}: ")[2] or why
+        return (
+            f"failed to convert new object ({self._object_text(patch)}) to proper version: "
+            f"unable to convert unstructured object to {version}, Kind={self._kind_name}: {reason}"
+        )
 
     def _object_text(self, obj: Object) -> str:
         meta = obj.get("metadata")
         if not isinstance(meta, dict):
             meta = {}
-        group, slash, version = self._api_version.rpartition("/")
-        return f"{meta.get('namespace') or ''}/{meta.get('name') or ''}; {group if slash else ''}/{version}, Kind={self._kind_name}"
+        return f"{meta.get('namespace') or ''}/{meta.get('name') or ''}; {_group_version(self._api_version)}, Kind={self._kind_name}"
 
     def _prune(self, merged: Any, managers: Managers, last: Owned | None, own: FieldSet) -> Any:
         """Take out what the manager applied before and does not any more, unless somebody else owns it."""
@@ -312,8 +323,17 @@ class FieldManager:
         for identity, owned in managers.items():
             if owned.api_version != self._api_version and self._in_version(live, owned.api_version) is None:
                 continue
+            if self._settled.get((id(owned.fields), owned.api_version)) is owned.fields:
+                result[identity] = owned
+                continue
             fields = walk.reconcile(self._kind_in(owned.api_version), owned.fields)
-            result[identity] = owned if fields is owned.fields else owned.having(fields)
+            if fields is owned.fields:
+                result[identity] = owned
+                if len(self._settled) >= MOST_SETTLED:
+                    self._settled.clear()
+                self._settled[id(fields), owned.api_version] = fields
+            else:
+                result[identity] = owned.having(fields)
         return result
 
     def _compare_and_take(
@@ -351,6 +371,15 @@ class FieldManager:
         if self._reset is None:
             return comparison
         return walk.Comparison(self._reset(comparison.removed), self._reset(comparison.modified), self._reset(comparison.added))
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _group_version(api_version: str) -> str:
+    """The group and version as in messages: that of the core group begins with the slash."""
+    return api_version if "/" in api_version else f"/{api_version}"
 
 
 def _without_managed_fields(obj: Object) -> Object:

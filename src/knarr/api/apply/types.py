@@ -107,8 +107,10 @@ def map_kind(element: Kind, atomic: bool = False) -> Kind:
 
 _UNTYPED_DEFINITIONS = {
     "io.k8s.apimachinery.pkg.api.resource.Quantity", "io.k8s.apimachinery.pkg.apis.meta.v1.Time",
-    "io.k8s.apimachinery.pkg.apis.meta.v1.MicroTime", "io.k8s.apimachinery.pkg.util.intstr.IntOrString",
+    "io.k8s.apimachinery.pkg.apis.meta.v1.MicroTime",
 }
+_ANY_TYPE = "io.k8s.apimachinery.pkg.util.intstr.IntOrString"
+"""Its definition names no single type, so merging takes anything; that it is neither list nor map is found when it is decoded."""
 
 
 @cache
@@ -117,6 +119,8 @@ def builtin(name: str) -> Kind:
     facts = schema.definition(name)
     if name in _UNTYPED_DEFINITIONS:
         return SCALARS[UNTYPED]
+    if name == _ANY_TYPE:
+        return DEDUCED
     if facts is None or facts.get("type") is None or (facts["type"] == "object" and "fields" not in facts):
         return ATOMIC
     if facts["type"] != "object":
@@ -191,7 +195,7 @@ def _meta_fields() -> dict[str, Kind]:
 
 def _from_schema(one: Object) -> Kind:
     if one.get("x-kubernetes-int-or-string"):
-        return SCALARS[UNTYPED]
+        return DEDUCED
     preserve = bool(one.get("x-kubernetes-preserve-unknown-fields"))
     match one.get("type"):
         case "object":

@@ -72,6 +72,7 @@ def _fixed(new: Object, old: Object, keys: tuple[str, ...], errors: Errors) -> N
 
 
 def update_storage_class(new: Object, old: Object, errors: Errors, subresource: str) -> None:
+    create_storage_class(new, errors)
     _fixed(new, old, ("parameters", "provisioner", "reclaimPolicy"), errors)
     immutable(errors, "volumeBindingMode", new.get("volumeBindingMode"), old.get("volumeBindingMode"))
 

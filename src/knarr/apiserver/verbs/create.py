@@ -180,8 +180,8 @@ async def _try_create(call: Call, obj: Object) -> CachedObject | Object | None:
                 await waiting
         if call.dry_run:
             return None if await store.live(key) is not None else obj
-        given_version = metadata.pop("resourceVersion", None)
-        if given_version:
+        given_version = metadata.pop("resourceVersion", "")
+        if given_version.isdecimal() and 0 < int(given_version) < 1 << 64:
             # Upstream's storage refuses it: after admission has had its say, and unnoticed by a dry run.
             raise StatusError(500, "", "resourceVersion should not be set on objects to be created")
         if key in store.cache.objects and await store.live(key) is not None:
