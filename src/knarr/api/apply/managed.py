@@ -6,6 +6,8 @@ Source: apimachinery util/managedfields/internal (managedfields.go, capmanagers.
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import orjson
+
 from knarr.api import errors, times
 from knarr.api.apply import fieldset as fs
 from knarr.api.apply.fieldset import FieldSet
@@ -46,6 +48,28 @@ def manager_id(manager: str, operation: str, api_version: str, subresource: str)
     return ManagerID(manager or "unknown", operation, "" if operation == APPLY else api_version, subresource)
 
 
+_MOST_KNOWN = 2048
+_LONGEST_KNOWN = 4096
+_by_text: dict[bytes, tuple[FieldSet, Object]] = {}
+_by_identity: dict[int, tuple[FieldSet, Object]] = {}
+"""Sets that were read, by their text and by their identity, each with its FieldsV1: most objects of a kind are owned alike."""
+
+
+def _fields(given: Any) -> FieldSet:
+    """Read FieldsV1; equal texts give one and the same set. Raises ValueError."""
+    text = orjson.dumps(given)
+    known = _by_text.get(text)
+    if known is None:
+        fields = fs.from_json(given)
+        if len(text) > _LONGEST_KNOWN:
+            return fields
+        if len(_by_text) >= _MOST_KNOWN:
+            _by_text.clear()
+            _by_identity.clear()
+        known = _by_text[text] = _by_identity[id(fields)] = (fields, fs.to_json(fields))
+    return known[0]
+
+
 def decode(entries: Any) -> Managers:
     """Read managedFields.
 
@@ -68,7 +92,7 @@ def decode(entries: Any) -> Managers:
         identity = ManagerID(
             entry.get("manager") or "", operation, "" if operation == APPLY else api_version, entry.get("subresource") or "",
         )
-        managers[identity] = Owned(fs.from_json(entry.get("fieldsV1") or {}), api_version, operation == APPLY, entry.get("time"))
+        managers[identity] = Owned(_fields(entry.get("fieldsV1") or {}), api_version, operation == APPLY, entry.get("time"))
     return managers
 
 
@@ -84,7 +108,8 @@ def encode(managers: Managers) -> list[Object]:
         if owned.time:
             entry["time"] = owned.time
         entry["fieldsType"] = "FieldsV1"
-        entry["fieldsV1"] = fs.to_json(owned.fields)
+        known = _by_identity.get(id(owned.fields))
+        entry["fieldsV1"] = known[1] if known is not None else fs.to_json(owned.fields)
         if identity.subresource:
             entry["subresource"] = identity.subresource
         entries.append(entry)

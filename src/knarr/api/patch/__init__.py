@@ -165,7 +165,7 @@ def _merge(current: Object, body: bytes, strict: bool) -> tuple[Object, list[str
         if patch is not None and not isinstance(patch, dict):
             word = explain._json_word(patch)
             raise bad_request(f"error decoding patch: json: cannot unmarshal {word} into Go value of type map[string]interface {{}}")
-        warnings = _duplicates(body)
+        warnings = _duplicates(body, patch)
     if patch is None:
         raise bad_request("Invalid JSON Patch")
     if not isinstance(patch, dict):
@@ -175,7 +175,9 @@ def _merge(current: Object, body: bytes, strict: bool) -> tuple[Object, list[str
     return merge_patch.apply(deep_copy(current), patch), warnings
 
 
-def _duplicates(body: bytes) -> list[str]:
+def _duplicates(body: bytes, parsed: Any) -> list[str]:
+    if not decode.may_repeat_keys(body, parsed):
+        return []
     findings = explain.Findings()
     explain.explain_untyped(explain.parse_with_duplicates(body), findings)
     return findings.strict
@@ -190,10 +192,9 @@ def _strategic(api_version: str, kind: str, current: Object, body: bytes, field_
     if patch is not None and not isinstance(patch, dict):
         word = explain._json_word(patch)
         raise bad_request(f"json: cannot unmarshal {word} into Go value of type map[string]interface {{}}")
-    warnings = _duplicates(body) if strict else []
-    shown = go_map(patch)
+    warnings = _duplicates(body, patch) if strict else []
     try:
-        patched = strategic.apply(deep_copy(current), patch or {}, api_version, kind)
+        patched = strategic.apply(orjson.loads(orjson.dumps(current)), patch or {}, api_version, kind)
     except strategic.StrategicPatchError as error:
         if error.code == 422:
             raise rejected_by_patch() from None
@@ -202,10 +203,10 @@ def _strategic(api_version: str, kind: str, current: Object, body: bytes, field_
     type_error, unknown = _problems(api_version, kind, patched, merged)
     if type_error:
         why = restore_error(orjson.loads(merged), typeinfo.message_name(api_version, kind))
-        raise _invalid_patch(shown, why or type_error)
+        raise _invalid_patch(go_map(decode.parse_json(body)), why or type_error)
     warnings += unknown if strict else []
     if warnings and field_validation == decode.STRICT:
-        raise _invalid_patch(shown, f"strict decoding error: {', '.join(warnings)}")
+        raise _invalid_patch(go_map(decode.parse_json(body)), f"strict decoding error: {', '.join(warnings)}")
     return patched, warnings
 
 
