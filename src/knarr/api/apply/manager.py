@@ -26,7 +26,6 @@ from knarr.api.types import Object
 LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 _BEFORE_FIRST_APPLY = "before-first-apply"
 MOST_SETTLED = 2048
-MOST_SETTLED = 2048
 _SELF = ManagerID("current-operation", UPDATE, "", "")
 
 _STRIPPED = fs.of_paths(
@@ -68,8 +67,6 @@ class FieldManager:
         self._convert = convert
         self._kind_of = kind_of
         self._shapes = Shapes()
-        self._settled: dict[tuple[int, str], FieldSet] = {}
-        """Sets known to fit the schema, by identity and version."""
         self._settled: dict[tuple[int, str], FieldSet] = {}
         """Sets known to fit the schema, by identity and version."""
 
