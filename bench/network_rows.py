@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from tests.network.test_overlay import wired_pair
@@ -21,12 +23,13 @@ from bench.network_world import (
     PORT,
     WEB_PORT,
     Pair,
-    alternately,
     bare_bridge,
     bare_vxlan,
-    connections,
+    connections_per_cpu,
     forget_connections,
     gigabits,
+    in_turn,
+    least_tracked,
     web_server,
 )
 from bench.row import Row
@@ -38,12 +41,13 @@ from knarr.network.proxy.topology import NodeView
 
 _ONE_NODE = ("network-pod-pod", "network-pod-service", "network-host-nodeport")
 _CONNECT = tuple(name.replace("network-", "network-connect-") for name in _ONE_NODE)
-ROWS = (*_ONE_NODE, *_CONNECT, "network-vxlan", "network-connect-vxlan", *network_scale.ROWS)
+_TRACKED = tuple(f"{name}-tracked" for name in _CONNECT)
+ROWS = (*_ONE_NODE, *_CONNECT, *_TRACKED, "network-vxlan", "network-connect-vxlan", *network_scale.ROWS)
 CLUSTER_IP = "10.96.0.70"
 
 
 def measure(names: list[str], options: argparse.Namespace) -> Iterator[Row]:
-    if any(name in (*_ONE_NODE, *_CONNECT) for name in names):
+    if any(name in (*_ONE_NODE, *_CONNECT, *_TRACKED) for name in names):
         yield from asyncio.run(_in_world(lambda world: _one_node(world, names, options)))
     if any(name.endswith("vxlan") for name in names):
         yield from asyncio.run(_two_nodes(names, options))
@@ -76,31 +80,42 @@ def _published(server: Place) -> Rendered:
 
 def _against_bridge(world: World, client: Place, server: Place, names: list[str], options: argparse.Namespace) -> list[Row]:
     rows = []
-    with bare_bridge(world.network.mtu) as (host, a, b), web_server(server), web_server(b):
-        plain, from_host = Pair(a, b, b.ip), Pair(host, b, b.ip)
+    mtu = world.network.mtu
+    with bare_bridge(mtu) as (host, a, b), least_tracked(CLUSTER_IP, mtu) as (other, c, d), web_server(server) as mine, web_server(b) as theirs, web_server(d) as third:
+        plain, least = Pair(a, b, b.ip, server_pid=theirs), Pair(c, d, CLUSTER_IP, server_pid=third)
         ways = {
-            "pod-pod": (Pair(client, server, server.ip), plain),
-            "pod-service": (Pair(client, server, CLUSTER_IP), plain),
-            "host-nodeport": (Pair(world.node, server, world.node.ip, NODE_PORT, NODE_PORT + 1), from_host),
+            "pod-pod": (Pair(client, server, server.ip, server_pid=mine), plain, replace(least, address=d.ip)),
+            "pod-service": (Pair(client, server, CLUSTER_IP, server_pid=mine), plain, least),
+            "host-nodeport": (
+                Pair(world.node, server, world.node.ip, NODE_PORT, NODE_PORT + 1, mine), replace(plain, client=host), replace(least, client=other),
+            ),
         }
-        for way, (ours, bare) in ways.items():
-            rows += _compare(way, ours, bare, world.node, names, options, "a bare bridge")
+        for way, (ours, bare, tracked) in ways.items():
+            rows += _compare(way, ours, bare, (world.node, other), names, options, "a bare bridge", tracked)
     return rows
 
 
-def _compare(way: str, ours: Pair, bare: Pair, node: Place, names: list[str], options: argparse.Namespace, against: str) -> list[Row]:
+def _compare(
+    way: str, ours: Pair, bare: Pair, nodes: Sequence[Place], names: list[str], options: argparse.Namespace, against: str, tracked: Pair | None = None
+) -> list[Row]:
     rows, seconds, repeat = [], 1, max(3, int(options.repeat * options.seconds / 2))
     if f"network-{way}" in names:
-        mine, theirs = alternately(lambda: gigabits(ours, seconds), lambda: gigabits(bare, seconds), repeat)
+        mine, theirs = in_turn([lambda: gigabits(ours, seconds), lambda: gigabits(bare, seconds)], repeat)
         rows.append(Row(f"network-{way}", "Gbit/s", mine, theirs, note=f"one TCP stream; reference: {against}"))
-    if f"network-connect-{way}" in names:
+    name = f"network-connect-{way}"
+    if name in names or f"{name}-tracked" in names:
 
-        def fresh() -> float:
-            forget_connections(node)
-            return connections(ours, seconds)
+        def fresh(pair: Pair) -> float:
+            for node in nodes:
+                forget_connections(node)
+            return connections_per_cpu(pair, seconds, pair.server_pid)
 
-        mine, theirs = alternately(fresh, lambda: connections(bare, seconds), repeat)
-        rows.append(Row(f"network-connect-{way}", "1/s", mine, theirs, note=f"connection, request, answer, end; reference: {against}"))
+        pairs = [ours, bare, *([tracked] if tracked else [])]
+        measured = in_turn([partial(fresh, pair) for pair in pairs], repeat)
+        note = "connection, request, answer, end; reference:"
+        rows.append(Row(name, "1/CPU s", measured[0], measured[1], note=f"{note} {against}"))
+        if tracked:
+            rows.append(Row(f"{name}-tracked", "1/CPU s", measured[0], measured[2], note=f"{note} a router with one rule by hand, which tracks as well"))
     return rows
 
 
@@ -113,13 +128,14 @@ async def _two_nodes(names: list[str], options: argparse.Namespace) -> list[Row]
                 policy.load(PolicyState("here").wanted())
                 proxy.load({})
             try:
-                return await asyncio.to_thread(_against_vxlan, one.place, Pair(one.pod_place, two.pod_place, two.pod_place.ip), names, options)
+                return await asyncio.to_thread(_against_vxlan, [one.place, two.place], Pair(one.pod_place, two.pod_place, two.pod_place.ip), names, options)
             finally:
                 for policy, proxy in zip(policies, proxies, strict=True):
                     policy.close()
                     proxy.close()
 
 
-def _against_vxlan(node: Place, ours: Pair, names: list[str], options: argparse.Namespace) -> list[Row]:
-    with bare_vxlan() as (a, b), web_server(ours.server), web_server(b):
-        return _compare("vxlan", ours, Pair(a, b, b.ip), node, names, options, "bridges joined by a bare VXLAN")
+def _against_vxlan(nodes: Sequence[Place], ours: Pair, names: list[str], options: argparse.Namespace) -> list[Row]:
+    with bare_vxlan() as (a, b), web_server(ours.server) as mine, web_server(b) as theirs:
+        ours = replace(ours, server_pid=mine)
+        return _compare("vxlan", ours, Pair(a, b, b.ip, server_pid=theirs), nodes, names, options, "bridges joined by a bare VXLAN")

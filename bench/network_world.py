@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,12 @@ from pathlib import Path
 from tests.network.world import Place
 
 from knarr.network import netns, rtnl
+from knarr.network.nftables import run_script
 
 PORT, WEB_PORT, NODE_PORT = 17701, 17702, 30701
+_CPUS = sorted(os.sched_getaffinity(0))
+SERVER_CPU, CLIENT_CPU = _CPUS[0], _CPUS[-1]
+"""Where the two ends run: a scheduler that moves them about is measured else."""
 _CONNECTIONS = 16
 _ANSWER = """global
   nbthread 1
@@ -40,18 +45,19 @@ frontend web
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Who asks, who answers, and under which address."""
+    """Who asks, who answers (and by which process), and under which address."""
 
     client: Place
     server: Place
     address: str
     port: int = PORT
     web_port: int = WEB_PORT
+    server_pid: int = 0
 
 
-def inside(place: Place, *command: str) -> list[str]:
-    """A command line that runs in a place's namespace."""
-    return ["nsenter", f"--net={place.path}", *command]
+def inside(place: Place, *command: str, cpu: int | None = None) -> list[str]:
+    """A command line that runs in a place's namespace, on one processor if wanted."""
+    return [*(["taskset", "-c", str(cpu)] if cpu is not None else []), "nsenter", f"--net={place.path}", *command]
 
 
 def ip(place: Place, *words: str) -> None:
@@ -72,13 +78,14 @@ def forget_connections(place: Place) -> None:
 
 def gigabits(pair: Pair, seconds: float) -> float:
     """TCP throughput of one stream."""
-    server = subprocess.Popen(inside(pair.server, "iperf3", "-s", "-1", "-p", str(PORT), "--forceflush"), stdout=subprocess.PIPE, text=True)
+    listen = inside(pair.server, "iperf3", "-s", "-1", "-p", str(PORT), "--forceflush", cpu=SERVER_CPU)
+    server = subprocess.Popen(listen, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         for line in server.stdout:
             if "listening" in line:
                 break
-        command = inside(pair.client, "iperf3", "-c", pair.address, "-p", str(pair.port), "-t", str(seconds), "-J")
+        command = inside(pair.client, "iperf3", "-c", pair.address, "-p", str(pair.port), "-t", str(seconds), "-J", cpu=CLIENT_CPU)
         answer = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=seconds + 20, check=False).stdout)
         if "error" in answer:
             raise RuntimeError(f"iperf3: {answer['error']}")
@@ -89,8 +96,8 @@ def gigabits(pair: Pair, seconds: float) -> float:
 
 
 @contextmanager
-def web_server(place: Place) -> Iterator[None]:
-    """An HTTP server that answers with five letters.
+def web_server(place: Place) -> Iterator[int]:
+    """An HTTP server that answers with five letters; gives its process number.
 
     It keeps no ended connections: a client that comes by several addresses in turn would meet them with other timestamps, and wait.
     """
@@ -98,7 +105,7 @@ def web_server(place: Place) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="knb-") as folder:
         config = Path(folder) / "haproxy.cfg"
         config.write_text(_ANSWER.format(port=WEB_PORT))
-        process = subprocess.Popen(inside(place, "haproxy", "-db", "-f", str(config)), stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(inside(place, "haproxy", "-db", "-f", str(config), cpu=SERVER_CPU), stderr=subprocess.DEVNULL)
         try:
             for _ in range(200):
                 try:
@@ -109,33 +116,59 @@ def web_server(place: Place) -> Iterator[None]:
                     process.poll()
                     os.sched_yield()
                     subprocess.run(["sleep", "0.02"], check=True)
-            yield
+            yield process.pid
         finally:
             process.kill()
             process.wait()
 
 
-def connections(pair: Pair, seconds: float, *, keep: bool = False) -> float:
-    """New connections a second, each for one request; with `keep` requests a second over kept ones."""
-    header = [] if keep else ["-H", "Connection: close"]
+def connections(pair: Pair, seconds: float) -> float:
+    """New connections a second, each for one request."""
+    return _load(pair, seconds)[0]
+
+
+def connections_per_cpu(pair: Pair, seconds: float, server_pid: int) -> float:
+    """New connections, each for one request, that a second of one processor carries, both ends and all between them counted.
+
+    Packets between namespaces are handled in the sender's own time, so the two processes' time is all of it, and what else the machine does
+    does not matter.
+    """
+
+    def server_seconds() -> float:
+        return int(Path(f"/proc/{server_pid}/schedstat").read_text().split()[0]) / 1e9
+
+    before = server_seconds()
+    _rate, count, client_seconds = _load(pair, seconds)
+    return count / (server_seconds() - before + client_seconds)
+
+
+def _load(pair: Pair, seconds: float) -> tuple[float, int, float]:
+    """(requests a second, requests, the client's processor seconds)."""
     target = f"http://{pair.address}:{pair.web_port}/"
-    command = inside(pair.client, "wrk", "-t1", f"-c{_CONNECTIONS}", f"-d{seconds:g}s", *header, target)
+    command = inside(pair.client, "wrk", "-t1", f"-c{_CONNECTIONS}", f"-d{seconds:g}s", "-H", "Connection: close", target, cpu=CLIENT_CPU)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     output = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 20, check=True).stdout
-    found = re.search(r"Requests/sec:\s*([\d.]+)", output)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    rate, count = re.search(r"Requests/sec:\s*([\d.]+)", output), re.search(r"(\d+) requests in", output)
     failed = re.search(r"Socket errors: connect (\d+), read (\d+), write (\d+), timeout (\d+)", output)
-    if found is None or (failed is not None and int(failed[1]) + int(failed[4])):
+    if rate is None or count is None or (failed is not None and int(failed[1]) + int(failed[4])):
         raise RuntimeError(output)
-    return float(found[1])
+    return float(rate[1]), int(count[1]), after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def in_turn(works: Sequence[Callable[[], float]], repeat: int) -> list[list[float]]:
+    """Measure all in turn, so that whatever else the machine does meets each; the order changes each time."""
+    values: list[list[float]] = [[] for _ in works]
+    for number in range(repeat):
+        order = range(len(works)) if number % 2 else reversed(range(len(works)))
+        for which in order:
+            values[which].append(works[which]())
+    return values
 
 
 def alternately(ours: Callable[[], float], theirs: Callable[[], float], repeat: int) -> tuple[list[float], list[float]]:
-    """Measure both in turn, so that whatever else the machine does meets both; the order changes each time."""
-    mine: list[float] = []
-    other: list[float] = []
-    for number in range(repeat):
-        steps = [(ours, mine), (theirs, other)]
-        for function, values in steps if number % 2 else reversed(steps):
-            values.append(function())
+    """Two of `in_turn`."""
+    mine, other = in_turn([ours, theirs], repeat)
     return mine, other
 
 
@@ -186,6 +219,41 @@ def bare_bridge(mtu: int) -> Iterator[tuple[Place, Place, Place]]:
         bridge(host, "10.78.0.1/24")
         plug(host, "a", a, "10.78.0.2/24", mtu)
         plug(host, "b", b, "10.78.0.3/24", mtu)
+        yield host, a, b
+
+
+_ONE_RULE = """table inet least {
+ chain come {
+  type nat hook prerouting priority dstnat
+  RULE
+ }
+ chain go {
+  type nat hook output priority -100
+  RULE
+ }
+ chain leave {
+  type nat hook postrouting priority srcnat
+  ip saddr 10.78.0.1 masquerade
+ }
+}
+"""
+
+
+@contextmanager
+def least_tracked(address: str, mtu: int) -> Iterator[tuple[Place, Place, Place]]:
+    """(host, guest, guest), routed by a host whose one rule, by hand, sends `address` to the second guest: what tracking itself costs."""
+    with places("lt", "lt-a", "lt-b") as (host, a, b):
+        bridge(host, "10.78.0.1/32")
+        netns.run_inside(host.path, lambda: Path("/proc/sys/net/ipv4/ip_forward").write_text("1"))
+        for name, guest, number in (("a", a, 2), ("b", b, 3)):
+            link(host, name, guest, "eth0", mtu)
+            guest.ips = [f"10.78.0.{number}"]
+            ip(guest, "address", "add", f"{guest.ip}/32", "dev", "eth0")
+            ip(guest, "route", "add", "10.78.0.1", "dev", "eth0")
+            ip(guest, "route", "add", "default", "via", "10.78.0.1")
+            ip(host, "route", "add", guest.ip, "dev", name, "src", "10.78.0.1")
+        ip(host, "route", "add", f"{address}/32", "dev", "br0", "src", "10.78.0.1")
+        run_script(_ONE_RULE.replace("RULE", f"ip daddr {address} dnat ip to {b.ip}"), host.path)
         yield host, a, b
 
 

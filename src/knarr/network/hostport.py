@@ -50,6 +50,7 @@ def render(table: str, cluster_cidrs: Sequence[str], pod_cidrs: Sequence[str], l
   ip6 saddr { fe80::/10, ::/128 } return
   fib saddr . iif oif 0 drop
  }
+ # After the Services: what they have translated needs no look here.
  chain host_ports {
   dnat ip to ip daddr . meta l4proto . th dport map @address_port4
   dnat ip6 to ip6 daddr . meta l4proto . th dport map @address_port6
@@ -60,11 +61,11 @@ def render(table: str, cluster_cidrs: Sequence[str], pod_cidrs: Sequence[str], l
   dnat ip6 to meta l4proto . th dport map @port6
  }
  chain nat_in {
-  type nat hook prerouting priority dstnat - 2; policy accept;
+  type nat hook prerouting priority dstnat + 2; policy accept;
   meta l4proto { tcp, udp, sctp } jump host_ports
  }
  chain nat_output {
-  type nat hook output priority -102; policy accept;
+  type nat hook output priority -98; policy accept;
   meta l4proto { tcp, udp, sctp } jump host_ports
  }
  chain nat_out {
