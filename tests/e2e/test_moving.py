@@ -1,10 +1,9 @@
-"""A machine with a whole cluster gets another address: everything goes on, and nothing is restarted."""
+"""A machine with a cluster whose ranges are chosen and that has two families; then the machine gets another address, and nothing is restarted."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from tests.e2e.machine import Machine
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(180)]
 
-SERVE = "import http.server as h; h.HTTPServer(('', 80), h.SimpleHTTPRequestHandler).serve_forever()"
+SERVE = "import http.server as h, socket; h.HTTPServer.address_family = socket.AF_INET6; h.HTTPServer(('::', 80), h.SimpleHTTPRequestHandler).serve_forever()"
 POD = {
     "apiVersion": "v1",
     "kind": "Pod",
@@ -26,49 +25,90 @@ POD = {
         "containers": [{"name": "c", "image": "dockercoins/rng:v0.1", "imagePullPolicy": "Never", "command": ["python3", "-c", SERVE]}],
     },
 }
-SERVICE = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"}, "spec": {"type": "NodePort", "selector": {"app": "web"}, "ports": [{"port": 80}]}}
-ASK_API = "import ssl, urllib.request as u; print(u.urlopen('https://kubernetes.default/readyz', timeout=3, context=ssl._create_unverified_context()).status)"
+SERVICE = {
+    "apiVersion": "v1",
+    "kind": "Service",
+    "metadata": {"name": "web"},
+    "spec": {"type": "NodePort", "ipFamilyPolicy": "PreferDualStack", "selector": {"app": "web"}, "ports": [{"port": 80}]},
+}
+BALANCED = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "balanced"}, "spec": {"type": "LoadBalancer", "selector": {"app": "web"}, "ports": [{"port": 80}]}}
+OPTIONS = ["--service-cidr", "10.30.0.0/20,fd30::/112", "--pod-cidr", "10.40.0.0/16,fd40::/56", "--node-port-range", "31000-31099", "--load-balancer-pool", "10.33.0.10-10.33.0.20"]
+RANGE = {"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "more"}, "spec": {"cidrs": ["10.31.0.0/24"]}}
 
 
-@pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    made = Machine("e2emove", Cluster("e2emove", tmp_path))
+class Moving(Machine):
+    """A machine with a cluster of its own."""
+
+    def kubectl(self, *arguments: str, check: bool = True) -> str:
+        return self.run(tools.kubectl(), *arguments, check=check)
+
+    def get(self, *arguments: str) -> Any:
+        return json.loads(self.kubectl("get", *arguments, "-o", "json"))
+
+    def apply(self, *objects: dict[str, Any]) -> None:
+        manifest = self.cluster.folder / "objects.json"
+        manifest.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}))
+        self.kubectl("apply", "-f", str(manifest))
+
+    def fetch(self, url: str) -> str:
+        """The status of a page that a pod asks for."""
+        program = f"import ssl, urllib.request as u; print(u.urlopen('{url}', timeout=3, context=ssl._create_unverified_context()).status)"
+        return self.kubectl("exec", "web", "--", "python3", "-c", program, check=False).strip()
+
+    def pids(self) -> dict[str, int]:
+        status = json.loads(self.knarr("status", "-o", "json").stdout)
+        return {part["name"]: part["pid"] for part in status["supervisor"]["components"]}
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Moving]:
+    made = Moving("e2emove", Cluster("e2emove", tmp_path_factory.mktemp("moving")))
     made.start()
+    made.knarr("up", *OPTIONS)
+    made.knarr("image", "load", str(images.archive()))
+    made.apply(POD, SERVICE, BALANCED)
+    made.kubectl("wait", "--for=condition=Ready", "pod/web", "--timeout=60s")
     yield made
     made.stop()
 
 
-def pids(machine: Machine) -> dict[str, int]:
-    status = json.loads(machine.knarr("status", "-o", "json").stdout)
-    return {part["name"]: part["pid"] for part in status["supervisor"]["components"]}
+def test_ranges_two_families_and_further_service_ranges_are_as_asked_for(machine: Moving) -> None:
+    addresses = [item["ip"] for item in machine.get("pod", "web")["status"]["podIPs"]]
+    assert [address.rpartition(".")[0] or address[:5] for address in addresses] == ["10.40.0", "fd40:"]
+    service = machine.get("service", "web")
+    first, second = service["spec"]["clusterIPs"]
+    assert first.startswith("10.30.")
+    assert second.startswith("fd30::")
+    assert 31000 <= service["spec"]["ports"][0]["nodePort"] <= 31099
+    for url in (f"http://{first}/", f"http://[{second}]/", f"http://[{addresses[1]}]/", "http://web/"):
+        wait_for(url, lambda url=url: machine.fetch(url) == "200", 20)
+    refused = json.dumps({"spec": {"ports": [{"port": 80, "nodePort": 32000}]}})
+    assert "32000" not in machine.kubectl("patch", "service", "web", "--type=merge", "-p", refused, check=False)
+    (balancer,) = machine.get("service", "balanced")["status"]["loadBalancer"]["ingress"]
+    assert balancer["ip"] == "10.33.0.10"
+    machine.apply(RANGE)
+    machine.kubectl("wait", "--for=condition=Ready", "servicecidr/more", "--timeout=20s")
+    further = {**SERVICE, "metadata": {"name": "further"}, "spec": {"selector": {"app": "web"}, "clusterIP": "10.31.0.77", "ports": [{"port": 80}]}}
+    machine.apply(further)
+    for url in ("http://10.31.0.77/", f"http://{balancer['ip']}/"):
+        wait_for(f"{url} from a pod", lambda url=url: machine.fetch(url) == "200", 20)
+        own = f"import urllib.request as u; print(u.urlopen('{url}', timeout=3).status)"
+        wait_for(f"{url} from the machine", lambda own=own: machine.run("python3", "-c", own, check=False).strip() == "200", 20)
 
 
-def test_pods_services_and_the_api_follow_the_machines_address(machine: Machine) -> None:
-    machine.knarr("up")
-    machine.knarr("image", "load", str(images.archive()))
-
-    def kubectl(*arguments: str, check: bool = True) -> str:
-        return machine.run(tools.kubectl(), *arguments, check=check)
-
-    def get(*arguments: str) -> Any:
-        return json.loads(kubectl("get", *arguments, "-o", "json"))
-
-    manifest = machine.cluster.folder / "objects.json"
-    manifest.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": [POD, SERVICE]}))
-    kubectl("apply", "-f", str(manifest))
-    kubectl("wait", "--for=condition=Ready", "pod/web", "--timeout=60s")
-    inside = ("exec", "web", "--", "python3", "-c", ASK_API)
-    wait_for("the API from a pod", lambda: kubectl(*inside, check=False).strip() == "200", 20)
-    before = pids(machine)
+def test_pods_services_and_the_api_follow_the_machines_address(machine: Moving) -> None:
+    api = "https://kubernetes.default/readyz"
+    wait_for("the API from a pod", lambda: machine.fetch(api) == "200", 20)
+    before = machine.pids()
     address = machine.move(77)
-    wait_for("the node's new address", lambda: get("nodes")["items"][0]["status"]["addresses"][0]["address"] == address, 20)
-    wait_for("the API's new address", lambda: get("endpointslice", "kubernetes")["endpoints"][0]["addresses"] == [address], 20)
-    wait_for("the pod's new host address", lambda: get("pod", "web")["status"]["hostIP"] == address, 20)
-    wait_for("the API from a pod again", lambda: kubectl(*inside, check=False).strip() == "200", 20)
-    kubectl("logs", "web")
-    port = get("service", "web")["spec"]["ports"][0]["nodePort"]
-    fetch = f"import urllib.request as u; print(u.urlopen('http://{address}:{port}/', timeout=3).status)"
+    wait_for("the node's new address", lambda: machine.get("nodes")["items"][0]["status"]["addresses"][0]["address"] == address, 20)
+    wait_for("the API's new address", lambda: machine.get("endpointslice", "kubernetes")["endpoints"][0]["addresses"] == [address], 20)
+    wait_for("the pod's new host address", lambda: machine.get("pod", "web")["status"]["hostIP"] == address, 20)
+    wait_for("the API from a pod again", lambda: machine.fetch(api) == "200", 20)
+    machine.kubectl("logs", "web")
+    port = machine.get("service", "web")["spec"]["ports"][0]["nodePort"]
+    ask = f"import urllib.request as u; print(u.urlopen('http://{address}:{port}/', timeout=3).status)"
     # From here, which is another machine to it.
-    wait_for("the node port at the new address", lambda: machine.outside("python3", "-c", fetch).strip() == "200", 20)
-    assert pids(machine) == before
-    assert all(status["restartCount"] == 0 for status in get("pod", "web")["status"]["containerStatuses"])
+    wait_for("the node port at the new address", lambda: machine.outside("python3", "-c", ask).strip() == "200", 20)
+    assert machine.pids() == before
+    assert all(status["restartCount"] == 0 for status in machine.get("pod", "web")["status"]["containerStatuses"])
