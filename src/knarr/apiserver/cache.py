@@ -11,7 +11,8 @@ Invariants:
 - Other forms (protobuf, Table rows, another version) are made on first demand and kept beside the bytes in `forms`.
 - CachedObject and Event are never changed after publication, apart from those memo slots.
 
-Memory: the ring keeps events for RING_SECONDS, at most RING_EVENTS of them; a watcher asking for older ones gets 410.
+Memory: the ring keeps events for RING_SECONDS, at most RING_EVENTS of them, as bytes; a watcher asking for older ones gets 410.
+Objects are kept decoded, which takes five times the memory of their bytes, only up to MEMO_BYTES of those bytes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 RING_EVENTS = 20_000
 RING_MINIMUM = 200
 RING_SECONDS = 75.0
+MEMO_BYTES = 4 << 20
 
 ADDED = "ADDED"
 MODIFIED = "MODIFIED"
@@ -134,6 +136,9 @@ class ResourceCache:
         """Key -> (value, decoded, form) of writes on their way: spares decoding what was just encoded here, and converting it to a form
         that it is in already (None: to none)."""
         self.bytes = 0
+        self._memo: deque[CachedObject] = deque()
+        """Objects that are kept decoded, in the order in which they were."""
+        self._memo_bytes = 0
 
     # -- filling ---------------------------------------------------------------------------------------------------------
     def make(self, key: str, value: bytes, revision: int, obj: Object | None = None) -> CachedObject:
@@ -187,11 +192,14 @@ class ResourceCache:
         self.revision = events[-1].revision
         self.generation += 1
         self.ring.extend(events)
-        self._trim(now)
+        self.trim(now)
         if self.handlers:
             self._call_handlers(events)
         if self.groups:
             self._fan_out(events)
+            for event in events:
+                # Whoever resumes later has it rendered anew; thousands of frames would wait for that in vain.
+                event.rendered.clear()
 
     def _apply(self, key: str, value: bytes | None, revision: int, now: float) -> Event | None:
         previous = self.objects.get(key)
@@ -205,7 +213,12 @@ class ResourceCache:
             return Event(DELETED, revision, previous.at_revision(revision), previous, now)
         written = self.pending.get(key)
         if written is not None and written[0] is value:
-            current = self.make(key, value, revision, written[1])
+            obj = written[1]
+            current = self.make(key, value, revision, obj)
+            if self.handlers and "kind" in obj and "apiVersion" in obj:
+                # Handlers want it decoded; the writer has given its own away.
+                obj["metadata"]["resourceVersion"] = str(revision)
+                self._keep(current, obj)
             if written[2] is not None:
                 current.forms = {written[2]: current.item}
         else:
@@ -218,7 +231,8 @@ class ResourceCache:
         self.bytes -= len(previous.item)
         return Event(MODIFIED, revision, current, previous, now)
 
-    def _trim(self, now: float) -> None:
+    def trim(self, now: float) -> None:
+        """Forget events that are too old or too many; called with each commit, and from time to time where nothing is written any more."""
         ring = self.ring
         horizon = now - RING_SECONDS
         while len(ring) > RING_MINIMUM and (len(ring) > RING_EVENTS or ring[0].time < horizon):
@@ -291,11 +305,23 @@ class ResourceCache:
 
     # -- reading ---------------------------------------------------------------------------------------------------------
     def decoded(self, cached: CachedObject) -> Object:
-        """Return the object as a dict, decoded once; shared, never to be changed."""
+        """Return the object as a dict, kept for the next who asks; shared, never to be changed."""
         obj = cached.obj
         if obj is None:
-            obj = cached.obj = self.private(cached)
+            obj = self.private(cached)
+            self._keep(cached, obj)
         return obj
+
+    def _keep(self, cached: CachedObject, obj: Object) -> None:
+        """Keep an object decoded, at the expense of those that have been for longest."""
+        cached.obj = obj
+        memo = self._memo
+        memo.append(cached)
+        self._memo_bytes += len(cached.item)
+        while self._memo_bytes > MEMO_BYTES and len(memo) > 1:
+            oldest = memo.popleft()
+            oldest.obj = None
+            self._memo_bytes -= len(oldest.item)
 
     def private(self, cached: CachedObject) -> Object:
         """Return the object as a dict of the caller's own, to be changed at will."""
