@@ -16,7 +16,7 @@ from cryptography import x509
 
 from knarr.aiokits import clock
 from knarr.aiokits.log import get_logger
-from knarr.api.errors import unauthorized
+from knarr.api.errors import StatusError, unauthorized
 from knarr.apiserver.attributes import ANONYMOUS, UserInfo
 from knarr.apiserver.auth import users
 from knarr.apiserver.auth.requestheader import RequestHeader
@@ -62,7 +62,7 @@ class RequestAuthenticator:
             return known
         token = self._bearer(request)
         if token is None:
-            return self._anonymous(request)
+            return self._without_token(request)
         # Cheap first: tokens of service accounts have three parts.
         found = self._service_accounts_nowait(token) if token.count(".") == 2 else None
         if found is None:
@@ -75,7 +75,7 @@ class RequestAuthenticator:
             return known
         token = self._bearer(request)
         if token is None:
-            return self._anonymous(request)
+            return self._without_token(request)
         try:
             found = await self.authenticate_token(token, ())
         except TokenRefused as refusal:
@@ -93,6 +93,10 @@ class RequestAuthenticator:
         paths = self._anonymous_paths
         return ANONYMOUS if "*" in paths or request.path in paths else None
 
+    def _without_token(self, request: Request) -> UserInfo | None:
+        """Who shows nothing is anonymous; who showed a certificate that is good for nothing is nobody."""
+        return self._anonymous(request) if request.connection_state.get(_STATE) is None else None
+
     def _certificate_user(self, request: Request) -> UserInfo | None:
         state = request.connection_state
         if _STATE not in state:
@@ -102,7 +106,7 @@ class RequestAuthenticator:
             return None
         proxy, user, expires_at = found
         if clock.now() > expires_at:
-            raise unauthorized()
+            return None
         if proxy:
             named = RequestHeader.user(request)
             if named is not None:
@@ -111,17 +115,23 @@ class RequestAuthenticator:
         return result
 
     def _inspect(self, request: Request) -> tuple[bool, UserInfo | None, float] | None:
+        """Return (the front proxy's, its user, until when) of the connection's certificate; one that is refused has neither."""
         der = request.peer_certificate_der()
         if der is None:
             return None
         leaf = x509.load_der_x509_certificate(der)
+        # Time is not looked at by the TLS layer, which could only break the connection: clients are to be told.
         if not for_client_auth(leaf) or not in_validity(leaf):
-            return None
+            return False, None, 0.0
         proxy = self._request_header is not None and self._request_header.vouches(leaf)
         # With one bundle the TLS layer has checked the whole chain, intermediates included; with two the issuer decides.
         trusted = self._client_ca is not None and (self._request_header is None or self._client_ca.issued(leaf))
-        user = user_of(leaf, der) if trusted else None
-        if not proxy and user is None:
+        try:
+            user = user_of(leaf, der) if trusted else None
+        except StatusError:
+            return False, None, 0.0
+        if trusted and user is None and not proxy:
+            # A certificate that names nobody says nothing.
             return None
         return proxy, with_authenticated(user) if user is not None else None, leaf.not_valid_after_utc.timestamp()
 

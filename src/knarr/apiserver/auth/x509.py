@@ -31,6 +31,8 @@ class CABundle:
 
     def issued(self, leaf: x509.Certificate) -> bool:
         for authority in self.certificates:
+            if not in_validity(authority):
+                continue
             try:
                 leaf.verify_directly_issued_by(authority)
                 return True
@@ -48,8 +50,8 @@ def for_client_auth(leaf: x509.Certificate) -> bool:
     return ExtendedKeyUsageOID.CLIENT_AUTH in usage or ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in usage
 
 
-def in_validity(leaf: x509.Certificate) -> bool:
-    return leaf.not_valid_before_utc <= datetime.now(UTC) <= leaf.not_valid_after_utc
+def in_validity(certificate: x509.Certificate) -> bool:
+    return certificate.not_valid_before_utc <= datetime.now(UTC) <= certificate.not_valid_after_utc
 
 
 def common_name(leaf: x509.Certificate) -> str:
