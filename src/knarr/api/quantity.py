@@ -143,12 +143,22 @@ def format_of(value: "str | int | float") -> str:
 
 def value(quantity: "str | int | float | Fraction") -> int:
     """The whole number, rounded up (away from zero, as upstream rounds)."""
-    return _round_up(parse(quantity))
+    return _value_of_text(quantity) if quantity.__class__ is str else _round_up(parse(quantity))
 
 
 def cpu_millicores(quantity: "str | int | float | Fraction") -> int:
     """Thousandths, rounded up: "100m" gives 100, "2" gives 2000."""
-    return milli_value(quantity)
+    return _milli_of_text(quantity) if quantity.__class__ is str else milli_value(quantity)
+
+
+@lru_cache(maxsize=4096)
+def _milli_of_text(text: str) -> int:
+    return milli_value(text)
+
+
+@lru_cache(maxsize=4096)
+def _value_of_text(text: str) -> int:
+    return _round_up(parse(text))
 
 
 def milli_value(quantity: "str | int | float | Fraction") -> int:
