@@ -57,6 +57,15 @@ class OpenAPI:
         """Publish the schemas of custom resources."""
         self.documents.set_custom(apis)
 
+    async def take_swagger(self, path: str, body: bytes) -> None:
+        """Merge an extension server's Swagger 2.0 document, as far as it is about the path. Raises ValueError."""
+        await self._off_loop(lambda: self.documents.set_foreign(path, orjson.loads(body)))
+
+    def drop_swagger(self, path: str) -> None:
+        """Take an extension server's part off again."""
+        if self._documents is not None:
+            self._documents.set_foreign(path, None)
+
     async def handle(self, request: Request) -> None:
         """Answer. Raises 404."""
         path = request.path.rstrip("/")

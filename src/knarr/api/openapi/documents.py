@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from knarr.api import schema, typeinfo
-from knarr.api.openapi import crd, definitions, gnostic, paths, v2
+from knarr.api.openapi import crd, definitions, gnostic, merge, paths, v2
 from knarr.api.scheme import SCHEME, Resource
 from knarr.api.types import Object
 
@@ -56,6 +56,8 @@ class OpenAPIDocuments:
         for resource in SCHEME.resources():
             self._builtin.setdefault(_path_of(resource), []).append(resource)
         self._custom: dict[str, list[CustomAPI]] = {}
+        self._foreign: dict[str, bytes] = {}
+        """Swagger 2.0 documents of extension servers, compressed, by path."""
         self._documents: dict[str, Document] = {}
         self._v2: Document | None = None
         self._v2_binary: Document | None = None
@@ -72,6 +74,17 @@ class OpenAPIDocuments:
         self._custom = grouped
         self._v2 = self._v2_binary = None
         self._index = None
+
+    def set_foreign(self, path: str, document: dict[str, Any] | None) -> None:
+        """Take over what an extension server's Swagger 2.0 document says of a path such as "apis/GROUP/VERSION"; None takes it off."""
+        packed = None if document is None else zlib.compress(orjson.dumps(merge.below(document, f"/{path}/")), 6)
+        if self._foreign.get(path) == packed:
+            return
+        if packed is None:
+            del self._foreign[path]
+        else:
+            self._foreign[path] = packed
+        self._v2 = self._v2_binary = None
 
     def v3_paths(self) -> list[str]:
         """Paths that have a v3 document, such as "api/v1", "apis/apps/v1", "version"."""
@@ -104,7 +117,10 @@ class OpenAPIDocuments:
                 document = self._build(path)
                 merged["paths"].update(document["paths"])
                 merged["components"]["schemas"].update(document["components"]["schemas"])
-            self._v2 = _render(v2.convert(merged, _TITLE, _SECURITY))
+            made = v2.convert(merged, _TITLE, _SECURITY)
+            for _, packed in sorted(self._foreign.items()):
+                merge.merge(made, orjson.loads(zlib.decompress(packed)))
+            self._v2 = _render(made)
         return self._v2
 
     def v2_protobuf(self) -> Document:

@@ -48,6 +48,8 @@ class Extensions:
         self._dirty: dict[str, None] = {}
         self._wakeup = asyncio.Event()
         self._published: dict[str, Object] = {}
+        self._tags: dict[str, str] = {}
+        """Entity tags of the Swagger documents that were taken over, by path."""
 
     async def start(self) -> None:
         """Follow the APIServices."""
@@ -221,6 +223,7 @@ class Extensions:
         except (ValueError, KeyError) as error:
             return "False", "FailedDiscoveryCheck", f"unreadable discovery: {error}"
         await self._take_schema(client, f"apis/{group}/{version}", headers)
+        await self._take_swagger(client, f"apis/{group}/{version}", headers)
         return "True", "Passed", "all checks passed"
 
     def _take(self, name: str, group: str, version: str, document: Object) -> None:
@@ -239,9 +242,26 @@ class Extensions:
         if entry is not None:
             self._published[path] = entry
 
+    async def _take_swagger(self, client: HTTPClient, path: str, headers: dict[str, str]) -> None:
+        """Merge the server's older kind of document, unless it is the one that is known."""
+        asked = {**headers, "Accept": "application/json"} | ({"If-None-Match": self._tags[path]} if path in self._tags else {})
+        try:
+            answer = await client.request("GET", "/openapi/v2", asked, timeout_seconds=10)
+            if answer.status != 200:
+                return
+            await self._server.openapi.take_swagger(path, answer.body)
+        except (HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("no Swagger document of an extension server", path=path, error=repr(error))
+            return
+        if "etag" in answer.headers:
+            self._tags[path] = answer.headers["etag"]
+
     def _forget(self, name: str) -> None:
         version, _, group = name.partition(".")
-        self._published.pop(f"apis/{group}/{version}", None)
+        path = f"apis/{group}/{version}"
+        self._published.pop(path, None)
+        self._tags.pop(path, None)
+        self._server.openapi.drop_swagger(path)
         self._server.discovery.drop_foreign(group, version)
 
 
