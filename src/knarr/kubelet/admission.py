@@ -100,12 +100,13 @@ def _check_node(pod: Object, node: Object | None) -> Refusal | None:
     if podutil.is_static(pod):
         return None
     for taint in (node.get("spec") or {}).get("taints") or []:
-        if taint.get("effect") == "NoExecute" and not _tolerated(pod, taint):
+        if taint.get("effect") == "NoExecute" and not tolerates(pod, taint):
             return "TaintToleration", "Predicate TaintToleration failed: node(s) had untolerated taints"
     return None
 
 
-def _tolerated(pod: Object, taint: Object) -> bool:
+def tolerates(pod: Object, taint: Object) -> bool:
+    """Whether a pod may be on a node in spite of a taint."""
     for t in pod["spec"].get("tolerations") or []:
         if t.get("effect") not in (None, "", taint.get("effect")):
             continue

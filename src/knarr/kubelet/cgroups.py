@@ -321,6 +321,14 @@ class Cgroups:
             return 0, 0
         return usage, max(0, usage - inactive)
 
+    def memory_limit(self, path: str) -> int:
+        """The memory limit of one group in bytes; 0 when it has none or is gone."""
+        try:
+            value = _read(self.hierarchies.v2 + path + "/memory.max" if self.is_v2 else self.hierarchies.v1["memory"] + path + "/memory.limit_in_bytes")
+        except (OSError, KeyError):
+            return 0
+        return int(value) if value.isdigit() and int(value) < 1 << 62 else 0
+
     def cpu_usage_ns(self, path: str) -> int:
         """CPU time used by one group since it was made."""
         try:

@@ -9,6 +9,18 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+SIGNALS = (
+    "memory.available",
+    "nodefs.available",
+    "nodefs.inodesFree",
+    "imagefs.available",
+    "imagefs.inodesFree",
+    "containerfs.available",
+    "containerfs.inodesFree",
+    "pid.available",
+)
+"""What eviction thresholds can be set for."""
+
 
 @dataclass(frozen=True, slots=True)
 class EvictionConfig:
@@ -27,6 +39,8 @@ class EvictionConfig:
     soft: dict[str, str] = field(default_factory=dict)
     """Signal to threshold that must hold for its grace period."""
     soft_grace_period_seconds: dict[str, float] = field(default_factory=dict)
+    minimum_reclaim: dict[str, str] = field(default_factory=dict)
+    """Signal to what must be free beyond the threshold before an eviction counts as enough."""
     max_pod_grace_period_seconds: int = 0
     """Most grace given to a pod that a soft threshold evicts."""
     pressure_transition_period_seconds: float = 300.0
@@ -118,6 +132,8 @@ class KubeletConfig:
     image_gc_high_threshold_percent: int = 85
     image_gc_low_threshold_percent: int = 80
     image_minimum_gc_age_seconds: float = 120.0
+    image_maximum_gc_age_seconds: float = 0.0
+    """Images that nobody used for so long are removed however much room there is; 0 for never."""
     container_log_max_size_bytes: int = 10 * 1024 * 1024
     container_log_max_files: int = 5
     shutdown_grace_period_seconds: float = 0.0

@@ -17,7 +17,7 @@ from knarr.api import quantity, times, yamldoc
 from knarr.kubelet.affinity import hints
 from knarr.kubelet.affinity.cpus import OPTIONS
 from knarr.kubelet.affinity.machine import parse_cpus
-from knarr.kubelet.config import EvictionConfig, KubeletConfig
+from knarr.kubelet.config import SIGNALS, EvictionConfig, KubeletConfig
 
 API_VERSION, KIND = "kubelet.config.k8s.io/v1beta1", "KubeletConfiguration"
 
@@ -69,6 +69,19 @@ def _quantities(value: Any) -> dict[str, str]:
     found = _map(value)
     for item in found.values():
         quantity.parse(item)
+    return found
+
+
+def _thresholds(value: Any) -> dict[str, str]:
+    found = _map(value)
+    for signal, item in found.items():
+        if signal not in SIGNALS:
+            raise ValueError(f"unknown eviction signal {signal!r}")
+        if item.endswith("%"):
+            if not 0 <= float(item[:-1]) <= 100:
+                raise ValueError(f"{signal} must be between 0% and 100%")
+        elif quantity.parse(item) < 0:
+            raise ValueError(f"{signal} must not be negative")
     return found
 
 
@@ -133,6 +146,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "nodeStatusReportFrequency": ("node_status_report_seconds", _seconds),
     "nodeLeaseDurationSeconds": ("lease_duration_seconds", _whole),
     "imageMinimumGCAge": ("image_minimum_gc_age_seconds", _seconds),
+    "imageMaximumGCAge": ("image_maximum_gc_age_seconds", _seconds),
     "imageGCHighThresholdPercent": ("image_gc_high_threshold_percent", _whole),
     "imageGCLowThresholdPercent": ("image_gc_low_threshold_percent", _whole),
     "cgroupsPerQOS": ("cgroups_per_qos", _flag),
@@ -164,9 +178,10 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "registerNode": ("register_node", _flag),
 }
 _EVICTION: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "evictionSoft": ("soft", _map),
+    "evictionSoft": ("soft", _thresholds),
     "evictionSoftGracePeriod": ("soft_grace_period_seconds", lambda value: {key: _seconds(item) for key, item in _map(value).items()}),
     "evictionPressureTransitionPeriod": ("pressure_transition_period_seconds", _seconds),
+    "evictionMinimumReclaim": ("minimum_reclaim", _thresholds),
     "evictionMaxPodGracePeriod": ("max_pod_grace_period_seconds", _whole),
 }
 _HANDLED = ("apiVersion", "kind", "evictionHard", "mergeDefaultEvictionSettings", "serializeImagePulls", "registerWithTaints", "crashLoopBackOff", "authentication", "authorization")
@@ -174,10 +189,10 @@ _IDLE = frozenset(
     """enableServer syncFrequency fileCheckFrequency httpCheckFrequency staticPodURL staticPodURLHeader address port readOnlyPort
     tlsCertFile tlsPrivateKeyFile tlsCipherSuites tlsMinVersion rotateCertificates serverTLSBootstrap registryPullQPS registryBurst
     imagePullCredentialsVerificationPolicy preloadedImagesVerificationAllowlist eventRecordQPS eventBurst enableDebuggingHandlers
-    enableContentionProfiling healthzPort healthzBindAddress oomScoreAdj streamingConnectionIdleTimeout imageMaximumGCAge
+    enableContentionProfiling healthzPort healthzBindAddress oomScoreAdj streamingConnectionIdleTimeout
     volumeStatsAggPeriod kubeletCgroups systemCgroups cgroupRoot cgroupDriver singleProcessOOMKill cpuManagerReconcilePeriod
     topologyManagerPolicyOptions qosReserved runtimeRequestTimeout hairpinMode podCIDR runOnce cpuCFSQuotaPeriod nodeStatusMaxImages
-    maxOpenFiles contentType kubeAPIQPS kubeAPIBurst evictionMinimumReclaim podsPerCore enableControllerAttachDetach
+    maxOpenFiles contentType kubeAPIQPS kubeAPIBurst podsPerCore enableControllerAttachDetach
     protectKernelDefaults makeIPTablesUtilChains iptablesMasqueradeBit iptablesDropBit featureGates failSwapOn memorySwap
     containerLogMaxWorkers containerLogMonitorInterval configMapAndSecretChangeDetectionStrategy showHiddenMetricsForVersion
     volumePluginDir kernelMemcgNotification logging
@@ -230,7 +245,7 @@ def _special(document: Values, config: KubeletConfig) -> Values:
     out: Values = {}
     eviction: Values = {attribute: _converted(name, convert, document[name]) for name, (attribute, convert) in _EVICTION.items() if document.get(name) is not None}
     if document.get("evictionHard") is not None:
-        hard = _converted("evictionHard", _map, document["evictionHard"])
+        hard = _converted("evictionHard", _thresholds, document["evictionHard"])
         # As upstream: thresholds in the file take the place of all defaults, not only of the same signals, unless merging is asked for.
         eviction["hard"] = {**(EvictionConfig().hard if document.get("mergeDefaultEvictionSettings") else {}), **hard}
     if eviction:
@@ -263,6 +278,9 @@ def _check(config: KubeletConfig) -> None:
     for kind, group in (("system", config.system_reserved_cgroup), ("kube", config.kube_reserved_cgroup)):
         if not group and any(name.startswith(f"{kind}-reserved") for name in config.enforce_node_allocatable):
             raise ConfigFileError(f"{kind}ReservedCgroup must be given when enforceNodeAllocatable contains {kind}-reserved")
+    for signal in config.eviction.soft:
+        if signal not in config.eviction.soft_grace_period_seconds:
+            raise ConfigFileError(f"evictionSoft: grace period must be specified for the soft eviction threshold {signal}")
     if config.image_gc_low_threshold_percent >= config.image_gc_high_threshold_percent:
         raise ConfigFileError("imageGCLowThresholdPercent must be less than imageGCHighThresholdPercent")
     if config.crash_loop_max_seconds < 1 or config.crash_loop_max_seconds > 300:

@@ -35,6 +35,7 @@ class GarbageCollector:
         self._workers = workers
         self._reference = reference
         self._first_seen: dict[str, float] = {}
+        self._started = clock.now()
 
     async def run(self) -> None:
         """Collect for ever."""
@@ -140,6 +141,7 @@ class GarbageCollector:
     async def collect_images(self) -> None:
         """Remove the images unused for longest when the disk is too full. Raises RuntimeFault."""
         node, config = self._node, self._node.config
+        await self._remove_old_images()
         usage = await node.image_service.image_fs_info()
         space = machine.disk(usage.mountpoint)
         if not space.capacity:
@@ -176,6 +178,21 @@ class GarbageCollector:
                 free.append((node.images.used_at.get(image.id, 0.0), image))
         free.sort(key=lambda pair: pair[0])
         return free
+
+    async def free_unused(self) -> None:
+        """Remove all that nobody needs: dead containers, and every image that is not in use. Raises RuntimeFault."""
+        await self.collect_containers()
+        await self.free_images(1 << 63)
+
+    async def _remove_old_images(self) -> None:
+        """Remove images that nobody has used for too long."""
+        most, now = self._node.config.image_maximum_gc_age_seconds, clock.now()
+        if not most or now - self._started < most:
+            # When images were used before this start is not known.
+            return
+        for used_at, image in await self._note_images():
+            if now - max(used_at, self._first_seen[image.id]) > most:  # type: ignore[attr-defined]
+                await self._node.image_service.remove_image(image.id)  # type: ignore[attr-defined]
 
     async def free_images(self, wanted_bytes: int) -> int:
         """Remove unused images until so many bytes are free; returns how many were."""

@@ -95,12 +95,17 @@ class Kubelet:
         self.node = self._wire(runtime, images)
         self.workers = PodWorkers(self.node, self._admit)
         self.static_pods = StaticPods(self.node, self.workers)
-        self.eviction = Eviction(self.node, self.workers, lambda: self.reporter.changed())
+        self.eviction = Eviction(
+            self.node,
+            self.workers,
+            lambda: self.reporter.changed(),
+            lambda kind, reason, text: self._record(self.reporter.reference(), kind, reason, text),
+        )
         self.reporter = NodeReporter(config, client, runtime, images, self._record, self.capacity, self.eviction.pressure)
         self.reporter.live = lambda: self._node.get(None, config.node_name)
         self._node.add_handler(self.reporter.node_changed, lambda _old, new: self.reporter.node_changed(new))
         self.garbage = GarbageCollector(self.node, self.workers, self.reporter.reference)
-        self.eviction.reclaim = self.garbage.free_images
+        self.eviction.reclaim = self.garbage.free_unused
         self.shutdown = NodeShutdown(self.node, self.workers, self.reporter)
         self.server = KubeletServer(self)
         self.rotated_clients = [client]
@@ -169,8 +174,10 @@ class Kubelet:
         node.resize = Resizes(node)
         return node
 
-    def _record(self, obj: Object, kind: str, reason: str, message: str, field_path: str = "") -> None:
-        self._recorder.event(obj, kind, reason, message, field_path=field_path)
+    def _record(
+        self, obj: Object, kind: str, reason: str, message: str, field_path: str = "", annotations: dict[str, str] | None = None
+    ) -> None:
+        self._recorder.event(obj, kind, reason, message, field_path=field_path, annotations=annotations)
 
     def _services_for(self, namespace: str) -> Iterable[Object]:
         found = self._services.list(namespace)

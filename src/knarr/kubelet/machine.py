@@ -96,6 +96,12 @@ def most_processes() -> int:
     return min((int(text) for text in limits if text.isdigit()), default=0)
 
 
+def process_count() -> int:
+    """Processes and threads of the machine now."""
+    load = read_text("/proc/loadavg").split()
+    return int(load[3].partition("/")[2]) if len(load) > 3 else 0
+
+
 def os_image() -> str:
     for line in read_text("/etc/os-release").splitlines():
         if line.startswith("PRETTY_NAME="):

@@ -14,11 +14,11 @@ import orjson
 
 from knarr.aiokits import clock
 from knarr.http.server import Request
-from knarr.kubelet import machine, podutil
-from knarr.kubelet.eviction import tree_bytes
+from knarr.kubelet import machine, podutil, usage
 from knarr.kubelet.pod_worker import PodWorker, Stage
 from knarr.kubelet.server import groups
 from knarr.kubelet.server.groups import Group, Pressure
+from knarr.kubelet.usage import PodUsage, Space
 from knarr.runtime.cri import ContainerStats, RuntimeFault
 
 if TYPE_CHECKING:
@@ -156,16 +156,17 @@ async def summary(kubelet: Kubelet, *, only_cpu_and_memory: bool = False) -> Sum
     return {"node": _node(kubelet, now, only=only_cpu_and_memory), "pods": pods}
 
 
-def _filesystem(path: str, stamp: str, used: int | None = None) -> Summary:
+def _filesystem(path: str, stamp: str, used: Space | None = None) -> Summary:
+    """The file system that holds a path; `used` is what its owner has of it, else all that is taken counts."""
     d = machine.disk(path)
     return {
         "time": stamp,
         "availableBytes": d.available,
         "capacityBytes": d.capacity,
-        "usedBytes": d.used if used is None else used,
+        "usedBytes": d.used if used is None else used.size,
         "inodesFree": d.inodes_free,
         "inodes": d.inodes,
-        "inodesUsed": d.inodes - d.inodes_free,
+        "inodesUsed": d.inodes - d.inodes_free if used is None else used.inodes,
     }
 
 
@@ -200,10 +201,7 @@ def _node(kubelet: Kubelet, now: float, *, only: bool) -> Summary:
     out["network"] = {"time": stamp, **first, "interfaces": links}
     out["fs"] = _filesystem(kubelet.config.root_dir, stamp)
     out["runtime"] = {"imageFs": _filesystem(kubelet.config.root_dir, stamp), "containerFs": _filesystem(kubelet.config.root_dir, stamp)}
-    load = machine.read_text("/proc/loadavg").split()
-    maximum = int(machine.read_text("/proc/sys/kernel/pid_max") or 0)
-    running = int(load[3].partition("/")[2]) if len(load) > 3 else 0
-    out["rlimit"] = {"time": stamp, "maxpid": maximum, "curproc": running}
+    out["rlimit"] = {"time": stamp, "maxpid": machine.most_processes(), "curproc": machine.process_count()}
     return out
 
 
@@ -222,13 +220,14 @@ async def _pod(kubelet: Kubelet, worker: PodWorker, stats: list[ContainerStats],
     cgroups, meta, stamp = kubelet.node.cgroups, worker.pod["metadata"], clock.rfc3339(now)
     path = cgroups.pod_path(worker.pod)
     group = groups.read(cgroups.hierarchies, path) or Group()
+    used = None if only else await asyncio.to_thread(usage.measure, kubelet.node, worker.pod, stats)
     out: Summary = {
         "podRef": {"name": meta["name"], "namespace": meta.get("namespace", ""), "uid": worker.uid},
         "startTime": (kubelet.node.status.get(worker.uid) or {}).get("startTime"),
-        "containers": [_container(s, worker, now, kubelet, only=only) for s in stats],
+        "containers": [_container(s, worker, now, kubelet, used) for s in stats],
         **_group(worker.uid, now, group),
     }
-    if only:
+    if used is None:
         return out
     if network is not None and network.interfaces:
         links = [
@@ -237,17 +236,26 @@ async def _pod(kubelet: Kubelet, worker: PodWorker, stats: list[ContainerStats],
         ]
         first = next((link for link in links if link["name"] == "eth0"), links[0])
         out["network"] = {"time": stamp, **first, "interfaces": links}
-    used, volumes = await asyncio.to_thread(kubelet.eviction.storage, worker)
-    paths = kubelet.node.volumes.usage_paths(worker.pod)
-    out["volume"] = [
-        {**_filesystem(path, stamp, volumes.get(name, tree_bytes(path) if name not in volumes else 0)), "name": name} for name, path in paths.items()
-    ]
-    out["ephemeral-storage"] = _filesystem(kubelet.config.root_dir, stamp, used + sum(s.writable_layer_bytes for s in stats))
+    out["volume"] = await asyncio.to_thread(_volumes, kubelet, worker, used, stamp)
+    out["ephemeral-storage"] = _filesystem(kubelet.config.root_dir, stamp, used.disk())
     out["process_stats"] = {"process_count": cgroups.process_count(path)}
     return out
 
 
-def _container(stats: ContainerStats, worker: PodWorker, now: float, kubelet: Kubelet, *, only: bool) -> Summary:
+def _volumes(kubelet: Kubelet, worker: PodWorker, used: PodUsage, stamp: str) -> list[Summary]:
+    """Every volume of a pod: local ones by what is in them, those of claims by their file system. Walks files."""
+    claims = {v["name"]: (v.get("persistentVolumeClaim") or {}).get("claimName") or f"{worker.pod['metadata']['name']}-{v['name']}" for v in worker.pod["spec"].get("volumes") or [] if "persistentVolumeClaim" in v or "ephemeral" in v}
+    out = []
+    for name, volume in kubelet.node.volumes.of(worker.uid).volumes.items():
+        if name in claims and os.path.isdir(volume.path):
+            reference = {"name": claims[name], "namespace": worker.pod["metadata"].get("namespace", "")}
+            out.append({**_filesystem(volume.path, stamp), "name": name, "pvcRef": reference})
+        elif name in used.volumes:
+            out.append({**_filesystem(volume.path, stamp, used.volumes[name]), "name": name})
+    return out
+
+
+def _container(stats: ContainerStats, worker: PodWorker, now: float, kubelet: Kubelet, used: PodUsage | None) -> Summary:
     stamp = clock.rfc3339(now)
     status = kubelet.node.status.get(worker.uid) or {}
     entry = podutil.status_of(status.get("containerStatuses"), stats.metadata.name) or {}
@@ -264,15 +272,12 @@ def _container(stats: ContainerStats, worker: PodWorker, now: float, kubelet: Ku
             "majorPageFaults": stats.memory_major_page_faults,
         },
     }
-    if not only:
+    if used is not None:
         cgroups = kubelet.node.cgroups
         group = groups.read(cgroups.hierarchies, f"{cgroups.pod_path(worker.pod)}/{stats.id}") or Group()
         allowed = swap_allowed(group, swap()[1], v2=cgroups.is_v2)
         out["io"] = {"time": stamp}
         out["swap"] = {"time": stamp, "swapUsageBytes": group.swap, "swapAvailableBytes": max(0, allowed - group.swap)}
-        rootfs = _filesystem(kubelet.config.root_dir, stamp, stats.writable_layer_bytes)
-        rootfs["inodesUsed"] = stats.writable_layer_inodes
-        out["rootfs"] = rootfs
-        folder = os.path.join(kubelet.config.logs_dir, f"{worker.pod['metadata'].get('namespace', '')}_{worker.pod['metadata']['name']}_{worker.uid}")
-        out["logs"] = _filesystem(kubelet.config.root_dir, stamp, tree_bytes(os.path.join(folder, stats.metadata.name)))
+        out["rootfs"] = _filesystem(kubelet.config.root_dir, stamp, used.layers[stats.metadata.name])
+        out["logs"] = _filesystem(kubelet.config.logs_dir, stamp, used.logs.get(stats.metadata.name, Space()))
     return out

@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from knarr.kubelet import machine, sandboxes
-from knarr.kubelet.eviction import tree_bytes
+from knarr.kubelet import machine, sandboxes, usage
 from knarr.kubelet.pod_worker import Stage
 from knarr.kubelet.server.page import Page
 
@@ -58,5 +57,5 @@ def _read(kubelet: Kubelet) -> tuple[list[tuple[dict[str, str], machine.DiskUsag
         folder = sandboxes.log_directory(kubelet.config, worker.pod)
         labels = {"uid": worker.uid, "namespace": meta.get("namespace", ""), "pod": meta["name"]}
         for name in os.listdir(folder) if os.path.isdir(folder) else ():
-            logs.append(({**labels, "container": name}, tree_bytes(os.path.join(folder, name))))
-    return [({"namespace": namespace, "persistentvolumeclaim": name}, usage) for (namespace, name), usage in claims.items()], logs
+            logs.append(({**labels, "container": name}, usage.tree(os.path.join(folder, name)).size))
+    return [({"namespace": namespace, "persistentvolumeclaim": name}, found) for (namespace, name), found in claims.items()], logs
