@@ -28,7 +28,7 @@ LISTED = "L"
 ONLY_PLAIN, ONLY_TLS = "P", "T"
 
 Condition = tuple[str, str, str]
-"""(what, name, value): "m" method, "h"/"H" header equals or matches, "q"/"Q" query parameter, "t" over TLS, "w" share in percent, "i" source addresses."""
+"""(what, name, value): "m" method, "h"/"H" header equals or matches, "q"/"Q" query parameter, "t" over TLS, "w" share in percent, "i" source addresses, "c" cookie equals; with "!" in front it must not hold."""
 Action = tuple[str, ...]
 """What to do: see `script`."""
 
@@ -52,7 +52,7 @@ class Alternative:
 
     def order(self) -> tuple[object, ...]:
         """Sorting key: the method counts most, then the number of headers, then of query parameters."""
-        kinds = [what.lower() for what, _name, _value in self.conditions]
+        kinds = [what.lower().lstrip("!") for what, _name, _value in self.conditions]
         return "m" not in kinds, -kinds.count("h"), -kinds.count("q"), -len(kinds), self.rank
 
     def plain(self) -> str | None:

@@ -11,12 +11,17 @@ from dataclasses import dataclass, field
 
 from knarr.api.addresses import sloppy_network
 from knarr.api.types import Object
+from knarr.network.ingress import limits
 from knarr.network.ingress.alternatives import Action, Condition
+from knarr.network.objects import object_key
 
 ANNOTATION_PREFIXES = ("knarr.dev/", "nginx.ingress.kubernetes.io/")
 HTTPS_BACKEND, HTTP2_BACKEND, TO_HTTPS, MOVED = "S", "G", "R", "M"
 _PROTOCOL_FLAGS = {"": "", "HTTP": "", "HTTPS": HTTPS_BACKEND, "GRPC": HTTP2_BACKEND, "GRPCS": HTTPS_BACKEND}
-_NOT_DONE = ("auth-type", "auth-url", "auth-tls-secret", "affinity", "limit-rps", "limit-connections", "mirror-target", "configuration-snippet", "canary-by-cookie")
+_NOT_DONE = (
+    "auth-url", "auth-tls-secret", "configuration-snippet", "server-snippet", "default-backend", "custom-http-errors", "upstream-hash-by",
+    "ssl-passthrough", "proxy-connect-timeout", "satisfy", "custom-headers",
+)  # fmt: skip
 _CORS_METHODS = "GET, PUT, POST, DELETE, PATCH, OPTIONS"
 _CORS_HEADERS = "DNT,Keep-Alive,User-Agent,X-Requested-With,If-Modified-Since,Cache-Control,Content-Type,Range,Authorization"
 
@@ -42,6 +47,8 @@ class Behaviour:
       rewrite: Replacement of the whole path with captures ("$1").
       conditions: A canary's: it takes only what meets them.
       before: Ways that come before the Ingress's own, each its conditions and what is done then.
+      sticky: A client stays with an endpoint, so endpoints must be known.
+      other_name: Redirect of a host's twin with or without "www."; its code.
       refused_others: Whom the conditions of an allow list keep out is answered 403.
     """
 
@@ -55,6 +62,8 @@ class Behaviour:
     actions: list[Action] = field(default_factory=list)
     before: list[tuple[tuple[Condition, ...], tuple[Action, ...]]] = field(default_factory=list)
     refused_others: bool = False
+    sticky: bool = False
+    other_name: str = ""
     problems: list[str] = field(default_factory=list)
 
 
@@ -71,12 +80,23 @@ def read(ingress: Object, *, tls: bool) -> Behaviour:
     if redirect or annotation(ingress, "force-ssl-redirect") == "true":
         out.flags += TO_HTTPS
     out.app_root = annotation(ingress, "app-root")
+    if annotation(ingress, "from-to-www-redirect") == "true":
+        out.other_name = annotation(ingress, "from-to-www-redirect-code") or "308"
     out.aliases = [name.lower() for name in split_list(annotation(ingress, "server-alias"))]
     _paths(ingress, out)
     _headers(ingress, out)
     _sources(ingress, out)
     _canary(ingress, out)
+    asked = limits.actions(lambda name: annotation(ingress, name), object_key(ingress), lambda name: _networks(ingress, name, out), out.problems)
+    # Before the redirects, which are nobody's business who may not come.
+    out.actions[:0] = asked
+    out.sticky = any(action[0] == "sticky" for action in asked)
     return out
+
+
+def secret_of(ingress: Object) -> tuple[str, str] | None:
+    """The Secret with the users that may come, and its kind; None when everybody may."""
+    return limits.secret_of(lambda name: annotation(ingress, name), object_key(ingress))
 
 
 def _paths(ingress: Object, out: Behaviour) -> None:
@@ -87,7 +107,8 @@ def _paths(ingress: Object, out: Behaviour) -> None:
         out.flags += MOVED
         out.argument = moved.replace("|", "%7C")
     elif moved or soon:
-        out.actions.append(("redirect", code if moved else "302", "", "", "", "url", "", moved or soon))
+        soon_code = annotation(ingress, "temporal-redirect-code") or "302"
+        out.actions.append(("redirect", code if moved else soon_code, "", "", "", "url", "", moved or soon))
     elif "$" in rewrite:
         out.regex, out.rewrite = True, rewrite
     elif rewrite:
@@ -103,9 +124,8 @@ def _headers(ingress: Object, out: Behaviour) -> None:
     if annotation(ingress, "enable-cors") != "true":
         return
     origins = split_list(annotation(ingress, "cors-allow-origin")) or ["*"]
-    if len(origins) > 1:
-        out.problems.append("cors-allow-origin: only one origin is supported, the first is used")
-    answers = [("Access-Control-Allow-Origin", origins[0])]
+    fixed = len(origins) == 1 and "*" not in origins[0][1:]
+    answers = [("Access-Control-Allow-Origin", origins[0])] if fixed else []
     if annotation(ingress, "cors-allow-credentials") != "false":
         answers.append(("Access-Control-Allow-Credentials", "true"))
     if shown := annotation(ingress, "cors-expose-headers"):
@@ -115,8 +135,10 @@ def _headers(ingress: Object, out: Behaviour) -> None:
         ("Access-Control-Allow-Headers", annotation(ingress, "cors-allow-headers") or _CORS_HEADERS),
         ("Access-Control-Max-Age", annotation(ingress, "cors-max-age") or "1728000"),
     ]
+    chosen: list[Action] = [] if fixed else [("origin", *origins)]
     preflight = ("reply", "204", *(part for pair in [*answers, *asked] for part in pair))
-    out.before.append(((("m", "", "OPTIONS"),), (preflight,)))
+    out.before.append(((("m", "", "OPTIONS"),), (*chosen, preflight)))
+    out.actions.extend(chosen)
     out.actions.extend(("answer-set", name, text) for name, text in answers)
 
 
@@ -145,11 +167,17 @@ def _sources(ingress: Object, out: Behaviour) -> None:
 def _canary(ingress: Object, out: Behaviour) -> None:
     if annotation(ingress, "canary") != "true":
         return
-    header, weight = annotation(ingress, "canary-by-header"), annotation(ingress, "canary-weight")
+    header, weight, cookie = (annotation(ingress, f"canary-{name}") for name in ("by-header", "weight", "by-cookie"))
+    never: tuple[Condition, ...] = ()
     if header:
         pattern, value = annotation(ingress, "canary-by-header-pattern"), annotation(ingress, "canary-by-header-value")
         out.conditions.append((("H", header, pattern) if pattern else ("h", header, value or "always"),))
+        if not pattern and not value:
+            never = (("!h", header, "never"),)
+    if cookie:
+        out.conditions.append((*never, ("c", cookie, "always")))
+        never = (*never, ("!c", cookie, "never"))
     if weight.isdigit() and int(weight):
-        out.conditions.append((("w", "", weight),))
+        out.conditions.append((*never, ("w", "", weight)))
     if not out.conditions:
         out.conditions.append((("w", "", "0"),))

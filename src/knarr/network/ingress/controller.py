@@ -13,6 +13,7 @@ import asyncio
 import base64
 import binascii
 import datetime
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,12 @@ from knarr.client.informer import Informers
 from knarr.client.rest import Client
 from knarr.http.errors import HTTPError
 from knarr.network.ingress.alternatives import settle
+from knarr.network.ingress.annotations import secret_of
 from knarr.network.ingress.gateway import Outcome
 from knarr.network.ingress.gateways import GatewaySupport
-from knarr.network.ingress.haproxy import Certificates, HAProxy, HAProxyError, Listen, certificate_name, program, usable
-from knarr.network.ingress.model import Routes, build, is_ours
+from knarr.network.ingress.haproxy import PASSWORD_SOCKET, Certificates, HAProxy, HAProxyError, Listen, certificate_name, program, usable
+from knarr.network.ingress.model import ENDPOINTS, Routes, build, is_ours
+from knarr.network.ingress.passwords import Passwords, read_users
 from knarr.network.objects import object_key, slice_service
 
 log = get_logger(__name__)
@@ -83,6 +86,10 @@ class IngressController:
         self._gateways = GatewaySupport(client, informers, self._wake, self._status)
         self._started = False
         self._reported: dict[str, str] = {}
+        self._by_endpoints: set[str] = set()
+        """Services whose endpoints were asked for in the last table."""
+        self._passwords = Passwords()
+        self._folder = Path(folder)
         self.applied = 0
 
     async def run(self) -> None:
@@ -110,6 +117,7 @@ class IngressController:
                 await self._wake.wait()
                 await asyncio.sleep(0)
         finally:
+            self._passwords.close()
             await self._tasks.close()
             await self._recorder.close()
 
@@ -130,9 +138,8 @@ class IngressController:
 
     def _slice_seen(self, obj: Object) -> None:
         for key in slice_service(obj):
-            service = self._services.get_key(key)
             # Others are reached through their cluster IP, which follows the endpoints by itself.
-            if service is not None and (service.get("spec") or {}).get("clusterIP") == "None":
+            if key in self._by_endpoints:
                 self._wake.set()
 
     async def _ensure_class(self) -> None:
@@ -161,7 +168,9 @@ class IngressController:
         if not ingresses and not self._gateways.gateways() and not self._started:
             await self._gateways.write_statuses(Outcome())
             return
+        self._by_endpoints = set()
         routes = build(ingresses, self._addresses)
+        self._passwords.replace(self._users(routes, ingresses))
         usable_secrets = (
             {object_key(obj): True for obj in self._secrets.list() if _secret_pem(obj) is not None} if self._gateways.active else {}
         )
@@ -170,6 +179,8 @@ class IngressController:
         if program() is None:
             routes.problems.extend((object_key(ingress), "haproxy is not installed on this machine") for ingress in ingresses)
         certificates = self._certificates(routes)
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        await self._passwords.listen(self._folder / PASSWORD_SOCKET)
         await self.proxy.apply(routes, certificates)
         if not self._started:
             self._started = True
@@ -191,8 +202,9 @@ class IngressController:
         found = next((item for item in spec.get("ports") or () if wanted in (item.get("name"), item.get("port"))), None)
         if found is None:
             return f"service {namespace}/{name} has no port {wanted}"
-        if spec.get("clusterIP") not in (None, "", "None"):
+        if spec.get("clusterIP") not in (None, "", "None") and not port.get(ENDPOINTS):
             return [(spec["clusterIP"], int(found["port"]))]
+        self._by_endpoints.add(f"{namespace}/{name}")
         return self._endpoints(f"{namespace}/{name}", found.get("name") or "")
 
     def _endpoints(self, key: str, port_name: str) -> list[tuple[str, int]]:
@@ -205,6 +217,22 @@ class IngressController:
                     if (endpoint.get("conditions") or {}).get("ready") is not False:
                         found.update((address, int(port["port"])) for address in endpoint.get("addresses") or ())
         return sorted(found)
+
+    def _users(self, routes: Routes, ingresses: list[Object]) -> dict[str, dict[str, str]]:
+        """The users of each Secret that an Ingress names; the proxy forgets what it knew when one changes."""
+        out: dict[str, dict[str, str]] = {}
+        for ingress in ingresses:
+            named = secret_of(ingress)
+            if named is None:
+                continue
+            secret = self._secrets.get_key(named[0])
+            if secret is None:
+                routes.problems.append((object_key(ingress), f"secret {named[0]} does not exist; nobody is let in"))
+            users = read_users(secret, named[1]) if secret is not None else {}
+            name = "|".join(named)
+            out[name] = users
+            routes.targets[f"users|{name}"] = hashlib.blake2b(repr(sorted(users.items())).encode(), digest_size=9).hexdigest()
+        return out
 
     def _certificates(self, routes: Routes) -> Certificates:
         out = Certificates()

@@ -31,6 +31,9 @@ from knarr.network.ingress.script import SCRIPT
 
 log = get_logger(__name__)
 
+PASSWORD_SOCKET = "passwords.sock"
+LIMITS = {"rps": ("(5s)", "http_req_rate"), "rpm": ("(60s)", "http_req_rate"), "connections": ("", "conn_cur")}
+"""Kinds of limits: the table's window and what it counts."""
 MAPS = ("targets", "rules", "exact", "prefix", "regex", "hosts")
 _REFERRED = ("targets", "rules")
 """Maps that the others refer to: what is new comes before them, what is gone leaves after them."""
@@ -86,7 +89,27 @@ def _route(folder: Path) -> str:
   http-request set-var(txn.argument) var(txn.rule),field(3,|)
   http-request set-header X-Forwarded-Host %[req.hdr(host)]
   http-request lua.choose if {{ var(txn.flags) -m sub {LISTED} }}
+{_limits()}
   http-response lua.answered if {{ var(txn.after) -m found }}"""
+
+
+def _limits() -> str:
+    """Refuse who comes too often; the script has set what is counted and how much is allowed."""
+    lines = []
+    for counter, (kind, (_window, measure)) in enumerate(LIMITS.items()):
+        found = f"{{ var(txn.{kind}_key) -m found }}"
+        lines += [
+            f"  http-request track-sc{counter} var(txn.{kind}_key) table {kind} if {found}",
+            f"  http-request deny deny_status 503 if {found} {{ sc_{measure}({counter}),sub(txn.{kind}_limit) gt 0 }}",
+        ]
+    return "\n".join(lines)
+
+
+def _tables() -> str:
+    return "\n".join(
+        f"backend {kind}\n  stick-table type string len 64 size 100k expire {10 if window.endswith('s)') else 70}s store {measure}{window}"
+        for kind, (window, measure) in LIMITS.items()
+    )
 
 
 def _forward(folder: Path) -> str:
@@ -94,8 +117,8 @@ def _forward(folder: Path) -> str:
     return f"""  http-request redirect location %[var(txn.argument)] code 301 if {{ var(txn.flags) -m sub {MOVED} }}
   http-request set-var(txn.count) var(txn.target),map_str({folder}/targets.map,0),add(0)
   http-request return status 503 content-type text/plain string "no endpoints" if {{ var(txn.count) -m int 0 }}
-  http-request set-var(txn.index) rand,mod(txn.count)
-  http-request set-var(txn.place) var(txn.target),concat(\\#,txn.index),map_str({folder}/targets.map)
+  http-request set-var(txn.index) rand,mod(txn.count) unless {{ var(txn.place) -m found }}
+  http-request set-var(txn.place) var(txn.target),concat(\\#,txn.index),map_str({folder}/targets.map) unless {{ var(txn.place) -m found }}
   http-request set-var(txn.address) var(txn.place),field(1,|)
   http-request set-var(txn.port) var(txn.place),field(2,|)
   http-request set-path %[var(txn.argument)] if {{ var(txn.argument) -m len gt 0 }}
@@ -116,6 +139,8 @@ def render(folder: Path, listen: Listen) -> str:
     backend = """  option forwardfor
   http-request set-dst var(txn.address)
   http-request set-dst-port var(txn.port)
+  http-request set-timeout server var(txn.timeout) if { var(txn.timeout) -m found }
+  http-request disable-l7-retry if { var(txn.timeout) -m found }
   retry-on conn-failure empty-response response-timeout 0rtt-rejected
   http-reuse safe"""
     # Each connection needs two descriptors, and HAProxy refuses to start with fewer than it was promised.
@@ -162,6 +187,7 @@ backend secure
 backend http2
 {backend}
   server any 0.0.0.0:0 proto h2
+{_tables()}
 """
 
 

@@ -10,6 +10,7 @@ Source: networking/v1 Ingress API documentation; behaviour and annotations of in
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -52,6 +53,8 @@ class Routes:
 
 Addresses = Callable[[str, str, Mapping[str, Any]], list[tuple[str, int]] | str]
 """(namespace, Service, backend port) to the addresses to send to, or why there are none."""
+ENDPOINTS = "endpoints"
+"""In a backend port: the addresses of the endpoints are wanted, not the Service's own."""
 
 
 def is_ours(ingress: Object, class_name: str, *, is_default: bool) -> bool:
@@ -101,10 +104,10 @@ class _Builder:
                 self._put(host, path.get("path") or "/", path.get("pathType") or "ImplementationSpecific", path.get("backend") or {})
 
     def _put(self, host: str, path: str, kind: str, backend: Mapping[str, Any]) -> None:
-        target = self._target(backend)
+        behaviour = read(self._ingress, tls=host in self._tls_hosts)
+        target = self._target(backend, sticky=behaviour.sticky)
         if target is None:
             return
-        behaviour = read(self._ingress, tls=host in self._tls_hosts)
         for text in behaviour.problems:
             self._problem(text)
         if any(char in path for char in "\r\n ") or "|" in host or ("|" in path and not behaviour.regex):
@@ -114,6 +117,12 @@ class _Builder:
             self._routes.hosts[host] = host
             for alias in behaviour.aliases:
                 self._routes.hosts.setdefault(alias, host)
+            if behaviour.other_name and path == "/":
+                twin = host.removeprefix("www.") if host.startswith("www.") else f"www.{host}"
+                if twin not in self._routes.hosts:
+                    self._routes.hosts[twin] = twin
+                    lead = ("redirect", behaviour.other_name, "", host, "", "keep", "", "")
+                    self._add(("prefix", twin, "/"), Alternative(target, actions=(lead,)))
         place = self._place(host, path, kind, behaviour)
         if behaviour.app_root and path == "/":
             leave = ("redirect", "302", "", "", "", "full", "", behaviour.app_root)
@@ -146,21 +155,27 @@ class _Builder:
         if behaviour.refused_others:
             self._add(place, Alternative(target, actions=(("reply", "403"),)))
 
-    def _target(self, backend: Mapping[str, Any]) -> str | None:
+    def _target(self, backend: Mapping[str, Any], *, sticky: bool) -> str | None:
         service = backend.get("service")
         if not service:
             self._problem("resource backends are not supported")
             return None
         port = service.get("port") or {}
         name = f"{self._namespace}/{service['name']}:{port.get('name') or port.get('number') or ''}"
+        if sticky:
+            name += "!"
         if name in self._routes.targets:
             return name
-        found = self._addresses(self._namespace, service["name"], port)
+        found = self._addresses(self._namespace, service["name"], {**port, ENDPOINTS: True} if sticky else port)
         if isinstance(found, str):
             # The path stays known and answers 503 until the Service can be reached.
             self._problem(found)
             found = []
         self._routes.targets[name] = str(len(found))
         for index, (address, number) in enumerate(found):
-            self._routes.targets[f"{name}#{index}"] = f"{address}|{number}"
+            # What a client's cookie says of where it was: it must not tell the address itself.
+            mark = hashlib.blake2b(f"{name} {address} {number}".encode(), digest_size=12).hexdigest() if sticky else ""
+            self._routes.targets[f"{name}#{index}"] = f"{address}|{number}" + (f"|{mark}" if mark else "")
+            if mark:
+                self._routes.targets[f"{name}@{mark}"] = f"{address}|{number}"
         return name

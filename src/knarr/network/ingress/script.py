@@ -5,11 +5,16 @@ routes cost nothing. Regular expressions are HAProxy's own (PCRE); its standard 
 
 Actions: request-set/-add/-remove and answer-set/-add/-remove NAME VALUE (headers); host VALUE; path VALUE; prefix OLD NEW;
 capture PATTERN REPLACEMENT (of the whole path); redirect CODE SCHEME HOST PORT KIND OLD NEW
-(KIND: full, prefix or url); reply CODE [NAME VALUE]...
+(KIND: full, prefix, url, or keep for the path as it is); reply CODE [NAME VALUE]...; password REALM NAME (basic authentication
+against `passwords`); limit KIND NAME NUMBER NETWORKS (what the configuration counts, but not for these); size BYTES; timeout
+MILLISECONDS; sticky COOKIE ATTRIBUTES; origin PATTERN... (allowed origins of CORS); mirror PERCENT TARGET (a copy of the request goes there, too).
 """
 
 SCRIPT = r"""
 local rules = Map.new("FOLDER/rules.map", Map._str)
+
+local targets = Map.new("FOLDER/targets.map", Map._str)
+local known, known_count = {}, 0
 
 local function decode(text)
   return (text:gsub("%%(%x%x)", function(hex) return string.char(tonumber(hex, 16)) end))
@@ -52,6 +57,14 @@ local function parameter(txn, name)
   return nil
 end
 
+local function cookie(txn, name)
+  for part in (header(txn, "cookie") or ""):gmatch("[^;,]+") do
+    local key, value = part:match("^%s*([^=]*)=(.-)%s*$")
+    if key == name then return value end
+  end
+  return nil
+end
+
 local function source_is_in(txn, networks)
   for network in networks:gmatch("%S+") do
     if core.match_addr(core.parse_addr(txn.sf:src()), core.parse_addr(network)) then return true end
@@ -59,13 +72,16 @@ local function source_is_in(txn, networks)
   return false
 end
 
-local function holds(txn, condition)
+local holds
+function holds(txn, condition)
   local what, name, wanted = condition[1], condition[2], condition[3] or ""
+  if what:sub(1, 1) == "!" then return not holds(txn, {what:sub(2), name, wanted}) end
   if what == "m" then return txn.sf:method() == wanted end
   if what == "t" then return (txn.sf:dst_port() == HTTPS_PORT and "1" or "0") == wanted end
   if what == "w" then return math.random(100) <= tonumber(wanted) end
   if what == "i" then return source_is_in(txn, wanted) end
   local value
+  if what == "c" then return cookie(txn, name) == wanted end
   if what == "h" or what == "H" then value = header(txn, name) else value = parameter(txn, name) end
   if not value then return false end
   if what == "h" or what == "q" then return value == wanted end
@@ -105,7 +121,105 @@ local function redirect(txn, action)
   txn:done(reply)
 end
 
+local function refuse(txn, code, text, name, value)
+  local reply = txn:reply({status = code})
+  reply:add_header("content-type", "text/plain")
+  if name then reply:add_header(name, value) end
+  reply:set_body(text)
+  txn:done(reply)
+end
+
+local function asked(name, credentials)
+  local socket = core.tcp()
+  socket:settimeout(10)
+  if not socket:connect("unix@FOLDER/passwords.sock") then return nil end
+  socket:send(name .. "\n" .. credentials .. "\n")
+  local line = socket:receive("*l")
+  socket:close()
+  return line
+end
+
+local function password(txn, action)
+  local name = action[3]
+  local credentials = (header(txn, "authorization") or ""):match("^[Bb]asic%s+([%w+/=]+)%s*$")
+  local good = false
+  if credentials then
+    -- Another state of the Secret is another key: what was known is forgotten with it.
+    local key = name .. " " .. (targets:lookup("users|" .. name) or "") .. " " .. credentials
+    if known[key] == nil then
+      local line = asked(name, credentials)
+      if line == nil then return refuse(txn, 503, "passwords cannot be checked") end
+      if known_count >= 1000 then known, known_count = {}, 0 end
+      known[key], known_count = line == "1", known_count + 1
+    end
+    good = known[key]
+  end
+  if not good then refuse(txn, 401, "401 Authorization Required", "www-authenticate", 'Basic realm="' .. action[2]:gsub('["\\]', "") .. '"') end
+end
+
+local function limit(txn, action)
+  if action[5] ~= "" and source_is_in(txn, action[5]) then return end
+  txn:set_var("txn." .. action[2] .. "_key", action[3] .. "|" .. txn.sf:src())
+  txn:set_var("txn." .. action[2] .. "_limit", tonumber(action[4]))
+end
+
+local function sticky(txn, action)
+  local target = txn:get_var("txn.target")
+  local before = cookie(txn, action[2])
+  local place = before and before:match("^%x+$") and targets:lookup(target .. "@" .. before)
+  if not place then
+    local count = tonumber(targets:lookup(target) or "0")
+    if count == 0 then return end
+    local address, port, mark = targets:lookup(target .. "#" .. (math.random(count) - 1)):match("^(.-)|(.-)|(.*)$")
+    place = address .. "|" .. port
+    txn:set_var("txn.cookie", action[2] .. "=" .. mark .. "; " .. action[3])
+  end
+  txn:set_var("txn.place", place)
+end
+
+local function origin(txn, action)
+  local given = header(txn, "origin")
+  if not given then return end
+  for i = 2, #action do
+    local pattern = action[i]:gsub("[%^%$%(%)%%%.%[%]%+%-%?]", "%%%0"):gsub("%*", "[^/]*")
+    if given:match("^" .. pattern .. "$") then txn:set_var("txn.origin", given) end
+  end
+end
+
+local function mirror(txn, action)
+  if math.random(100) > tonumber(action[2]) then return end
+  local target = action[3]
+  local count = tonumber(targets:lookup(target) or "0")
+  if count == 0 then return end
+  local address, port = targets:lookup(target .. "#" .. (math.random(count) - 1)):match("^([^|]*)|([^|]*)")
+  if address:find(":", 1, true) then address = "[" .. address .. "]" end
+  local method = txn.sf:method():lower()
+  local headers = {}
+  for name, values in pairs(txn.http:req_get_headers()) do
+    if name ~= "connection" and name ~= "content-length" and name ~= "transfer-encoding" then
+      headers[name] = {}
+      for i = 0, #values do headers[name][i + 1] = values[i] end
+    end
+  end
+  local url = "http://" .. address .. ":" .. port .. txn.sf:pathq()
+  local body = txn.sf:req_body()
+  core.register_task(function()
+    local client = core.httpclient()
+    -- Nobody waits for the answer.
+    if client[method] then pcall(client[method], client, {url = url, headers = headers, body = body ~= "" and body or nil, timeout = 5000}) end
+  end)
+end
+
 local change = {
+  ["password"] = password,
+  ["limit"] = limit,
+  ["size"] = function(txn, action)
+    if (tonumber(header(txn, "content-length") or "0") or 0) > tonumber(action[2]) then refuse(txn, 413, "413 Request Entity Too Large") end
+  end,
+  ["timeout"] = function(txn, action) txn:set_var("txn.timeout", tonumber(action[2])) end,
+  ["sticky"] = sticky,
+  ["origin"] = origin,
+  ["mirror"] = mirror,
   ["request-set"] = function(txn, action) txn.http:req_set_header(action[2], action[3]) end,
   ["request-add"] = function(txn, action) txn.http:req_add_header(action[2], action[3]) end,
   ["request-remove"] = function(txn, action) txn.http:req_del_header(action[2]) end,
@@ -117,6 +231,11 @@ local change = {
   ["reply"] = function(txn, action)
     local reply = txn:reply({status = tonumber(action[2])})
     for i = 3, #action, 2 do reply:add_header(action[i], action[i + 1]) end
+    local allowed = txn:get_var("txn.origin")
+    if allowed then
+      reply:add_header("Access-Control-Allow-Origin", allowed)
+      reply:add_header("Vary", "Origin")
+    end
     txn:done(reply)
   end,
 }
@@ -131,7 +250,7 @@ core.register_action("choose", {"http-req"}, function(txn)
       for _, action in ipairs(items(fields[4] or "")) do
         if change[action[1]] then change[action[1]](txn, action) else after = true end
       end
-      if after then txn:set_var("txn.after", fields[4]) end
+      if after or txn:get_var("txn.cookie") or txn:get_var("txn.origin") then txn:set_var("txn.after", fields[4]) end
       return
     end
   end
@@ -142,6 +261,12 @@ core.register_action("choose", {"http-req"}, function(txn)
 end, 0)
 
 core.register_action("answered", {"http-res"}, function(txn)
+  local set, allowed = txn:get_var("txn.cookie"), txn:get_var("txn.origin")
+  if set then txn.http:res_add_header("Set-Cookie", set) end
+  if allowed then
+    txn.http:res_set_header("Access-Control-Allow-Origin", allowed)
+    txn.http:res_add_header("Vary", "Origin")
+  end
   for _, action in ipairs(items(txn:get_var("txn.after"))) do
     if action[1] == "answer-set" then txn.http:res_set_header(action[2], action[3])
     elseif action[1] == "answer-add" then txn.http:res_add_header(action[2], action[3])
