@@ -73,3 +73,16 @@ async def test_memory_in_use_is_not_taken_away(bench: Bench) -> None:
     pod = await bench.until("p", refused)
     assert pod["status"]["containerStatuses"][0]["resources"]["limits"]["memory"] == "200Mi"
     assert pod["status"]["containerStatuses"][0]["restartCount"] == 0
+
+
+async def test_a_pod_that_takes_its_time_to_end_turns_unready_when_its_probe_says_so(bench: Bench) -> None:
+    script = "touch /tmp/ready; trap 'rm /tmp/ready' TERM; while :; do sleep 0.1; done"
+    probe = {"exec": {"command": ["test", "-e", "/tmp/ready"]}, "periodSeconds": 1, "failureThreshold": 1}
+    await bench.run("p", script, terminationGracePeriodSeconds=60, container={"readinessProbe": probe})
+    await bench.until_ready("p")
+    await bench.client.delete(PODS, "p", bench.namespace)
+    pod = await bench.until("p", lambda pod: pod if condition(pod or {}, "Ready") == "False" else None)
+    assert "running" in container_state(pod)
+    assert pod["status"]["phase"] == "Running"
+    await bench.client.delete(PODS, "p", bench.namespace, grace_period_seconds=0)
+    await bench.until_gone("p")

@@ -182,6 +182,23 @@ async def _remove(worker: PodWorker, status: ContainerStatus) -> None:
     worker.messages.pop(status.id, None)
 
 
+async def _tell_readiness(worker: PodWorker, observed: Observed) -> None:
+    """Publish what readiness probes find out while containers take their time to end; everything else is told when they have."""
+    from knarr.kubelet import pod_sync
+
+    results = worker.node.probes.readiness
+
+    def found() -> list[bool | None]:
+        return [results.get(container.id) for container in observed.containers]
+
+    told = found()
+    while True:
+        await worker.woken()
+        if (present := found()) != told:
+            told = present
+            pod_sync.publish(worker, observed)
+
+
 async def terminate(worker: PodWorker) -> None:
     """Stop everything of the pod and publish its last container states.
 
@@ -196,8 +213,13 @@ async def terminate(worker: PodWorker) -> None:
         pod_sync.publish(worker, observed)
     node.probes.stop_liveness_and_startup(worker.uid)
     while observed.running() or any(s.state.name == "READY" for s in observed.sandboxes):
-        if await worker.until_sooner(kill_pod(worker, observed, None)):
-            break
+        telling = None if worker.orphan else node.tasks.spawn(_tell_readiness(worker, observed), f"readiness-{worker.key}")
+        try:
+            if await worker.until_sooner(kill_pod(worker, observed, None)):
+                break
+        finally:
+            if telling is not None:
+                telling.cancel()
         observed = await pod_sync.look(worker)
     node.probes.remove(worker.uid)
     observed = await pod_sync.look(worker)

@@ -120,6 +120,11 @@ class PodWorker:
         """Look at the pod again as soon as possible."""
         self._wake.set()
 
+    async def woken(self) -> None:
+        """Wait for a reason to look at the pod again. For who is the only one to wait."""
+        await self._wake.wait()
+        self._wake.clear()
+
     def wake_after(self, seconds: float) -> None:
         """Look at the pod again after this time, unless an earlier time was asked for."""
         loop = asyncio.get_running_loop()
@@ -206,8 +211,7 @@ class PodWorker:
         self.node.meters.observe("kubelet_pod_worker_start_duration_seconds", clock.now() - self.admitted_at)
         try:
             while not self.ending:
-                await self._wake.wait()
-                self._wake.clear()
+                await self.woken()
                 if self.ending:
                     break
                 await self._guarded(pod_sync.sync(self), _RETRY_SECONDS, operation)
