@@ -15,9 +15,8 @@ from knarr.api import errors
 from knarr.api.resources import CONFIG_MAPS, SECRETS
 from knarr.api.scheme import Resource
 from knarr.api.types import Object
-from knarr.kubelet import downward, expansion, podutil
+from knarr.kubelet import downward, envfile, expansion, podutil
 from knarr.kubelet.objects import ReferencedObjects
-from knarr.kubelet.volumes.subpath import open_beneath
 
 
 class EnvError(Exception):
@@ -126,17 +125,9 @@ def _from_file(reference: Object, context: EnvContext) -> str | None:
     key = reference["key"]
     if len(key) > 128:
         raise EnvError(f'environment variable key "{key}" exceeds maximum length of 128 characters')
-    value = ""
     try:
-        fd = open_beneath(root, reference["path"], os.O_RDONLY)
-        with os.fdopen(fd, "r", errors="surrogateescape") as file:
-            for line in file:
-                name, sign, text = line.strip().partition("=")
-                if sign and not name.startswith("#") and name.strip() == key:
-                    value = text.strip().strip("'\"")
-    except OSError as e:
-        if reference.get("optional"):
-            return None
+        value = envfile.read(root, reference["path"], key)
+    except (OSError, envfile.EnvFileError) as e:
         raise EnvError("couldn't parse env file") from e
     if len(value) > 32 * 1024:
         raise EnvError(f'environment variable value for key "{key}" exceeds maximum size of 32KB')

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from knarr.aiokits import clock
 from knarr.aiokits.log import get_logger
 from knarr.kubelet.inotify import IN_CREATE, IN_MODIFY, IN_MOVED_TO, Inotify
+from knarr.runtime import syscalls
 
 log = get_logger(__name__)
 
@@ -127,6 +130,30 @@ def tail_offset(fd: int, lines: int) -> int:
     return 0
 
 
+def _open_below(path: str, flags: int) -> int:
+    # <pod>/<container>/<file>: a pod with a hostPath to the logs can put links there, which could lead to any file of the host.
+    head, *parts = path.rsplit("/", 3)
+    base = os.open(head or "/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return syscalls.open_without_links(base, "/".join(parts), flags)
+    finally:
+        os.close(base)
+
+
+def open_log(path: str) -> int:
+    """Open a container's log to read it; the caller closes it.
+
+    Raises:
+      FileNotFoundError: there is none.
+      OSError: it, or one of its two folders, is no longer what the kubelet and the runtime made, but a link or a device.
+    """
+    fd = _open_below(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return fd
+
+
 async def read(path: str, options: LogOptions, ended: Callable[[], Awaitable[bool]], changed: asyncio.Event | None = None) -> AsyncIterator[bytes]:
     """Yield the selected log as chunks of bytes.
 
@@ -135,11 +162,11 @@ async def read(path: str, options: LogOptions, ended: Callable[[], Awaitable[boo
       changed: set when `ended` may have become true; needed to follow.
 
     Raises:
-      FileNotFoundError: there is no such log.
+      OSError: there is no such log, or no file in its place.
     """
     selector = _Selector(options)
     watch: Inotify | None = None
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = open_log(path)
     try:
         if options.follow:
             watch = Inotify()
@@ -181,11 +208,11 @@ async def read(path: str, options: LogOptions, ended: Callable[[], Awaitable[boo
 def _reopen(path: str, fd: int) -> int | None:
     """The new file after a rotation, None when it is still the same."""
     try:
-        info, mine = os.stat(path), os.fstat(fd)
+        info, mine = os.lstat(path), os.fstat(fd)
         if (info.st_ino, info.st_dev) == (mine.st_ino, mine.st_dev):
             return None
-        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
+        return open_log(path)
+    except OSError:
         return None
 
 
@@ -238,15 +265,19 @@ async def rotate(path: str, reopen: Callable[[], Awaitable[None]], max_files: in
     Raises:
       OSError, RuntimeFault: the log stays as it is.
     """
-    folder, name = os.path.split(path)
-    old = sorted(n for n in os.listdir(folder) if n.startswith(name + "."))
-    for victim in old[: max(0, len(old) - (max_files - 2))]:
-        os.unlink(os.path.join(folder, victim))
-    stamp = clock.rfc3339(clock.now()).replace("-", "").replace(":", "").replace("T", "-").rstrip("Z")
-    rotated = f"{path}.{stamp}"
-    os.rename(path, rotated)
+    os.close(open_log(path))
+    name = os.path.basename(path)
+    folder = _open_below(path.rpartition("/")[0] + "/.", os.O_RDONLY | os.O_DIRECTORY)
     try:
-        await reopen()
-    except BaseException:
-        os.rename(rotated, path)
-        raise
+        old = sorted(n for n in os.listdir(folder) if n.startswith(name + "."))
+        for victim in old[: max(0, len(old) - (max_files - 2))]:
+            os.unlink(victim, dir_fd=folder)
+        stamp = clock.rfc3339(clock.now()).replace("-", "").replace(":", "").replace("T", "-").rstrip("Z")
+        os.rename(name, f"{name}.{stamp}", src_dir_fd=folder, dst_dir_fd=folder)
+        try:
+            await reopen()
+        except BaseException:
+            os.rename(f"{name}.{stamp}", name, src_dir_fd=folder, dst_dir_fd=folder)
+            raise
+    finally:
+        os.close(folder)

@@ -1,18 +1,27 @@
-"""Records on disk: versioned JSON, replaced atomically, and file trees removed without following links.
+"""Records on disk: versioned JSON, replaced atomically, and file trees walked and removed without following links.
 
-Invariant: a reader sees the old record or the new one, never a part. A record of an unknown version is an error, not a guess.
+Invariants: a reader sees the old record or the new one, never a part. A record of an unknown version is an error, not a guess.
+Trees may be a container's work: as deep as it likes, and changed while they are read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 import orjson
 
+from knarr.runtime import syscalls
+
 VERSION = 1
+_LONG_PATH = 3000
+"""The kernel takes 4,095 bytes, a name has up to 255."""
 
 
 class BadRecord(Exception):
@@ -54,12 +63,60 @@ def read_record(path: str) -> dict[str, Any] | None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a file or directory tree; nothing there is success. Links are removed, not followed."""
+    """Remove a file or directory tree; nothing there is success. Links are removed, not followed. Raises OSError."""
     with contextlib.suppress(FileNotFoundError):
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path)
-        else:
+        if not os.path.isdir(path) or os.path.islink(path):
             os.unlink(path)
+            return
+        try:
+            shutil.rmtree(path)
+        except (RecursionError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENAMETOOLONG, errno.EMFILE):
+                raise
+            _remove_deep_tree(path)
+
+
+def _remove_deep_tree(path: str) -> None:
+    """rm(1) goes as deep as a tree is; Python's way ends after a thousand folders."""
+    done = subprocess.run(["rm", "-rf", "--one-file-system", "--", path], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if done.returncode != 0:
+        raise OSError(errno.ENOTEMPTY, done.stderr.decode(errors="replace").strip()[:200] or "not removed", path)
+
+
+def walk(root: str) -> Iterator[tuple[int, list[os.DirEntry[str]]]]:
+    """Every folder of a tree, top down, as (open file descriptor, entries); both are good until the next step.
+
+    A link is never followed, not even one that takes a folder's place meanwhile; what vanishes meanwhile is left out.
+    Raises OSError when the root is no folder.
+    """
+    bases = [(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), 0)]
+    todo = ["."]
+    fd = -1
+    try:
+        while todo:
+            path = todo.pop()
+            while len(todo) < bases[-1][1]:
+                os.close(bases.pop()[0])  # all below it is done
+            try:
+                fd = syscalls.open_without_links(bases[-1][0], path, os.O_RDONLY | os.O_DIRECTORY)
+                with os.scandir(fd) as found:
+                    entries = list(found)
+            except OSError:
+                entries = []
+            if fd >= 0:
+                yield fd, entries
+                below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+                if len(path) > _LONG_PATH and below:
+                    # Names below are counted from here: a path may be longer than the kernel takes at once.
+                    bases.append((fd, len(todo)))
+                    path = "."
+                else:
+                    os.close(fd)
+                fd = -1
+                todo += [f"{path}/{name}" for name in below]
+    finally:
+        for one in ([fd] if fd >= 0 else []) + [base for base, _ in bases]:
+            os.close(one)
 
 
 def make_directories(*paths: str, mode: int = 0o711) -> None:
@@ -70,24 +127,18 @@ def make_directories(*paths: str, mode: int = 0o711) -> None:
 
 def tree_usage(path: str) -> tuple[int, int]:
     """(allocated bytes, inodes) below a directory; files that vanish meanwhile are skipped, hard links count once."""
-    total, seen, stack = 0, set[tuple[int, int]](), [path]
-    inodes = 0
-    while stack:
-        try:
-            entries = list(os.scandir(stack.pop()))
-        except OSError:
-            continue
-        for entry in entries:
-            try:
-                info = entry.stat(follow_symlinks=False)
-            except OSError:
-                continue
-            if info.st_nlink > 1 and not entry.is_dir(follow_symlinks=False):
-                if (info.st_dev, info.st_ino) in seen:
+    total, inodes, seen = 0, 0, set[tuple[int, int]]()
+    with contextlib.suppress(OSError):
+        for _, entries in walk(path):
+            for entry in entries:
+                try:
+                    info = entry.stat(follow_symlinks=False)
+                except OSError:
                     continue
-                seen.add((info.st_dev, info.st_ino))
-            inodes += 1
-            total += info.st_blocks * 512
-            if entry.is_dir(follow_symlinks=False):
-                stack.append(entry.path)
+                if info.st_nlink > 1 and not stat.S_ISDIR(info.st_mode):
+                    if (info.st_dev, info.st_ino) in seen:
+                        continue
+                    seen.add((info.st_dev, info.st_ino))
+                inodes += 1
+                total += info.st_blocks * 512
     return total, inodes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
-import shutil
+import subprocess
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,8 @@ class Roots:
             with contextlib.suppress(OSError):
                 fd = syscalls.open_in_root(os.path.join(bundle, "rootfs"), path, os.O_RDONLY | os.O_DIRECTORY)
                 try:
-                    shutil.copytree(f"/proc/self/fd/{fd}", target, symlinks=True, dirs_exist_ok=True)
+                    # Not by Python: an image may have devices there, which must be copied and not read.
+                    subprocess.run(["cp", "-a", f"/proc/self/fd/{fd}/.", target], pass_fds=[fd], stdin=subprocess.DEVNULL, capture_output=True, check=False)
                 finally:
                     os.close(fd)
             found[path] = target

@@ -23,7 +23,7 @@ MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 CLONE_FS, CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
     0x200, 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000,
 )  # fmt: skip
-RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS = 0x10, 0x02
+RESOLVE_IN_ROOT, RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_MAGICLINKS = 0x10, 0x08, 0x04, 0x02
 # These numbers are the same on every architecture (all were added after the tables were unified).
 _NR_OPEN_TREE, _NR_MOVE_MOUNT, _NR_OPENAT2, _NR_MOUNT_SETATTR = 428, 429, 437, 442
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
@@ -90,11 +90,20 @@ def open_in_root(root: str, path: str, flags: int = os.O_RDONLY) -> int:
     """Open a path as if root were "/": links, absolute or with "..", stay inside. Returns a file descriptor."""
     base = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        how = _OpenHow(flags | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
-        fd = _libc.syscall(_NR_OPENAT2, base, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
-        return _check(fd, f"open {path}")
+        return _open_at(base, path, flags, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
     finally:
         os.close(base)
+
+
+def open_without_links(base: int, path: str, flags: int = os.O_RDONLY) -> int:
+    """Open a path below an open directory; OSError (ELOOP) when any part of it is a link. Returns a file descriptor."""
+    return _open_at(base, path, flags, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
+
+
+def _open_at(base: int, path: str, flags: int, resolve: int) -> int:
+    how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
+    fd = _libc.syscall(_NR_OPENAT2, base, os.fsencode(path), ctypes.byref(how), ctypes.sizeof(how))
+    return _check(fd, f"open {path}")
 
 
 class _MountAttr(ctypes.Structure):

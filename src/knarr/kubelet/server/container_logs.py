@@ -6,6 +6,7 @@ validateContainerLogStatus.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from knarr.aiokits import clock
@@ -142,6 +143,14 @@ async def _stream(kubelet: Kubelet, request: Request, path: str, container_id: s
     with kubelet.container_changes(container_id) as changed:
         disconnected = request.disconnected
         disconnected.add_done_callback(lambda _: changed.set())
+        try:
+            os.close(logs.open_log(path))
+        except FileNotFoundError:
+            request.respond(500, _TEXT, f'failed to try resolving symlinks in path "{path}": no such file or directory'.encode())
+            return
+        except OSError as e:
+            request.respond(500, _TEXT, f'failed to open log file "{path}": {e.strerror}'.encode())
+            return
         chunks = logs.read(path, options, ended, changed)
         try:
             first = b""
@@ -156,7 +165,5 @@ async def _stream(kubelet: Kubelet, request: Request, path: str, container_id: s
                 if disconnected.done():
                     break
             stream.close()
-        except FileNotFoundError:
-            request.respond(500, _TEXT, f'failed to try resolving symlinks in path "{path}": no such file or directory'.encode())
         finally:
             await chunks.aclose()  # type: ignore[attr-defined]

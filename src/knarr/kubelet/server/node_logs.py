@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+import stat
 from typing import TYPE_CHECKING
 
 from knarr.http.server import Request
@@ -30,6 +31,9 @@ async def serve(kubelet: Kubelet, request: Request, parts: list[str]) -> None:
             entries = sorted(os.listdir(fd))
             body = "<pre>\n" + "".join(f'<a href="{html.escape(e)}">{html.escape(e)}</a>\n' for e in entries) + "</pre>\n"
             request.respond(200, [("Content-Type", "text/html; charset=utf-8")], body.encode())
+            return
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            request.respond(404, _TEXT, b"404 page not found\n")
             return
         stream = await request.start_stream(200, _TEXT)
         while data := os.read(fd, _CHUNK):

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shutil
 
 from knarr.api.types import Object
 from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.volumes.model import VolumeError
+from knarr.runtime import disk
 
 FOLDER_ANNOTATION = "knarr.io/local-path-folder"
 _PROVISIONED_BY, _PROVISIONER = "pv.kubernetes.io/provisioned-by", "knarr.io/local-path"
@@ -45,5 +45,5 @@ async def remove(config: KubeletConfig, name: str) -> bool:
     path = os.path.join(folder(config), name)
     if not _NAME.fullmatch(name) or os.path.islink(path) or not os.path.isdir(path):
         return False
-    await asyncio.to_thread(shutil.rmtree, path)
+    await asyncio.to_thread(disk.remove_tree, path)
     return True

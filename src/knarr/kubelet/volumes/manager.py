@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +21,7 @@ from knarr.kubelet.images import ImageManager
 from knarr.kubelet.volumes import atomic_writer, claims, host, mounts, ownership, payloads
 from knarr.kubelet.volumes.model import MountedVolume, VolumeError
 from knarr.kubelet.volumes.subpath_mounts import SubPaths
+from knarr.runtime import disk
 
 log = get_logger(__name__)
 
@@ -264,6 +264,6 @@ async def _remove_tree(path: str) -> None:
         if count > 200:
             break
     if count > 200:
-        await asyncio.to_thread(shutil.rmtree, path, ignore_errors=False)
+        await asyncio.to_thread(disk.remove_tree, path)
     else:
-        shutil.rmtree(path)
+        disk.remove_tree(path)

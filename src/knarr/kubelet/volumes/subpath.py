@@ -1,6 +1,6 @@
 """Paths inside volumes, taken apart without ever following a link out of the volume.
 
-Callers: containers (subPath), env (fileKeyRef). A container may write its volume at any moment, so every step opens one
+Callers: containers (subPath), server (the host's logs). A container may write its volume at any moment, so every step opens one
 name below an open directory with O_NOFOLLOW, or lets the kernel do it (openat2 RESOLVE_IN_ROOT-like semantics are not used:
 a link must stay inside and is resolved here, step by step). What was checked is what is mounted: the result is bind-mounted
 through /proc/self/fd. Source: pkg/volume/util/subpath.
@@ -38,11 +38,13 @@ def open_beneath(root: str, path: str, flags: int) -> int:
             if not stat.S_ISLNK(os.fstat(fd).st_mode):
                 stack.append(fd)
                 continue
-            os.close(fd)
+            try:
+                target = os.readlink("", dir_fd=fd)  # of this very link: the name may stand for another by now
+            finally:
+                os.close(fd)
             links += 1
             if links > _MAX_LINKS:
                 raise OSError(errno.ELOOP, "too many links", path)
-            target = os.readlink(name, dir_fd=stack[-1])
             if target.startswith("/"):
                 target = _inside(root, target, path)
                 while len(stack) > 1:
