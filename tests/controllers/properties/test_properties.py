@@ -189,8 +189,8 @@ def test_daemonsets_have_one_pod_on_each_node(virtual_world: World, update: Obje
                 example.ledger.by_user.add("taints")
                 await example.client.patch(NODES, value, None, {"spec": {"taints": [_TAINT] if value in tainted else None}})
             await asyncio.sleep(_SETTLE_SECONDS)
-            # NoSchedule ends no pod that runs already: such a node may or may not have one.
-            kept = {laws.node_of(pod) for pod in laws.active(example.ledger.pods)} & tainted
+            # NoSchedule ends no pod, neither one that runs nor one that waits for the taint to go: such a node may or may not have one.
+            kept = {laws.node_of(pod) for pod in laws.ready(example.ledger.pods)} & tainted
             await laws.daemonset_settled(
                 example, (await example.workload())["spec"], await example.list(CONTROLLER_REVISIONS), (set(world.NODES) - tainted) | kept
             )

@@ -17,7 +17,7 @@ from knarr.aiokits import clock
 from knarr.aiokits.tasks import Tasks
 from knarr.api import errors
 from knarr.api.errors import StatusError
-from knarr.api.resources import NAMESPACES, PODS, SERVICE_ACCOUNTS
+from knarr.api.resources import NAMESPACES, PODS, REPLICA_SETS, SERVICE_ACCOUNTS
 from knarr.api.scheme import Resource
 from knarr.api.types import Object
 from knarr.client.rest import Client
@@ -48,6 +48,15 @@ Law = Callable[[Change], str | None]
 
 
 @dataclass
+class Size:
+    """A commit of a ReplicaSet's size."""
+
+    version: int
+    at: float
+    replicas: int
+
+
+@dataclass
 class Ledger:
     """What the laws know of one example."""
 
@@ -59,6 +68,10 @@ class Ledger:
     specs: list[tuple[float, Object]] = field(default_factory=list)
     by_user: set[str] = field(default_factory=set)
     """uids of pods that the user has deleted or failed."""
+    sizes: dict[str, list[Size]] = field(default_factory=dict)
+    """What each ReplicaSet was told, by name, oldest first."""
+    size_law: Callable[[int, int], str | None] = lambda before, now: None
+    """Judges the sum of all sets' sizes when it changes."""
     broken: list[str] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
 
@@ -77,17 +90,40 @@ class Ledger:
             if podutil.is_deleting(pod) and before is not None and not podutil.is_deleting(before):
                 kind = "DELETING"
         self.log.append(f"{clock.now() % 10000:.2f} {kind} {name} {pod['metadata'].get('labels')} {podutil.phase(pod)} ready={podutil.is_ready(pod)}")
-        fault = self.law(Change(kind, pod, self.pods))
+        self._judge(self.law(Change(kind, pod, self.pods)))
+
+    def _judge(self, fault: str | None) -> None:
         if fault:
             self.broken.append(fault)
 
-    async def follow(self, synced: asyncio.Event) -> None:
-        version = (await self.client.list(PODS, self.namespace))["metadata"]["resourceVersion"]
+    def judge_later(self, law: Callable[[], str | None], seconds: float) -> None:
+        asyncio.get_running_loop().call_later(seconds, lambda: self._judge(law()))
+
+    def total_size(self) -> int:
+        return sum(sizes[-1].replicas for sizes in self.sizes.values())
+
+    def told(self, name: str, version: int, at: float) -> int:
+        """The most pods that a set was told when an object got this version at this time, or a moment before."""
+        known = [size for size in self.sizes.get(name, ()) if size.version < version]
+        ends = [size.at for size in known[1:]] + [at]
+        return max((size.replicas for size, end in zip(known, ends, strict=True) if end >= at - GRACE_SECONDS), default=0)
+
+    def saw_set(self, kind: str, item: Object) -> None:
+        name, before = item["metadata"]["name"], self.total_size()
+        replicas = 0 if kind == "DELETED" else item["spec"]["replicas"]
+        size = Size(int(item["metadata"]["resourceVersion"]), clock.now(), replicas)
+        self.sizes.setdefault(name, []).append(size)
+        if self.total_size() != before:
+            self.log.append(f"{clock.now() % 10000:.2f} SIZE {name} {replicas}")
+            self._judge(self.size_law(before, self.total_size()))
+
+    async def follow(self, resource: Resource, saw: Callable[[str, Object], None], synced: asyncio.Event) -> None:
+        version = (await self.client.list(resource, self.namespace))["metadata"]["resourceVersion"]
         synced.set()
         while True:
-            async for kind, pod in self.client.watch(PODS, self.namespace, resource_version=version, allow_bookmarks=False):
-                version = pod["metadata"]["resourceVersion"]
-                self.saw(kind, pod)
+            async for kind, item in self.client.watch(resource, self.namespace, resource_version=version, allow_bookmarks=False):
+                version = item["metadata"]["resourceVersion"]
+                saw(kind, item)
 
 
 class Example:
@@ -173,10 +209,12 @@ class World:
         while not await self._has_account(namespace):
             await asyncio.sleep(0.1)
         example = Example(self.client, namespace, resource)
-        synced = asyncio.Event()
+        ledger = example.ledger
         async with Tasks() as tasks:
-            tasks.spawn(example.ledger.follow(synced), "ledger")
-            await synced.wait()
+            for followed, saw in ((PODS, ledger.saw), (REPLICA_SETS, ledger.saw_set)):
+                synced = asyncio.Event()
+                tasks.spawn(ledger.follow(followed, saw, synced), f"ledger-{followed.plural}")
+                await synced.wait()
             try:
                 await play(example)
                 assert not example.ledger.broken, example.ledger.broken[:3]
