@@ -13,6 +13,7 @@ import orjson
 
 from knarr.api import cel
 from knarr.api.cel import types as T
+from knarr.api.cel.admission import NAMESPACE, REQUEST
 from knarr.api.errors import StatusError
 from knarr.api.types import Object
 from knarr.client.rest import Client
@@ -79,10 +80,11 @@ class TypeChecker:
         """Give status.typeChecking.expressionWarnings."""
         spec = policy.get("spec") or {}
         kinds = await self._kinds(spec)
+        params = await self._params(spec) if kinds else T.DYN
         found = []
         for index, validation in enumerate(spec.get("validations") or ()):
             for field in ("expression", "messageExpression"):
-                text = self._problems(spec, validation.get(field) or "", kinds)
+                text = self._problems(spec, validation.get(field) or "", kinds, params)
                 if text:
                     found.append({"fieldRef": f"spec.validations[{index}].{field}", "warning": text})
         return found
@@ -107,16 +109,30 @@ class TypeChecker:
         result: Object = orjson.loads((await self._client.request("GET", path)).body)
         return result
 
-    def _problems(self, spec: Object, source: str, kinds: list[tuple[str, T.Type]]) -> str:
+    async def _params(self, spec: Object) -> T.Type:
+        """The type of the policy's parameters; anything where it is not known."""
+        reference = spec.get("paramKind") or {}
+        api_version, kind = reference.get("apiVersion") or "", reference.get("kind") or ""
+        if not kind:
+            return T.DYN
+        group, _, version = api_version.rpartition("/")
+        try:
+            schemas = Schemas(await self._get(f"/openapi/v3/{f'apis/{api_version}' if group else f'api/{version}'}"))
+        except StatusError:
+            return T.DYN
+        found = schemas.of_kind(group, version, kind)
+        return T.DYN if found is None else found
+
+    def _problems(self, spec: Object, source: str, kinds: list[tuple[str, T.Type]], params: T.Type) -> str:
         # What an authorizer answers does not depend on the object.
         if not source or "authorizer" in source:
             return ""
         messages = []
         for shown, type in kinds:
             try:
-                cel.base().compile(source, _variables(spec, type))
+                cel.base().compile(source, _variables(spec, type, params))
             except cel.CompileError as error:
-                messages.append(f"{shown}: compilation failed: {error}\n")
+                messages.append(f"{shown}: {error}\n")
         return "\n".join(messages)
 
 
@@ -127,8 +143,8 @@ def _resources(spec: Object) -> Iterator[tuple[str, str, str]]:
                 yield group, version, plural
 
 
-def _variables(spec: Object, type: T.Type) -> dict[str, T.Type]:
-    known: dict[str, T.Type] = {"object": type, "oldObject": type, "request": T.DYN, "params": T.DYN, "namespaceObject": T.DYN}
+def _variables(spec: Object, type: T.Type, params: T.Type) -> dict[str, T.Type]:
+    known: dict[str, T.Type] = {"object": type, "oldObject": type, "request": REQUEST, "params": params, "namespaceObject": NAMESPACE}
     fields: dict[str, T.Type] = {}
     known["variables"] = T.ObjectType("kubernetes.variables", fields)
     for variable in spec.get("variables") or ():

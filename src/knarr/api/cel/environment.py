@@ -65,28 +65,29 @@ class Environment:
             merged.setdefault(key, []).extend(overloads)
         return Environment(merged, {**self.functions, **functions}, {**self.structs, **(structs or {})})
 
-    def compile(self, source: str, variables: Mapping[str, Type], *, result: Type | tuple[Type, ...] = T.DYN) -> Program:
+    def compile(self, source: str, variables: Mapping[str, Type], *, result: Type | tuple[Type, ...] = T.DYN, exact: bool = False) -> Program:
         """Parse, check and compile.
 
         Args:
           variables: Name to type; "Name{}" declares a struct type that can be constructed.
           result: The type or types that the expression must have; dyn takes anything.
+          exact: It must be known to have it: not even an expression that may have any type will do.
 
         Raises:
           CompileError
         """
         try:
-            return self._compile(source, variables, result)
+            return self._compile(source, variables, result, exact)
         except RecursionError as error:
             raise CompileError(source[:200], [Issue(0, "expression recursion limit exceeded")]) from error
 
-    def _compile(self, source: str, variables: Mapping[str, Type], result: Type | tuple[Type, ...]) -> Program:
+    def _compile(self, source: str, variables: Mapping[str, Type], result: Type | tuple[Type, ...], exact: bool) -> Program:
         node = parse(source)
         found = check(source, node, variables, self.declarations)
         wanted = result if isinstance(result, tuple) and result and not isinstance(result[0], str) else (result,)
         if isinstance(result, tuple) and result and isinstance(result[0], str) and result[0] not in ("list", "map", "optional", "type"):
             wanted = result
-        if T.DYN not in wanted and found != T.DYN and found not in wanted:
+        if T.DYN not in wanted and (exact or found != T.DYN) and found not in wanted:
             raise ResultTypeError(source, T.shown(found), [T.shown(kind) for kind in wanted])
         compiler = Compiler(self.functions, {name: kind for name, kind in variables.items() if not name.endswith("{}")}, self.structs)
         return Program(source, node, found, compiler.compile(node))
