@@ -76,7 +76,7 @@ def test_what_is_not_allowed_or_supported_is_told_and_not_served():
         "NotAllowedByListeners": ([gateway(listener(allowedRoutes={"namespaces": {"from": "Same"}}))], route(to("a"))),
         "NoMatchingListenerHostname": ([gateway(listener(hostname="*.one.test"))], route(to("a"), hostnames=["x.two.test"])),
         "NoMatchingParent": ([gateway(listener())], route(to("a"), sectionName="other")),
-        "UnsupportedValue": ([gateway(listener())], route({"filters": [{"type": "RequestMirror"}], "backendRefs": []})),
+        "UnsupportedValue": ([gateway(listener())], route({"filters": [{"type": "ExtensionRef"}], "backendRefs": []})),
     }
     for reason, (gateways, wanted) in cases.items():
         table, outcome = build(gateways, [wanted])
@@ -144,3 +144,49 @@ def test_a_condition_keeps_its_time_until_its_status_changes():
     _keep_times(before, after)
     assert after["conditions"][0]["lastTransitionTime"] == "then"
     assert after["conditions"][1]["lastTransitionTime"] != "then"
+
+
+def test_another_namespace_is_used_only_if_it_grants_that():
+    elsewhere = {"backendRefs": [{"name": "a", "port": 80, "namespace": "data"}]}
+    table, outcome = build([gateway(listener())], [route(elsewhere)])
+    assert state(outcome.routes["app/r"]["parents"][0]["conditions"])["ResolvedRefs"] == ("False", "RefNotPermitted")
+    grant = {
+        "metadata": {"namespace": "data", "name": "g"},
+        "spec": {"from": [{"group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "namespace": "app"}], "to": [{"group": "", "kind": "Service"}]},
+    }
+    table, outcome = build([gateway(listener())], [route(elsewhere)], grants=[grant])
+    assert state(outcome.routes["app/r"]["parents"][0]["conditions"])["ResolvedRefs"] == ("True", "ResolvedRefs")
+    assert table.targets[table.prefix["*|/"].split("|")[0] + "#0"] == "10.0.0.1|80"
+    for side, change in (("to", {"name": "b"}), ("to", {"kind": "Secret"}), ("from", {"namespace": "other"}), ("from", {"kind": "Gateway"})):
+        spec = {**grant["spec"], side: [{**grant["spec"][side][0], **change}]}
+        _table, outcome = build([gateway(listener())], [route(elsewhere)], grants=[{**grant, "spec": spec}])
+        assert state(outcome.routes["app/r"]["parents"][0]["conditions"])["ResolvedRefs"][1] == "RefNotPermitted", change
+    tls = {"certificateRefs": [{"name": "cert", "namespace": "data"}]}
+    secure = gateway(listener("https", protocol="HTTPS", hostname="safe.test", tls=tls))
+    permit = {**grant, "spec": {"from": [{"group": "gateway.networking.k8s.io", "kind": "Gateway", "namespace": "infra"}], "to": [{"group": "", "kind": "Secret", "name": "cert"}]}}
+    for grants, reason in (([], "RefNotPermitted"), ([permit], "ResolvedRefs")):
+        _table, outcome = build([secure], [], has_secret={"data/cert": True}, grants=grants)
+        assert state(outcome.gateways["infra/gw"]["listeners"][0]["conditions"])["ResolvedRefs"][1] == reason
+
+
+def test_timeouts_and_copies_are_actions():
+    mirror = {"type": "RequestMirror", "requestMirror": {"backendRef": {"name": "b", "port": 80}, "fraction": {"numerator": 1, "denominator": 4}}}
+    table, _outcome = build([gateway(listener())], [route({**to("a", filters=(mirror,)), "timeouts": {"request": "1m30s", "backendRequest": "500ms"}})])
+    text = table.rules[table.prefix["*|/"].split("|")[0]]
+    assert "timeout:500," in text
+    assert "mirror:25:" in text
+    table, outcome = build([gateway(listener())], [route({**to("a"), "timeouts": {"request": "soon"}})])
+    assert state(outcome.routes["app/r"]["parents"][0]["conditions"])["Accepted"] == ("False", "UnsupportedValue")
+    table, _outcome = build([gateway(listener())], [route({**to("a"), "timeouts": {"request": "0s"}})])
+    assert table.prefix["*|/"].endswith("|P|")
+
+
+def test_a_grpc_route_leads_its_methods_over_http_2():
+    method = lambda **asked: {"matches": [{"method": asked}], "backendRefs": [{"name": "a", "port": 80}]}
+    rules = [method(service="shop.Cart", method="Add"), method(service="shop.Cart"), method(method="Ping"), {"backendRefs": [{"name": "b", "port": 80}]}]
+    table, outcome = build([gateway(listener())], [], grpc_routes=[route(*rules, hostnames=["g.test"])])
+    assert table.exact["g.test|/shop.Cart/Add"].split("|")[1] == "PG"
+    assert table.prefix["g.test|/shop.Cart/"].split("|")[1] == "PG"
+    assert "^g\\.test[|](?:/[^/]+/Ping)$" in table.regex
+    assert state(outcome.grpc_routes["app/r"]["parents"][0]["conditions"])["Accepted"][0] == "True"
+    assert outcome.routes == {}

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from knarr.api.errors import StatusError
-from knarr.api.resources import CUSTOM_RESOURCE_DEFINITIONS
+from knarr.api.resources import CUSTOM_RESOURCE_DEFINITIONS, NAMESPACES
 from knarr.api.scheme import Resource
-from knarr.network.ingress.gateway import CONTROLLER, GATEWAY_CLASSES, GATEWAYS, GROUP, HTTP_ROUTES
+from knarr.network.ingress.gateway import CONTROLLER, GATEWAY_CLASSES, GATEWAYS, HTTP_ROUTES, REFERENCE_GRANTS
+from knarr.network.ingress.gatewaybackends import GROUP
 
 from .test_ingress import Running, running
 
@@ -22,7 +23,7 @@ def definition(resource: Resource) -> dict[str, Any]:
     """The resource with any content, as the real definitions serve it."""
     names = {"plural": resource.plural, "singular": resource.singular, "kind": resource.kind, "listKind": resource.list_kind}
     schema = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
-    version = {"name": "v1", "served": True, "storage": True, "subresources": {"status": {}}, "schema": schema}
+    version = {"name": resource.version, "served": True, "storage": True, "subresources": {"status": {}}, "schema": schema}
     approval = {"api-approved.kubernetes.io": "https://github.com/kubernetes-sigs/gateway-api/pull/2997"}
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
@@ -148,3 +149,41 @@ async def test_matches_and_filters_do_what_the_specification_says(running: Runni
     assert "saw-x-test: set: a, b" in head
     assert "x-out: yes" in head
     assert "server: web" not in head
+
+
+async def test_copies_timeouts_and_grants_through_the_proxy(running: Running) -> None:
+    client = running.client
+    copies = await running.expose("b")
+    await running.expose("a")
+    await client.create(NAMESPACES, {"metadata": {"name": "routes"}})
+    await install(client)
+    await client.patch(
+        GATEWAYS, "gw", "default", {"spec": {"listeners": [{"name": "http", "port": 80, "protocol": "HTTP", "allowedRoutes": {"namespaces": {"from": "All"}}}]}}, type="merge"
+    )  # fmt: skip
+    await client.create(CUSTOM_RESOURCE_DEFINITIONS, definition(REFERENCE_GRANTS))
+    there = {"name": "a", "port": 80, "namespace": "default"}
+    mirror = {"type": "RequestMirror", "requestMirror": {"backendRef": {"name": "b", "port": 80, "namespace": "default"}}}
+    spec = {"parentRefs": [{"name": "gw", "namespace": "default"}], "hostnames": ["g.test"], "rules": [{"backendRefs": [there], "filters": [mirror], "timeouts": {"request": "5s"}}]}
+    await create(client, HTTP_ROUTES, {**made(HTTP_ROUTES, "r", **spec), "metadata": {"name": "r", "namespace": "routes"}})
+
+    async def answers(status: int) -> bool:
+        try:
+            return (await running.get("g.test"))[0] == status
+        except (OSError, IndexError):
+            return False
+
+    await eventually(lambda: answers(500))
+    permit = {"from": [{"group": GROUP, "kind": "HTTPRoute", "namespace": "routes"}], "to": [{"group": "", "kind": "Service"}]}
+    await create(client, REFERENCE_GRANTS, made(REFERENCE_GRANTS, "permit", **permit))
+    await eventually(lambda: answers(200))
+    before = copies.requests
+    for number in range(5):
+        status, body, _head = await running.get("g.test", f"/x{number}", method="POST", headers="Content-Length: 0\r\n")
+        assert (status, body.split(" ")[0]) == (200, "a")
+
+    async def copied() -> bool:
+        return copies.requests == before + 5
+
+    await eventually(copied)
+    await client.delete(REFERENCE_GRANTS, "permit", "default")
+    await eventually(lambda: answers(500))

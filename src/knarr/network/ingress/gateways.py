@@ -22,19 +22,23 @@ from knarr.api.types import Object
 from knarr.client.informer import Informer, Informers
 from knarr.client.rest import Client
 from knarr.network.ingress import gateway
-from knarr.network.ingress.gateway import CONTROLLER, GATEWAY_CLASSES, GATEWAYS, HTTP_ROUTES, Outcome
+from knarr.network.ingress.gateway import CONTROLLER, GATEWAY_CLASSES, GATEWAYS, GRPC_ROUTES, HTTP_ROUTES, REFERENCE_GRANTS, Outcome
+from knarr.network.ingress.gatewaybackends import GROUP
 from knarr.network.ingress.model import Addresses, Routes
 from knarr.network.objects import object_key
 
 log = get_logger(__name__)
 
 _KINDS = (GATEWAY_CLASSES, GATEWAYS, HTTP_ROUTES)
+_OPTIONAL = (GRPC_ROUTES, REFERENCE_GRANTS)
+"""Served by some releases of the definitions only."""
 
 
 def _slim(obj: Object) -> Object:
     # Of a definition only its name and whether it is served matter; schemas are large.
     return {
         "metadata": {"name": obj["metadata"]["name"], "resourceVersion": obj["metadata"].get("resourceVersion")},
+        "versions": [item["name"] for item in (obj.get("spec") or {}).get("versions") or () if item.get("served")],
         "status": {"conditions": (obj.get("status") or {}).get("conditions") or []},
     }
 
@@ -56,27 +60,31 @@ class GatewaySupport:
         self._definitions.add_handler(self._definition_seen, lambda _old, new: self._definition_seen(new))
 
     def _definition_seen(self, obj: Object) -> None:
-        if obj["metadata"]["name"].endswith("." + gateway.GROUP):
+        if obj["metadata"]["name"].endswith("." + GROUP):
             self._wake.set()
 
-    def _served(self) -> bool:
-        for resource in _KINDS:
-            found = self._definitions.get(None, f"{resource.plural}.{resource.group}")
-            conditions = found["status"]["conditions"] if found is not None else ()
-            if not any(item.get("type") == "Established" and item.get("status") == "True" for item in conditions):
-                return False
-        return True
+    def _served(self, resource: Resource) -> bool:
+        found = self._definitions.get(None, f"{resource.plural}.{resource.group}")
+        if found is None or resource.version not in found["versions"]:
+            return False
+        return any(item.get("type") == "Established" and item.get("status") == "True" for item in found["status"]["conditions"])
 
     @property
     def active(self) -> bool:
         """Whether the resources are watched."""
-        return len(self._watched) == len(_KINDS) and all(informer.synced for informer in self._watched.values())
+        return all(resource in self._watched for resource in _KINDS) and all(informer.synced for informer in self._watched.values())
+
+    def _list(self, resource: Resource) -> list[Object]:
+        return list(self._watched[resource].list()) if resource in self._watched else []
 
     async def prepare(self) -> None:
         """Begin to watch the resources as soon as they are served."""
-        if self._watched or not self._served():
+        if not all(self._served(resource) for resource in _KINDS):
             return
-        for resource in _KINDS:
+        fresh = [resource for resource in (*_KINDS, *_OPTIONAL) if resource not in self._watched and self._served(resource)]
+        if not fresh:
+            return
+        for resource in fresh:
             informer = self._informers.get(resource)
             informer.add_handler(self._seen, self._changed, self._seen)
             self._watched[resource] = informer
@@ -114,6 +122,8 @@ class GatewaySupport:
             has_secret=has_secret,
             namespace_labels=labels,
             shown=self._shown,
+            grpc_routes=self._list(GRPC_ROUTES),
+            grants=self._list(REFERENCE_GRANTS),
         )
 
     async def write_statuses(self, outcome: Outcome) -> None:
@@ -127,11 +137,12 @@ class GatewaySupport:
             status = outcome.gateways.get(object_key(obj))
             if status is not None:
                 await self._write(GATEWAYS, obj, status)
-        for obj in self._watched[HTTP_ROUTES].list():
-            foreign = [item for item in (obj.get("status") or {}).get("parents") or () if item.get("controllerName") != CONTROLLER]
-            ours = outcome.routes.get(object_key(obj), {"parents": []})["parents"]
-            if ours or len(foreign) != len((obj.get("status") or {}).get("parents") or ()):
-                await self._write(HTTP_ROUTES, obj, {"parents": [*foreign, *ours]})
+        for resource, statuses in ((HTTP_ROUTES, outcome.routes), (GRPC_ROUTES, outcome.grpc_routes)):
+            for obj in self._list(resource):
+                foreign = [item for item in (obj.get("status") or {}).get("parents") or () if item.get("controllerName") != CONTROLLER]
+                ours = statuses.get(object_key(obj), {"parents": []})["parents"]
+                if ours or len(foreign) != len((obj.get("status") or {}).get("parents") or ()):
+                    await self._write(resource, obj, {"parents": [*foreign, *ours]})
 
     async def _write(self, resource: Resource, obj: Object, status: dict[str, Any]) -> None:
         before = obj.get("status") or {}

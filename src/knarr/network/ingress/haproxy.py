@@ -90,6 +90,8 @@ def _route(folder: Path) -> str:
   http-request set-header X-Forwarded-Host %[req.hdr(host)]
   http-request lua.choose if {{ var(txn.flags) -m sub {LISTED} }}
 {_limits()}
+  http-request wait-for-body time 2s if {{ var(txn.mirror) -m found }}
+  http-request lua.mirror if {{ var(txn.mirror) -m found }}
   http-response lua.answered if {{ var(txn.after) -m found }}"""
 
 

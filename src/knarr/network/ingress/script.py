@@ -186,9 +186,8 @@ local function origin(txn, action)
   end
 end
 
-local function mirror(txn, action)
-  if math.random(100) > tonumber(action[2]) then return end
-  local target = action[3]
+local function mirror(txn)
+  local target = txn:get_var("txn.mirror")
   local count = tonumber(targets:lookup(target) or "0")
   if count == 0 then return end
   local address, port = targets:lookup(target .. "#" .. (math.random(count) - 1)):match("^([^|]*)|([^|]*)")
@@ -219,7 +218,9 @@ local change = {
   ["timeout"] = function(txn, action) txn:set_var("txn.timeout", tonumber(action[2])) end,
   ["sticky"] = sticky,
   ["origin"] = origin,
-  ["mirror"] = mirror,
+  ["mirror"] = function(txn, action)
+    if math.random(100) <= tonumber(action[2]) then txn:set_var("txn.mirror", action[3]) end
+  end,
   ["request-set"] = function(txn, action) txn.http:req_set_header(action[2], action[3]) end,
   ["request-add"] = function(txn, action) txn.http:req_add_header(action[2], action[3]) end,
   ["request-remove"] = function(txn, action) txn.http:req_del_header(action[2]) end,
@@ -259,6 +260,8 @@ core.register_action("choose", {"http-req"}, function(txn)
   reply:set_body("default backend - 404")
   txn:done(reply)
 end, 0)
+
+core.register_action("mirror", {"http-req"}, mirror, 0)
 
 core.register_action("answered", {"http-res"}, function(txn)
   local set, allowed = txn:get_var("txn.cookie"), txn:get_var("txn.origin")
