@@ -18,6 +18,7 @@ from knarr.client.controller import Controller
 from knarr.client.events import EventRecorder
 from knarr.client.informer import Informer, Informers, Selector
 from knarr.client.rest import Client
+from knarr.client.sharing import Parts
 from knarr.controllers.quota import crosses_namespaces
 
 
@@ -93,7 +94,10 @@ def trim_pod(pod: Object) -> Object:
     # Before it is bound, only its affinity tells which node a daemon's pod is meant for.
     if affinity and "nodeName" not in spec and any(ref["kind"] == "DaemonSet" for ref in meta.get("ownerReferences") or ()):
         spec["affinity"] = {**(spec.get("affinity") or {}), "nodeAffinity": affinity.get("nodeAffinity")}
-    return pod
+    return _parts.pod(pod)
+
+
+_parts = Parts()
 
 
 _CONTAINER_FIELDS = (

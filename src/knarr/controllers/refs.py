@@ -18,6 +18,8 @@ from knarr.api.types import Object
 from knarr.client.rest import Client
 from knarr.controllers.podutil import gather_all
 
+_NO_LABELS: dict[str, str] = {}
+
 
 class Selector(Protocol):
     def matches(self, labels: dict[str, str], /) -> bool: ...
@@ -55,9 +57,14 @@ class Claims:
         claimed: list[Object] = []
         adopt: list[Object] = []
         release: list[Object] = []
+        # Informers keep equal labels of many pods once: each is matched once.
+        matched: dict[int, bool] = {}
         for obj in objects:
             reference = meta.controller_of(obj)
-            matches = self._selector.matches(obj["metadata"].get("labels") or {})
+            labels = obj["metadata"].get("labels") or _NO_LABELS
+            matches = matched.get(id(labels))
+            if matches is None:
+                matches = matched[id(labels)] = self._selector.matches(labels)
             if reference is not None:
                 if reference["uid"] != owner_meta["uid"]:
                     continue

@@ -25,6 +25,7 @@ from knarr.controllers.selectorcache import SelectorCache
 log = get_logger(__name__)
 
 _BURST = 500
+_EMPTY: Object = {}
 
 
 class ReplicaSetController:
@@ -237,13 +238,22 @@ def _status(rs: Object, pods: list[Object], failure: Exception | None, now: floa
     wanted = ((spec.get("template") or {}).get("metadata") or {}).get("labels") or {}
     min_ready = spec.get("minReadySeconds") or 0
     labelled = ready = available = 0
+    # Informers keep equal labels and conditions of many pods once: each is looked at once.
+    has_labels: dict[int, bool] = {}
+    are_ready: dict[int, bool] = {}
     for pod in pods:
-        labels = pod["metadata"].get("labels") or {}
-        if all(labels.get(name) == value for name, value in wanted.items()):
-            labelled += 1
-        if podutil.is_ready(pod):
+        labels = pod["metadata"].get("labels") or _EMPTY
+        fully = has_labels.get(id(labels))
+        if fully is None:
+            fully = has_labels[id(labels)] = all(labels.get(name) == value for name, value in wanted.items())
+        labelled += fully
+        conditions = (pod.get("status") or _EMPTY).get("conditions")
+        is_ready = are_ready.get(id(conditions))
+        if is_ready is None:
+            is_ready = are_ready[id(conditions)] = podutil.is_ready(pod)
+        if is_ready:
             ready += 1
-            if podutil.is_available(pod, min_ready, now):
+            if not min_ready or podutil.is_available(pod, min_ready, now):
                 available += 1
     old = rs.get("status") or {}
     status: Object = {"replicas": len(pods)}
