@@ -1,73 +1,105 @@
-"""Upstream's scheduler_perf workloads, end to end: our API server with its store on disk, our scheduler, 8 clients creating.
+"""Upstream's scheduler_perf workloads, end to end: our API server with its store on disk, our scheduler, 30 connections creating.
 
-Upstream's figures in the notes are the thresholds of its own gates, on 5,000 nodes, with everything in one process and an etcd in
-memory. All workloads of one size run one after another on the same server and nodes; each cleans up after itself.
+Measured as upstream measures (test/integration/scheduler_perf): pods that exist first are in another namespace; the measured
+ones are created as fast as 30 connections can while they are scheduled; the scheduler's own informer tells how many are bound;
+the rate is the average of samples of one second, the first one left out. What ends before there is a sample (the small sizes)
+is counted whole. The creating side is `wrk`, in C, so that on two cores it is the servers that are measured. Upstream runs
+everything in one process beside etcd. Gates in the notes: those of 1.35's tree, in brackets those that were published earlier.
+
+All workloads of one size run one after another on the same server and nodes; each cleans up after itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
+import os
+import signal
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import uvloop
 
+from bench import machine
 from bench import scheduler_core_rows as core
 from bench.row import Row
-from bench.scheduler_rows import CLIENTS, changes, client
-from bench.schedulers import scheduler
+from bench.scheduler_rows import client
+from bench.schedulers import Counts, counting_scheduler
 from bench.servers import Target, ours
 from knarr.api.errors import StatusError
 from knarr.api.resources import NAMESPACES, NODES, PODS, PRIORITY_CLASSES, SERVICE_ACCOUNTS
 from knarr.client.rest import Client
 
 Object = dict[str, Any]
-PODS_MEASURED = 1000
-_LIMIT_SECONDS = 600.0
+CONNECTIONS = 30
+SAMPLE_SECONDS = 1.0
+_LIMIT_SECONDS = 600
 _HIGH, _LOW = "bench-high", "bench-low"
 _NEVER_SCHEDULED = {"cpu": "64"}
+_BIG_NODE = "one-for-all"
+# Creates the wanted number of pods and ends; what other connections ask for at the end costs next to nothing. The first request is only wrk looking at it.
+_CREATE = """
+local wanted, asked, made = %d, -1, 0
+local body = [==[%s]==]
+function request()
+  asked = asked + 1
+  if asked > wanted then return wrk.format("GET", "/livez") end
+  return wrk.format("POST", nil, nil, body)
+end
+function response(status)
+  if status == 201 then made = made + 1 elseif status ~= 200 then io.stdout:write("refused ", status, "\\n"); io.stdout:flush(); wrk.thread:stop() end
+  if made == wanted then io.stdout:write("made\\n"); io.stdout:flush(); wrk.thread:stop() end
+end
+"""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """`spec` is added to the measured pod number n; `before` are pods that exist first, `bound_before` of them on nodes."""
+    """`spec` is added to the measured pods; `before` are pods that exist first, on nodes unless `waiting`."""
 
     name: str
     nodes: int
-    spec: Callable[[int], Object]
+    pods: int
+    spec: Object = field(default_factory=dict)
     upstream: str = ""
-    pods: int = PODS_MEASURED
     before: int = 0
-    before_spec: Object | None = None
+    before_spec: Object = field(default_factory=dict)
     before_requests: Object | None = None
-    bound_before: bool = False
+    waiting: bool = False
     requests: Object | None = None
     churn: bool = False
 
 
 def _workloads(nodes: int) -> list[Workload]:
+    """Upstream's numbers of pods for 5,000 and for 500 nodes."""
+    big = nodes >= 5000
     zones = core._affinity("nodeAffinity", "", core._ZONES)
+    one = core._affinity("nodeAffinity", "", {"nodeSelectorTerms": [{"matchFields": [{"key": "metadata.name", "operator": "In", "values": [_BIG_NODE]}]}]})
     gates = {"schedulingGates": [{"name": "bench.knarr.dev/closed"}]}
     fills = {"cpu": "900m", "memory": "500Mi"}
+    many, some, few = (10_000, 5_000, 5_000) if big else (1_000, 1_000, 500)
+
+    def named(name: str, pods: int, spec: Object, upstream: str = "", **more: Any) -> Workload:
+        return Workload(f"perf-{name}-{nodes}", nodes, pods, spec, upstream if big else "", **more)
+
     return [
-        Workload(f"perf-basic-{nodes}", nodes, core._same({}), "680 to 810"),
-        Workload(f"perf-spreading-{nodes}", nodes, core._same(core._spread("DoNotSchedule")), "460"),
-        Workload(f"perf-preferred-spreading-{nodes}", nodes, core._same(core._spread("ScheduleAnyway")), "340"),
-        Workload(f"perf-affinity-{nodes}", nodes, core._same(core._affinity("podAffinity", core.ZONE)), "35"),
-        Workload(f"perf-anti-affinity-{nodes}", nodes, core._same(core._affinity("podAntiAffinity", core.HOST)), "60", pods=min(PODS_MEASURED, nodes - 100)),
-        Workload(f"perf-node-affinity-{nodes}", nodes, core._same(zones), "220"),
-        Workload(f"perf-daemonset-{nodes}", nodes, lambda n: core._on_one_node(n % nodes), "1,100"),
-        Workload(f"perf-gated-{nodes}", nodes, core._same({}), before=2000, before_spec=gates),
-        Workload(f"perf-unschedulable-{nodes}", nodes, core._same({}), before=200, before_spec={"priorityClassName": _HIGH}, before_requests=_NEVER_SCHEDULED),
-        Workload(f"perf-churn-{nodes}", nodes, core._same({}), churn=True),
-        Workload(
-            f"perf-preemption-{nodes}", nodes, core._same({"priorityClassName": _HIGH}), pods=min(500, nodes // 2), before=4 * nodes, before_spec={"priorityClassName": _LOW},
-            before_requests=fills, bound_before=True, requests={"cpu": "3", "memory": "500Mi"},
-        ),
+        named("basic", many, {}, "270 (680 to 810)", before=1000 if big else 500),
+        named("spreading", some, core._spread("DoNotSchedule"), "85 (460)", before=few),
+        named("preferred-spreading", some, core._spread("ScheduleAnyway"), "125 (340)", before=few),
+        named("affinity", some, core._affinity("podAffinity", core.ZONE), "35", before=few, before_spec=core._affinity("podAffinity", core.ZONE)),
+        named("anti-affinity", 2000 if big else 400, core._affinity("podAntiAffinity", core.HOST), "60", before=1000 if big else 100, before_spec=core._affinity("podAntiAffinity", core.HOST)),
+        named("node-affinity", many, zones, "220", before=few, before_spec=zones),
+        named("daemonset", many, one, "390 (1,100)"),
+        named("gated", many, {}, "130", before=10_000 if big else 2_000, before_spec=gates, waiting=True),
+        named("unschedulable", many, {}, "140", before=200, before_spec={"priorityClassName": _HIGH}, before_requests=_NEVER_SCHEDULED, waiting=True),
+        named("churn", many, {}, "265", churn=True),
+        named("preemption", 250, {"priorityClassName": _HIGH}, before=4 * nodes, before_spec={"priorityClassName": _LOW}, before_requests=fills, requests={"cpu": "3", "memory": "500Mi"}),
     ]  # fmt: skip
 
 
@@ -82,29 +114,40 @@ def measure(names: list[str], options: argparse.Namespace) -> Iterator[Row]:
         wanted = [w for w in WORKLOADS if w.nodes == size and w.name in names]
         if wanted:
             with ours() as target:
-                rates = uvloop.run(_run_all(target, size, wanted, options.repeat))
+                results = uvloop.run(_run_all(target, size, wanted, options.repeat))
             for workload in wanted:
-                note = f"upstream's threshold {workload.upstream}" if workload.upstream and size == 5000 else ""
-                yield Row(workload.name, "pods/s", rates[workload.name], note=note)
+                found = results[workload.name]
+                costs = (sorted(result.costs[part] for result in found)[len(found) // 2] for part in range(3))
+                note = "CPU per pod: API server {:.0f}, scheduler {:.0f}, load {:.0f} µs".format(*costs)
+                gate = f"upstream's gate {workload.upstream}; " if workload.upstream else ""
+                yield Row(workload.name, "pods/s", [result.rate for result in found], note=gate + note)
 
 
-async def _run_all(target: Target, size: int, workloads: list[Workload], repeat: int) -> dict[str, list[float]]:
+@dataclass
+class Result:
+    """Pods per second, and microseconds of CPU per pod of API server, scheduler and load."""
+
+    rate: float
+    costs: tuple[float, float, float]
+
+
+async def _run_all(target: Target, size: int, workloads: list[Workload], repeat: int) -> dict[str, list[Result]]:
     api = client(target)
     try:
         for name, value in ((_HIGH, 1000), (_LOW, 1)):
             await api.create(PRIORITY_CLASSES, {"metadata": {"name": name}, "value": value})
         await _each(range(size), lambda n: _add_node(api, f"n{n}", f"z{n % 3}"))
-        rates: dict[str, list[float]] = {}
+        results: dict[str, list[Result]] = {}
         for workload in workloads:
-            for run in range(repeat):
-                async with scheduler(target):
-                    rates.setdefault(workload.name, []).append(await _Run(api, workload, f"{workload.name}-{run}").measure())
-        return rates
+            for _ in range(repeat):
+                async with counting_scheduler(target) as counts:
+                    results.setdefault(workload.name, []).append(await _Run(target, api, workload, counts).measure())
+        return results
     finally:
         await api.close()
 
 
-async def _each(numbers: range, make: Callable[[int], Any], at_once: int = 32) -> None:
+async def _each(numbers: range, make: Any, at_once: int = 32) -> None:
     """Do something for every number, some at a time."""
     line = iter(numbers)
 
@@ -115,8 +158,8 @@ async def _each(numbers: range, make: Callable[[int], Any], at_once: int = 32) -
     await asyncio.gather(*(work() for _ in range(at_once)))
 
 
-async def _add_node(api: Client, name: str, zone: str) -> None:
-    resources = {"cpu": "4", "memory": "32Gi", "pods": "110"}
+async def _add_node(api: Client, name: str, zone: str, pods: str = "110") -> None:
+    resources = {"cpu": "4", "memory": "32Gi", "pods": pods}
     labels = {core.HOST: name, core.ZONE: zone}
     status = {"capacity": resources, "allocatable": resources, "conditions": [{"type": "Ready", "status": "True", "reason": "Bench"}]}
     await api.create(NODES, {"metadata": {"name": name, "labels": labels}, "status": status})
@@ -124,64 +167,113 @@ async def _add_node(api: Client, name: str, zone: str) -> None:
     await api.patch(NODES, name, None, {"spec": {"taints": None}})
 
 
-class _Run:
-    """One workload in a namespace of its own."""
+def _pod(spec: Object, requests: Object | None) -> Object:
+    resources = {"requests": requests or {"cpu": "100m", "memory": "500Mi"}}
+    container = {"name": "pause", "image": "registry.k8s.io/pause:3.10.1", "ports": [{"containerPort": 80}], "resources": resources}
+    metadata = {"generateName": "pod-", "labels": {"app": "x"}}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": {"terminationGracePeriodSeconds": 0, "containers": [container], **spec}}
 
-    def __init__(self, api: Client, workload: Workload, namespace: str) -> None:
+
+def average_rate(seen: list[tuple[float, int]], start: float) -> float:
+    """Pods per second out of (time, number bound so far), by upstream's way of sampling; see the module."""
+    last = seen[-1][1]
+    ticks, rates, before, index, skipped = start, [], 0, 0, 0
+    while ticks < seen[-1][0]:
+        ticks += SAMPLE_SECONDS
+        while index + 1 < len(seen) and seen[index + 1][0] <= ticks:
+            index += 1
+        number = seen[index][1] if seen[index][0] <= ticks else 0
+        if ticks > seen[-1][0] or not number:
+            continue
+        if before and number == before:
+            skipped += 1
+        elif before:
+            rates.extend([(number - before) / (SAMPLE_SECONDS * (skipped + 1))] * (skipped + 1))
+            skipped = 0
+        before = number
+    return sum(rates) / len(rates) if rates else last / (seen[-1][0] - start)
+
+
+class _Run:
+    """One workload in namespaces of its own: one for the pods that exist first, one for the measured ones."""
+
+    def __init__(self, target: Target, api: Client, workload: Workload, counts: Counts) -> None:
+        self._target = target
         self._api = api
         self._workload = workload
-        self._namespace = namespace
-        self._bound: set[str] = set()
-        self._changed = asyncio.Event()
+        self._counts = counts
+        self._namespaces = [f"{workload.name}-{which}-{time.monotonic_ns()}" for which in ("before", "measured")]
 
-    def _pod(self, name: str, spec: Object, requests: Object | None) -> Object:
-        resources = {"requests": requests or {"cpu": "100m", "memory": "500Mi"}}
-        container = {"name": "c", "image": "pause", "resources": resources}
-        metadata = {"name": name, "namespace": self._namespace, "labels": {"app": "x"}}
-        return {"metadata": metadata, "spec": {"terminationGracePeriodSeconds": 0, "containers": [container], **spec}}
+    async def _create(self, namespace: str, number: int, pod: Object) -> float:
+        """Have pods created, wait for it; gives the seconds of CPU that it took."""
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder) / "create.lua"
+            script.write_text(_CREATE % (number, json.dumps(pod)))
+            path = f"/api/v1/namespaces/{namespace}/pods"
+            before = os.times()
+            process = await asyncio.create_subprocess_exec(
+                "wrk", "-t", "1", "-c", str(min(CONNECTIONS, number)), "-d", f"{_LIMIT_SECONDS}s", "-s", str(script), "-H", self._target.header,
+                "-H", "Content-Type: application/json", self._target.url + path, stdout=asyncio.subprocess.PIPE,
+            )  # fmt: skip
+            assert process.stdout is not None
+            try:
+                while (line := await process.stdout.readline()) not in (b"made\n", b"") and not line.startswith(b"refused"):
+                    pass
+            finally:
+                # Its connections have stopped, the program itself would sleep until its time is over.
+                process.send_signal(signal.SIGINT)
+                await process.communicate()
+            after = os.times()
+        if line != b"made\n":
+            raise RuntimeError(f"creating {number} pods failed: {line.decode()}")
+        return after.children_user + after.children_system - before.children_user - before.children_system
 
-    async def _watch(self, version: str) -> None:
-        async for pod in changes(self._api, self._namespace, version):
-            if pod.get("spec", {}).get("nodeName"):
-                self._bound.add(pod["metadata"]["name"])
-                self._changed.set()
-
-    async def _until_bound(self, prefix: str, number: int) -> None:
-        async with asyncio.timeout(_LIMIT_SECONDS):
-            while sum(name.startswith(prefix) for name in self._bound) < number:
-                self._changed.clear()
-                await self._changed.wait()
-
-    async def measure(self) -> float:
-        """Pods bound per second."""
-        api, workload, namespace = self._api, self._workload, self._namespace
-        await api.create(NAMESPACES, {"metadata": {"name": namespace}})
-        await api.create(SERVICE_ACCOUNTS, {"metadata": {"name": "default", "namespace": namespace}})
-        listed = await api.list(PODS, namespace)
-        tasks = [asyncio.create_task(self._watch(listed["metadata"]["resourceVersion"]))]
+    async def measure(self) -> Result:
+        api, workload, (first, measured) = self._api, self._workload, self._namespaces
+        churn = None
         try:
-            await _each(range(workload.before), lambda n: api.create(PODS, self._pod(f"before-{n}", workload.before_spec or {}, workload.before_requests)))
-            if workload.bound_before:
-                await self._until_bound("before-", workload.before)
+            for namespace in self._namespaces:
+                await api.create(NAMESPACES, {"metadata": {"name": namespace}})
+                await api.create(SERVICE_ACCOUNTS, {"metadata": {"name": "default", "namespace": namespace}})
+            if "-daemonset-" in workload.name:
+                await _add_node(api, _BIG_NODE, "z0", pods="90000")
+            if workload.before:
+                await self._create(first, workload.before, _pod(workload.before_spec, workload.before_requests))
+                if not workload.waiting:
+                    await self._counts.until(first, workload.before, _LIMIT_SECONDS)
+            await self._counts.quiet()
             if workload.churn:
-                tasks.append(asyncio.create_task(self._churn()))
-            start = time.monotonic()
-            await _each(range(workload.pods), lambda n: api.create(PODS, self._pod(f"pod-{n}", workload.spec(n), workload.requests)), CLIENTS)
-            await self._until_bound("pod-", workload.pods)
-            return workload.pods / (time.monotonic() - start)
+                churn = asyncio.create_task(self._churn(first))
+            return await self._measured(measured)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await api.delete_collection(PODS, namespace, grace_period_seconds=0)
+            if churn is not None:
+                churn.cancel()
+                await asyncio.gather(churn, return_exceptions=True)
+            for namespace in self._namespaces:
+                await api.delete_collection(PODS, namespace, grace_period_seconds=0)
+            if "-daemonset-" in workload.name:
+                await api.delete(NODES, _BIG_NODE)
 
-    async def _churn(self) -> None:
-        """Nodes, pods that fit nowhere and Services of theirs come and go, five times a second, as upstream's churn does."""
+    async def _measured(self, namespace: str) -> Result:
+        workload = self._workload
+        used = [machine.cpu_seconds([pid]) for pid in (self._target.pid, self._counts.pid)]
+        start = time.monotonic()
+        load = asyncio.create_task(self._create(namespace, workload.pods, _pod(workload.spec, workload.requests)))
+        seen = await self._counts.until(namespace, workload.pods, _LIMIT_SECONDS)
+        spent = [machine.cpu_seconds([pid]) - before for pid, before in zip((self._target.pid, self._counts.pid), used, strict=True)]
+        spent.append(await load)
+        server, scheduler, client = (1e6 * seconds / workload.pods for seconds in spent)
+        return Result(average_rate(seen, start), (server, scheduler, client))
+
+    async def _churn(self, namespace: str) -> None:
+        """Nodes and pods that fit nowhere come and go, five times a second, oftener than upstream's churn does."""
         for number in range(10**6):
             name = f"churn-{number}"
+            pod = _pod({}, _NEVER_SCHEDULED)
+            pod["metadata"] = {"name": name, "namespace": namespace, "labels": {"app": "x"}}
             with suppress(StatusError):
                 await _add_node(self._api, name, "z0")
-                await self._api.create(PODS, self._pod(name, {}, _NEVER_SCHEDULED))
+                await self._api.create(PODS, pod)
                 await asyncio.sleep(0.2)
-                await self._api.delete(PODS, name, self._namespace, grace_period_seconds=0)
+                await self._api.delete(PODS, name, namespace, grace_period_seconds=0)
                 await self._api.delete(NODES, name)
