@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import pytest
 import pytest_asyncio
 
 from knarr.api.resources import CSI_DRIVERS, CSI_NODES, NODES, PERSISTENT_VOLUME_CLAIMS, PERSISTENT_VOLUMES, PODS
+from knarr.kubelet.affinity.manager import Affinity
+from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.plugins import wire
+from knarr.kubelet.plugins.devices import DeviceManager, _Resource
 from knarr.kubelet.volumes import mounts
 from tests.kubelet.conftest import Bench
+from tests.kubelet.test_affinity import make_machine
 
 
 class FakePlugin:
@@ -184,6 +189,131 @@ async def test_a_device_plugin_gives_containers_its_devices(bench: Bench) -> Non
         await bench.until_phase("p", "Succeeded")
         assert await bench.log("p") == "yes\ndevice\n"
         assert plugin.calls == [("Allocate", {"container_requests": [{"devices_ids": ["d0"]}]})]
+    finally:
+        await register.stop()
+        await plugin.stop()
+
+
+def _numa_devices(**healthy: bool) -> dict[str, Any]:
+    """Devices named <node>-<number>; "x" is near no node."""
+    out = []
+    for name, well in healthy.items():
+        node = name[1]
+        device = {"ID": name, "health": "Healthy" if well else "Unhealthy"}
+        out.append(device if node == "x" else {**device, "topology": {"nodes": [{"ID": int(node)}]}})
+    return {"devices": out}
+
+
+def _asking(uid: str, count: str, init: str = "") -> Any:
+    def container(name: str, amount: str) -> Any:
+        return {"name": name, "resources": {"limits": {"test/dev": amount}}}
+
+    spec = {"containers": [container("c", count)], "initContainers": [container("i", init)] if init else []}
+    return {"metadata": {"uid": uid, "name": uid}, "spec": spec, "status": {"qosClass": "BestEffort"}}
+
+
+def _given(devices: DeviceManager, uid: str, name: str = "c") -> list[str]:
+    return devices._given[uid][name]["test/dev"]
+
+
+def _offering(folder: Path, **healthy: bool) -> DeviceManager:
+    devices = DeviceManager(str(folder), lambda: None)
+    found = _numa_devices(**healthy)["devices"]
+    devices._resources["test/dev"] = _Resource(
+        None,  # type: ignore[arg-type]  # nobody calls it here
+        {d["ID"]: d["health"] == "Healthy" for d in found},
+        {d["ID"]: frozenset(n["ID"] for n in d.get("topology", {}).get("nodes", [])) for d in found},
+    )
+    devices._known.add("test/dev")
+    return devices
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (1, [({0}, True), ({1}, True), ({0, 1}, False)]),
+        (2, [({1}, True), ({0, 1}, False)]),
+        (3, [({0, 1}, True)]),
+        (4, []),
+    ],
+)
+def test_devices_hint_at_the_nodes_near_which_enough_of_them_are(tmp_path: Path, count: int, expected: list[Any]) -> None:
+    devices = _offering(tmp_path, n0a=True, n0b=False, n1a=True, n1b=True)
+    (hints,) = devices.hints(_asking("p", str(count)), _asking("p", str(count))["spec"]["containers"][0], (0, 1))
+    assert hints is not None
+    assert [(set(h.nodes or ()), h.preferred) for h in hints] == expected
+
+
+def test_devices_that_tell_nothing_of_nodes_prefer_none(tmp_path: Path) -> None:
+    devices = _offering(tmp_path, nxa=True)
+    assert devices.hints(_asking("p", "1"), _asking("p", "1")["spec"]["containers"][0], (0, 1)) == [None]
+
+
+def _placing(folder: Path, devices: DeviceManager, policy: str) -> Affinity:
+    config = KubeletConfig(node_name="n", root_dir=str(folder), topology_manager_policy=policy)
+    return Affinity(config, None, make_machine(2, 2, 1), devices=devices)  # type: ignore[arg-type]
+
+
+def test_a_pod_gets_devices_near_one_node_or_is_refused(tmp_path: Path) -> None:
+    devices = _offering(tmp_path, n0a=True, n1a=True, n1b=True, nxa=True)
+    affinity = _placing(tmp_path, devices, "single-numa-node")
+    assert affinity.admit(_asking("two", "2")) is None
+    assert _given(devices, "two") == ["n1a", "n1b"]
+    assert affinity.admit(_asking("again", "2")) == ("TopologyAffinityError", "Resources cannot be allocated with Topology locality")
+    assert not devices.holds("again")
+    assert affinity.admit(_asking("one", "1")) is None
+    assert _given(devices, "one") == ["n0a"]
+    assert _placing(tmp_path, devices, "none").admit(_asking("five", "5")) == (
+        "UnexpectedAdmissionError",
+        "Allocate failed due to requested number of devices unavailable for test/dev. Requested: 5, Available: 1, which is unexpected",
+    )
+    devices.release("two")
+    assert affinity.admit(_asking("again", "2")) is None
+
+
+def test_containers_take_over_the_devices_of_init_containers_that_have_ended(tmp_path: Path) -> None:
+    devices = _offering(tmp_path, n0a=True, n0b=True)
+    assert _placing(tmp_path, devices, "none").admit(_asking("p", "2", init="1")) is None
+    assert _given(devices, "p", "i") == ["n0a"]
+    assert _given(devices, "p") == ["n0a", "n0b"]
+
+
+def test_after_a_restart_devices_are_known_before_their_plugin_is_back(tmp_path: Path) -> None:
+    devices = _offering(tmp_path, n0a=True)
+    assert _placing(tmp_path, devices, "none").admit(_asking("p", "1")) is None
+    again = DeviceManager(str(tmp_path), lambda: None)
+    affinity = _placing(tmp_path, again, "none")
+    assert affinity.admit(_asking("p", "1")) is None
+    refused = affinity.admit(_asking("q", "1"))
+    assert refused is not None
+    assert "no healthy devices present; cannot allocate unhealthy devices test/dev" in refused[1]
+
+
+async def test_a_plugin_is_asked_which_devices_go_best_together(bench: Bench) -> None:
+    endpoint = bench.folder / "device.sock"
+    methods = {
+        "GetDevicePluginOptions": ("Empty", "DevicePluginOptions", lambda m: {"get_preferred_allocation_available": True}),
+        "ListAndWatch": ("Empty", "ListAndWatchResponse", lambda m: _numa_devices(n0a=True, n0b=True, n0c=True)),
+        "GetPreferredAllocation": ("PreferredAllocationRequest", "PreferredAllocationResponse", lambda m: {"container_responses": [{"device_ids": ["n0c", "n0a"]}]}),
+        "Allocate": ("AllocateRequest", "AllocateResponse", lambda m: {"container_responses": [{"envs": {"IDS": " ".join(m["container_requests"][0]["devices_ids"])}}]}),
+    }
+    plugin = FakePlugin(endpoint, {"v1beta1.DevicePlugin": methods})
+    await plugin.start()
+    register = FakePlugin(
+        bench.folder / "kubelet" / "plugins_registry" / "test.sock",
+        {"pluginregistration.Registration": registration("DevicePlugin", "test/dev", endpoint, "v1beta1")},
+    )
+    await register.start()
+    try:
+        async with asyncio.timeout(10):
+            while (await bench.client.get(NODES, bench.node_name))["status"]["allocatable"].get("test/dev") != "3":
+                await asyncio.sleep(0.05)
+        amounts = {"test/dev": "2"}
+        await bench.run("p", "echo $IDS", container={"resources": {"limits": amounts, "requests": amounts}})
+        await bench.until_phase("p", "Succeeded")
+        assert await bench.log("p") == "n0c n0a\n"
+        asked = next(m for name, m in plugin.calls if name == "GetPreferredAllocation")["container_requests"][0]
+        assert asked == {"available_device_ids": ["n0a", "n0b", "n0c"], "allocation_size": 2}
     finally:
         await register.stop()
         await plugin.stop()

@@ -142,7 +142,7 @@ class Kubelet:
             config.plugins_dir or os.path.join(config.root_dir, "plugins_registry"),
             {"CSIPlugin": self.csi, "DevicePlugin": self.devices, "DRAPlugin": self.dynamic},
         )
-        affinity = Affinity(config, runtime, meters=self.meters)
+        affinity = Affinity(config, runtime, meters=self.meters, devices=self.devices)
         claims = Claims(client, self.csi)
         volumes = Volumes(config, payload_context, claims, image_manager, event, lambda: self.capacity.memory_allocatable_bytes)
         probes = Probes(runtime, container_event, lambda uid: self.workers.wake(uid), lambda: config.host_ips[0])

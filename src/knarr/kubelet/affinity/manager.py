@@ -28,6 +28,7 @@ from knarr.kubelet.affinity.hints import Hint, Hints
 from knarr.kubelet.affinity.memory import Block, MemoryManager
 from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.meters import Meters
+from knarr.kubelet.plugins.devices import DeviceManager, NotEnoughDevices
 from knarr.runtime.cri import ContainerState, LinuxResources, RuntimeFault, RuntimeService
 
 log = get_logger(__name__)
@@ -40,9 +41,10 @@ _ADMISSION_BUCKETS = tuple(0.05 * 2**i for i in range(15))
 class Affinity:
     """All of it for one node; does nothing while every policy is "none"."""
 
-    def __init__(self, config: KubeletConfig, runtime: RuntimeService, machine: machines.Machine | None = None, meters: Meters | None = None) -> None:
+    def __init__(self, config: KubeletConfig, runtime: RuntimeService, machine: machines.Machine | None = None, meters: Meters | None = None, devices: DeviceManager | None = None) -> None:
         """Raises ValueError when the configuration does not fit the machine."""
         self._meters = meters or Meters()
+        self._devices = devices
         self._config = config
         self._runtime = runtime
         self._path = os.path.join(config.root_dir, _FILE)
@@ -54,6 +56,8 @@ class Affinity:
         if config.cpu_manager_policy == "none" and config.memory_manager_policy == "None":
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path)
+            if config.topology_manager_policy != "none":
+                self._nodes = (machine or machines.read()).nodes
             return
         found = machine or machines.read()
         self._nodes = found.nodes
@@ -130,22 +134,26 @@ class Affinity:
 
     def admit(self, pod: Object) -> tuple[str, str] | None:
         """Give a pod's containers their places; (reason, message) when that is not possible."""
-        if self.cpus is None and self.memory is None:
+        wants_devices = self._devices is not None and any(self._devices.wanted(pod, c) for c in _all(pod))
+        if self.cpus is None and self.memory is None and not wants_devices:
             return None
         uid, begun = podutil.uid(pod), time.monotonic()
         before = self._given(uid)
+        had_devices = self._devices is not None and self._devices.holds(uid)
         self._meters.count("kubelet_topology_manager_admission_requests_total")
         try:
             if self._config.topology_manager_scope == "pod":
                 self._place_pod(pod)
             else:
                 self._place_containers(pod)
-        except NotEnough as error:
+        except (NotEnough, NotEnoughDevices) as error:
             self._meters.count("kubelet_topology_manager_admission_errors_total")
             if not before:
                 self.release(uid)
-            known = error.reason != "UnexpectedAdmissionError"
-            return error.reason, str(error) if known else f"Allocate failed due to {error}, which is unexpected"
+            if self._devices is not None and not had_devices:
+                self._devices.release(uid)
+            reason = error.reason if isinstance(error, NotEnough) else "UnexpectedAdmissionError"
+            return reason, str(error) if reason != "UnexpectedAdmissionError" else f"Allocate failed due to {error}, which is unexpected"
         finally:
             self._meters.observe("kubelet_topology_manager_admission_duration_ms", (time.monotonic() - begun) * 1000, bounds=_ADMISSION_BUCKETS)
         if self._given(uid) != before:
@@ -165,6 +173,8 @@ class Affinity:
                 given.append(self.cpus.hints(uid, container["name"], exclusive_count(pod, container), walk.reusable))
             if self.memory is not None:
                 given.append(self.memory.hints(uid, container["name"], memories.wanted(pod, container), walk.held))
+            if self._devices is not None:
+                given += self._devices.hints(pod, container, self._nodes)
             self._allocate(pod, container, walk, self._choose(given))
         walk.finish(self.memory)
 
@@ -178,6 +188,8 @@ class Affinity:
             kinds = {kind for c in _all(pod) for kind in memories.wanted(pod, c)}
             total = {kind: _peak({c["name"]: memories.wanted(pod, c).get(kind, 0) for c in _all(pod)}, pod) for kind in kinds}
             given.append(self.memory.hints(uid, "", total, {}))
+        if self._devices is not None:
+            given += [hints for container in _all(pod) for hints in self._devices.hints(pod, container, self._nodes)]
         if self._given(uid) != ({}, []):
             given = []  # placed before this kubelet started
         hint = self._choose(given)
@@ -193,6 +205,8 @@ class Affinity:
 
     def _allocate(self, pod: Object, container: Object, walk: _Walk, hint: Hint) -> None:
         uid, name = podutil.uid(pod), container["name"]
+        if self._devices is not None:
+            self._devices.place(pod, container, hint.nodes)
         if self.cpus is not None and (count := exclusive_count(pod, container)):
             with self._pinning("cpu"):
                 walk.took(container, self.cpus.allocate(uid, name, count, hint.nodes, walk.reusable))

@@ -84,6 +84,14 @@ MESSAGES: dict[str, dict[int, Field]] = {
         5: ("cdi_devices", "CDIDevice[]"),
     },
     "AllocateResponse": {1: ("container_responses", "ContainerAllocateResponse[]")},
+    "ContainerPreferredAllocationRequest": {
+        1: ("available_device_ids", "string[]"),
+        2: ("must_include_device_ids", "string[]"),
+        3: ("allocation_size", "int"),
+    },
+    "PreferredAllocationRequest": {1: ("container_requests", "ContainerPreferredAllocationRequest[]")},
+    "ContainerPreferredAllocationResponse": {1: ("device_ids", "string[]")},
+    "PreferredAllocationResponse": {1: ("container_responses", "ContainerPreferredAllocationResponse[]")},
     "PreStartContainerRequest": {1: ("devices_ids", "string[]")},
     "Claim": {1: ("namespace", "string"), 2: ("uid", "string"), 3: ("name", "string")},
     "PreparedDevice": {
