@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from knarr.api.resources import CONFIG_MAPS
+from knarr.api.errors import StatusError
+from knarr.api.resources import (
+    CONFIG_MAPS,
+    ENDPOINTS,
+    VALIDATING_ADMISSION_POLICIES,
+    VALIDATING_ADMISSION_POLICY_BINDINGS,
+    VALIDATING_WEBHOOK_CONFIGURATIONS,
+)
 from knarr.testing.apiserver import RunningAPIServer
 
 
@@ -37,3 +46,68 @@ async def test_exposition_is_well_formed_and_counts_requests(apiserver: RunningA
     assert stored["configmaps"] >= 1
     assert stored["flowschemas.flowcontrol.apiserver.k8s.io"] > 1
     assert b'kubernetes_healthcheck{name="ping",type="healthz"} 1' in (await client.request("GET", "/metrics/slis")).body
+
+
+async def test_every_stable_metric_of_a_quiet_server_has_upstreams_name_and_labels(apiserver: RunningAPIServer) -> None:
+    client = apiserver.client
+    await client.create(CONFIG_MAPS, {"metadata": {"name": "b"}}, "default")
+    await client.create(CONFIG_MAPS, {"metadata": {"name": "c"}}, "default", dry_run=True)
+    await client.list(ENDPOINTS, "default")
+    with pytest.raises(StatusError):  # a namespace that is not there: NamespaceLifecycle refuses
+        await client.create(CONFIG_MAPS, {"metadata": {"name": "b"}}, "absent")
+    families = await _families(apiserver)
+    wanted = {
+        "apiserver_admission_controller_admission_duration_seconds": {"name", "operation", "rejected", "type"},
+        "apiserver_admission_step_admission_duration_seconds": {"operation", "rejected", "type"},
+        "apiserver_request_duration_seconds": {"component", "dry_run", "group", "resource", "scope", "subresource", "verb", "version"},
+        "apiserver_response_sizes": {"component", "group", "resource", "scope", "subresource", "verb", "version"},
+        "apiserver_requested_deprecated_apis": {"group", "removed_release", "resource", "subresource", "version"},
+        "apiserver_storage_size_bytes": {"storage_cluster_id"}, "apiserver_current_inflight_requests": {"request_kind"},
+        "apiserver_cel_compilation_duration_seconds": set(), "apiserver_cel_evaluation_duration_seconds": set(),
+        "kubernetes_feature_enabled": {"name", "stage"}, "registered_metrics": {"deprecated_version", "stability_level"},
+    }  # fmt: skip
+    for name, labels in wanted.items():
+        assert set(families[name].samples[0].labels) - {"le"} == labels, name
+
+    def counted(metric: str, **labels: str) -> float:
+        return sum(s.value for s in families[metric].samples if s.name.endswith(("_count", "_total")) and labels.items() <= s.labels.items())
+
+    controller = "apiserver_admission_controller_admission_duration_seconds"
+    assert counted(controller, name="NamespaceLifecycle", operation="CREATE", rejected="true", type="admit") == 1
+    assert counted(controller, name="NamespaceLifecycle", operation="CREATE", rejected="false", type="admit") >= 2
+    assert counted("apiserver_admission_step_admission_duration_seconds", operation="CREATE", rejected="true", type="admit") == 1
+    assert counted("apiserver_request", dry_run="All", resource="configmaps", verb="POST", code="201") == 1
+    assert [s.labels["resource"] for s in families["apiserver_requested_deprecated_apis"].samples] == ["endpoints"]
+    bounds = [s.labels["le"] for s in families[controller].samples if s.name.endswith("_bucket")][:7]
+    assert bounds == ["0.005", "0.025", "0.1", "0.5", "1", "2.5", "+Inf"]
+
+
+async def test_what_webhooks_and_policies_decide_is_counted(apiserver: RunningAPIServer) -> None:
+    client = apiserver.client
+    rules = [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["configmaps"]}]
+    policy = {"failurePolicy": "Fail", "matchConstraints": {"resourceRules": rules}, "validations": [{"expression": "object.metadata.name != 'forbidden'"}]}
+    await client.create(VALIDATING_ADMISSION_POLICIES, {"metadata": {"name": "names"}, "spec": policy})
+    binding = {"policyName": "names", "validationActions": ["Deny"]}
+    await client.create(VALIDATING_ADMISSION_POLICY_BINDINGS, {"metadata": {"name": "everywhere"}, "spec": binding})
+    hook = {
+        "name": "deaf.example.com", "rules": rules, "clientConfig": {"url": "https://127.0.0.1:1/"}, "failurePolicy": "Ignore", "sideEffects": "None",
+        "admissionReviewVersions": ["v1"],
+    }  # fmt: skip
+    await client.create(VALIDATING_WEBHOOK_CONFIGURATIONS, {"metadata": {"name": "deaf"}, "webhooks": [hook]})
+    with pytest.raises(StatusError):
+        await client.create(CONFIG_MAPS, {"metadata": {"name": "forbidden"}}, "default")
+    await client.create(CONFIG_MAPS, {"metadata": {"name": "allowed"}}, "default")
+    families = await _families(apiserver)
+    checks = families["apiserver_validating_admission_policy_check"].samples
+    assert [(s.labels, s.value) for s in checks] == [
+        ({"policy": "names", "policy_binding": "everywhere", "error_type": "no_error", "enforcement_action": "deny"}, 1)
+    ]
+    asked = families["apiserver_admission_webhook_request"].samples
+    assert [(s.labels["name"], s.labels["code"], s.labels["rejected"], s.labels["type"]) for s in asked] == [("deaf.example.com", "0", "false", "validate")]
+    assert families["apiserver_admission_webhook_fail_open_count"].samples[0].value == asked[0].value
+    assert "apiserver_admission_webhook_admission_duration_seconds" in families
+
+
+async def _families(apiserver: RunningAPIServer) -> dict[str, Metric]:
+    text = (await apiserver.client.request("GET", "/metrics")).body.decode()
+    return {family.name: family for family in text_string_to_metric_families(text)}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from knarr.storage import Event, open_store
+from knarr.storage import Event, open_store, secretbox
 from knarr.storage.encryption import DecryptionError, EncryptedStore, load_rules
 from knarr.storage.memory import MemoryStore
 
@@ -33,7 +33,7 @@ async def _raw(inner: MemoryStore, key: str) -> bytes:
     return found.value
 
 
-@pytest.mark.parametrize("kind", ["aesgcm", "aescbc"])
+@pytest.mark.parametrize("kind", ["aesgcm", "aescbc", "secretbox"])
 async def test_only_the_named_resources_are_encrypted_and_read_back(tmp_path: Path, kind: str) -> None:
     inner = MemoryStore()
     store = EncryptedStore(inner, load_rules(_config(tmp_path, _key(kind, "one", 1))))
@@ -57,6 +57,26 @@ async def test_only_the_named_resources_are_encrypted_and_read_back(tmp_path: Pa
     assert lost.current is not None
     assert lost.current.value == b'{"data":"hush"}'
     await store.close()
+
+
+def test_secretbox_is_that_of_nacl() -> None:
+    """The vector of "Cryptography in NaCl", whose text is 131 bytes long: two blocks and a bit."""
+    key = bytes.fromhex("1b27556473e985d462cd51197a9a46c76009549eac6474f206c4ee0844f68389")
+    nonce = bytes.fromhex("69696ee955b62b73cd62bda875fc73d68219e0036b7a0b37")
+    text = bytes.fromhex(
+        "be075fc53c81f2d5cf141316ebeb0c7b5228c52a4c62cbd44b66849b64244ffce5ecbaaf33bd751a1ac728d45e6c61296cdc3c01233561f41db66cce314adb31"
+        "0e3be8250c46f06dceea3a7fa1348057e2f6556ad6b1318a024a838f21af1fde048977eb48f59ffd4924ca1c60902e52f0a089bc76897040e082f93776384864"
+        "5e0705"
+    )
+    box = bytes.fromhex(
+        "f3ffc7703f9400e52a7dfb4b3d3305d98e993b9f48681273c29650ba32fc76ce48332ea7164d96a4476fb8c531a1186ac0dfc17c98dce87b4da7f011ec48c972"
+        "71d2c20f9b928fe2270d6fb863d51738b48eeee314a7cc8ab932164548e526ae90224368517acfeabd6bb3732bc0e9da99832b61ca01b6de56244a9e88d5f9b3"
+        "7973f622a43d14a6599b1f654cb45a74e355a5"
+    )
+    assert secretbox.seal(key, nonce, text) == box
+    assert secretbox.unseal(key, nonce, box) == text
+    with pytest.raises(secretbox.WrongKeyError):
+        secretbox.unseal(key, nonce, box[:-1] + b"x")
 
 
 async def test_a_value_moved_to_another_key_or_tampered_with_is_refused(tmp_path: Path) -> None:

@@ -154,6 +154,27 @@ async def test_the_file_stays_bounded_under_updates(tmp_path: Path, monkeypatch:
     assert path.stat().st_size < 25_000_000
 
 
+async def test_free_pages_and_the_log_are_given_back_in_a_quiet_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "store.db"
+    store = SQLiteStore(path, retention=Retention(seconds=0, revisions=1000))
+    await store.start()
+    for n in range(20):
+        await asyncio.gather(*(store.put(f"/k/{n}/{m}", b"x" * 4000, expected=0) for m in range(100)))
+    for n in range(20):
+        await asyncio.gather(*(store.remove(f"/k/{n}/{m}", expected=-1) for m in range(100)))
+    full = path.stat().st_size
+    assert full > 8_000_000
+    await store.compact(store.revision)
+    monkeypatch.setattr("knarr.storage.sqlite.COMPACTION_INTERVAL_SECONDS", 0.01)
+    store._compact_due()
+    async with asyncio.timeout(20):
+        while path.stat().st_size > 3_000_000 or path.with_name("store.db-wal").stat().st_size:
+            await asyncio.sleep(0.01)
+    assert store.size_bytes < 3_100_000
+    await store.put("/k", b"1", expected=0)
+    await store.close()
+
+
 async def test_a_file_of_an_unknown_schema_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     with sqlite3.connect(path) as connection:

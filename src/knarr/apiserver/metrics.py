@@ -5,6 +5,7 @@ A request costs one dictionary look-up and a few additions; the prometheus text 
 
 from __future__ import annotations
 
+import re
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ VERBS = {
 }  # fmt: skip
 READS = frozenset({"get", "list", "watch", "head"})
 APPLY = "application/apply-patch"
+_STABILITY = re.compile(r"# HELP \S+ \[(ALPHA|BETA|STABLE)\](?: \(Deprecated since ([0-9.]+)\))?")
 
 
 class _Key(NamedTuple):
@@ -33,10 +35,12 @@ class _Key(NamedTuple):
     verb: str
     scope: str
     status: int
+    dry_run: str
 
-    def labels(self) -> str:
+    def labels(self, *, dry_run: bool = False) -> str:
+        dry = f'dry_run="{self.dry_run}",' if dry_run else ""
         return (
-            f'component="apiserver",group="{self.group}",resource="{self.resource}",scope="{self.scope}",subresource="{self.subresource}",'
+            f'component="apiserver",{dry}group="{self.group}",resource="{self.resource}",scope="{self.scope}",subresource="{self.subresource}",'
             f'verb="{VERBS.get(self.verb) or self.verb.upper()}",version="{self.version}"'
         )
 
@@ -68,7 +72,7 @@ class Metrics:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._series: dict[tuple[str, str, str, str, str, str, int], _Series] = {}
+        self._series: dict[tuple[str, str, str, str, str, str, int, str], _Series] = {}
         self._inflight = {"mutating": 0, "readOnly": 0}
         self.started = time.time()
         self.sources: list[Callable[[], list[str]]] = []
@@ -87,7 +91,8 @@ class Metrics:
         if verb == "patch" and request.headers.get("content-type", "").startswith(APPLY):
             verb = "apply"
         scope = "resource" if info.name or verb == "create" else "namespace" if info.namespace else "cluster" if info.resource else ""
-        key = (info.group, info.version, info.resource, info.subresource, verb, scope, request.status)
+        dry_run = "All" if request.query_string and "dryRun=All" in request.query_string else ""
+        key = (info.group, info.version, info.resource, info.subresource, verb, scope, request.status, dry_run)
         series = self._series.get(key)
         if series is None:
             if len(self._series) > MOST_SERIES:
@@ -126,35 +131,68 @@ class Metrics:
         ])  # fmt: skip
         for source in self.sources:
             lines += source()
+        lines += _about_metrics(lines)
         from prometheus_client import REGISTRY, generate_latest
 
         process: bytes = generate_latest(REGISTRY)
         return "\n".join(lines).encode() + b"\n" + process
 
+    def deprecated(self, is_deprecated: Callable[[str, str, str], bool]) -> list[str]:
+        """Return the metric of deprecated resources that were asked for: is_deprecated(group, version, resource)."""
+        asked = {key[:4] for key in self._series}
+        return family("apiserver_requested_deprecated_apis", "gauge", (
+            "[STABLE] Gauge of deprecated APIs that have been requested, broken out by API group, version, resource, subresource, and "
+            "removed_release."), [
+            (f'group="{group}",removed_release="",resource="{resource}",subresource="{subresource}",version="{version}"', 1)
+            for group, version, resource, subresource in sorted(asked) if is_deprecated(group, version, resource)
+        ])  # fmt: skip
+
     def _requests(self, lines: list[str]) -> None:
         whole: dict[_Key, _Histogram] = {}
+        lasting: dict[_Key, _Histogram] = {}
         sizes: dict[_Key, _Histogram] = {}
         counts: list[tuple[str, float]] = []
         for parts, series in self._series.items():
             key = _Key(*parts)
-            counts.append((f'code="{key.status}",{key.labels()},dry_run=""', series.count))
+            counts.append((f'code="{key.status}",{key.labels(dry_run=True)}', series.count))
             merged = key._replace(status=0)
             if key.verb != "watch":
                 whole.setdefault(merged, _Histogram(len(BUCKETS))).add(series)
+                lasting.setdefault(merged._replace(dry_run=""), _Histogram(len(BUCKETS))).add(series)
             if series.sizes is not None:
-                sizes.setdefault(merged, _Histogram(len(SIZE_BUCKETS))).add(series.sizes)
+                sizes.setdefault(merged._replace(dry_run=""), _Histogram(len(SIZE_BUCKETS))).add(series.sizes)
         lines += family("apiserver_request_total", "counter", (
             "[STABLE] Counter of apiserver requests broken out for each verb, dry run value, group, version, resource, scope, component, and "
             "HTTP response code."), counts)  # fmt: skip
         text = "for each verb, {}group, version, resource, subresource, scope and component."
         _histograms(lines, "apiserver_request_duration_seconds", "[STABLE] Response latency distribution in seconds " + text.format("dry run value, "),
-                    BUCKETS, whole, ',dry_run=""')
+                    BUCKETS, whole, dry_run=True)
         _histograms(lines, "apiserver_request_sli_duration_seconds", (
             "[ALPHA] Response latency distribution (not counting webhook duration and priority & fairness queue wait times) in seconds "
-            + text.format("")), SLI_BUCKETS, whole, "")  # fmt: skip
+            + text.format("")), SLI_BUCKETS, lasting)  # fmt: skip
         _histograms(lines, "apiserver_response_sizes", (
             "[STABLE] Response size distribution in bytes for each group, version, verb, resource, subresource, scope and component."),
-            SIZE_BUCKETS, sizes, "")  # fmt: skip
+            SIZE_BUCKETS, sizes)  # fmt: skip
+
+
+def _about_metrics(lines: Sequence[str]) -> list[str]:
+    """Return the metrics about metrics: nothing here can be disabled or hidden, and nothing is validated twice, so that it could differ."""
+    levels: dict[tuple[str, str], int] = {}
+    for line in lines:
+        told = _STABILITY.match(line)
+        if told is not None:
+            key = (told[2] or "", told[1])
+            levels[key] = levels.get(key, 0) + 1
+    return [
+        *family("registered_metrics_total", "counter", "[BETA] The count of registered metrics broken by stability level and deprecation version.", [
+            (f'deprecated_version="{version}",stability_level="{level}"', count) for (version, level), count in sorted(levels.items())]),
+        *family("disabled_metrics_total", "counter", "[BETA] The count of disabled metrics.", [("", 0)]),
+        *family("hidden_metrics_total", "counter", "[BETA] The count of hidden metrics.", [("", 0)]),
+        *family("apiserver_validation_declarative_validation_mismatch_total", "counter", (
+            "[BETA] Number of times declarative validation results differed from handwritten validation results for core types."), [("", 0)]),
+        *family("apiserver_validation_declarative_validation_panic_total", "counter", (
+            "[BETA] Number of times declarative validation has panicked during validation."), [("", 0)]),
+    ]  # fmt: skip
 
 
 def family(name: str, type: str, text: str, samples: Sequence[tuple[str, float]]) -> list[str]:
@@ -166,12 +204,12 @@ def family(name: str, type: str, text: str, samples: Sequence[tuple[str, float]]
     return lines
 
 
-def _histograms(lines: list[str], name: str, text: str, bounds: Sequence[float], found: dict[_Key, _Histogram], suffix: str) -> None:
+def _histograms(lines: list[str], name: str, text: str, bounds: Sequence[float], found: dict[_Key, _Histogram], *, dry_run: bool = False) -> None:
     if not found:
         return
     lines += [f"# HELP {name} {text}", f"# TYPE {name} histogram"]
     for key, histogram in found.items():
-        labels = key.labels() + suffix
+        labels = key.labels(dry_run=dry_run)
         # Fewer bounds than were counted: the first of them takes in all that is below.
         skipped = len(histogram.buckets) - 1 - len(bounds)
         running = sum(histogram.buckets[:skipped])

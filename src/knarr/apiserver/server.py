@@ -18,7 +18,7 @@ from knarr.aiokits.tasks import Tasks
 from knarr.api import errors
 from knarr.api.errors import StatusError
 from knarr.api.scheme import Resource
-from knarr.apiserver import bootstrap
+from knarr.apiserver import bootstrap, celtimes
 from knarr.apiserver.aggregation.extension import Extensions
 from knarr.apiserver.aggregation.registration import Registration
 from knarr.apiserver.attributes import AdmissionChain, Attributes, Auth, ConnectHandler, Decision, ResourceKey, UserInfo
@@ -27,6 +27,7 @@ from knarr.apiserver.call import Call, respond_error
 from knarr.apiserver.config import APIServerConfig
 from knarr.apiserver.crd.controller import CustomResources
 from knarr.apiserver.discovery import Discovery
+from knarr.apiserver.features import metrics as feature_metrics
 from knarr.apiserver.flow import FlowControl
 from knarr.apiserver.metrics import Metrics
 from knarr.apiserver.openapi import OpenAPI
@@ -93,7 +94,9 @@ class APIServer:
         await self.storage.start()
         from knarr.apiserver.auth.setup import build_auth
 
-        self.metrics.sources += [self.flow.metrics, self.storage.metrics, build_info]
+        self.metrics.sources += [
+            self.flow.metrics, self.storage.metrics, build_info, feature_metrics, celtimes.lines, lambda: self.metrics.deprecated(self._is_deprecated),
+        ]  # fmt: skip
         self.auth = auth = build_auth(self)
         self.paths.handlers.update(auth.paths)
         self._build_optional()
@@ -124,7 +127,8 @@ class APIServer:
         from knarr.apiserver.admission.chain import build_admission
         from knarr.apiserver.proxy.setup import build_connect
 
-        self.admission = build_admission(self)
+        self.admission = chain = build_admission(self)
+        self.metrics.sources.append(chain.measures.lines)
         self.registration = Registration(self)
         self._starters += [self.flow.start, self.registration.start, CustomResources(self).start, Extensions(self).start]
         self.connects.update(build_connect(self))
@@ -175,6 +179,10 @@ class APIServer:
     # -- Services ----------------------------------------------------------------------------------------------------------------
     def store(self, group: str, resource: str) -> ResourceStore:
         return self.registry.stores[group, resource]
+
+    def _is_deprecated(self, group: str, version: str, resource: str) -> bool:
+        endpoint = self.registry.endpoints.get((group, version, resource))
+        return endpoint is not None and bool(endpoint.warnings) and not endpoint.resource.custom
 
     def is_ready(self) -> bool:
         return self._ready

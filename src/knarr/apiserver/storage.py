@@ -74,7 +74,10 @@ class Storage:
             revisions.append((labels, cache.revision))
         return [
             *family("apiserver_storage_objects", "gauge",
-                    "[STABLE] Number of stored objects at the time of last check split by kind. In case of a fetching error, the value will be -1.", stored),
+                    "[STABLE] (Deprecated since 1.34.0) [DEPRECATED, consider using apiserver_resource_objects instead] Number of stored objects "
+                    "at the time of last check split by kind. In case of a fetching error, the value will be -1.", stored),
+            *family("apiserver_storage_size_bytes", "gauge", "[STABLE] Size of the storage database file physically allocated in bytes.",
+                    [('storage_cluster_id="etcd-0"', self.store.size_bytes)]),
             *family("apiserver_resource_objects", "gauge",
                     "[ALPHA] Number of stored objects at the time of last check split by kind. In case of a fetching error, the value will be -1.", objects),
             *family("apiserver_resource_size_estimate_bytes", "gauge",

@@ -92,6 +92,31 @@ class AESCBCTransformer:
             raise DecryptionError(f"{key}: the value does not fit its key") from error
 
 
+class SecretboxTransformer:
+    """XSalsa20 and Poly1305, as NaCl's secretbox."""
+
+    def __init__(self, name: str, secret: bytes) -> None:
+        from knarr.storage import secretbox
+
+        if len(secret) != secretbox.KEY_BYTES:
+            raise ValueError(f"secret of secretbox key {name} has {len(secret)} bytes, not {secretbox.KEY_BYTES}")
+        self.prefix = f"k8s:enc:secretbox:v1:{name}:".encode()
+        self._secret = secret
+        self._box = secretbox
+
+    def encrypt(self, key: str, value: bytes) -> bytes:
+        nonce = os.urandom(self._box.NONCE_BYTES)
+        return self.prefix + nonce + self._box.seal(self._secret, nonce, value)
+
+    def decrypt(self, key: str, stored: bytes) -> bytes:
+        body = stored[len(self.prefix) :]
+        size = self._box.NONCE_BYTES
+        try:
+            return self._box.unseal(self._secret, body[:size], body[size:])
+        except (self._box.WrongKeyError, ValueError) as error:
+            raise DecryptionError(f"{key}: the value does not fit its key") from error
+
+
 class Identity:
     """No encryption."""
 
@@ -135,11 +160,13 @@ def load_rules(path: str | Path) -> list[Rule]:
 def _transformers(provider: dict[str, Any]) -> list[Transformer]:
     if "identity" in provider:
         return [Identity()]
-    makers: dict[str, Callable[[str, bytes], Transformer]] = {"aesgcm": AESGCMTransformer, "aescbc": AESCBCTransformer}
+    makers: dict[str, Callable[[str, bytes], Transformer]] = {
+        "aesgcm": AESGCMTransformer, "aescbc": AESCBCTransformer, "secretbox": SecretboxTransformer,
+    }  # fmt: skip
     for kind, make in makers.items():
         if kind in provider:
             return [make(str(key["name"]), _secret(key)) for key in provider[kind].get("keys") or ()]
-    raise ValueError(f"encryption provider {', '.join(provider)} is not supported: aesgcm, aescbc and identity are")
+    raise ValueError(f"encryption provider {', '.join(provider)} is not supported: aesgcm, aescbc, secretbox and identity are")
 
 
 def _secret(key: dict[str, Any]) -> bytes:
@@ -225,6 +252,10 @@ class EncryptedStore:
     @property
     def shared(self) -> bool:
         return self._inner.shared
+
+    @property
+    def size_bytes(self) -> int:
+        return self._inner.size_bytes
 
     async def catch_up(self) -> None:
         await self._inner.catch_up()

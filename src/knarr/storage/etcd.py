@@ -35,6 +35,7 @@ from knarr.storage.streams import Publisher, Stream
 log = get_logger(__name__)
 
 COMPACTION_SECONDS = 300.0
+SIZE_SECONDS = 30.0
 CALL_TIMEOUT_SECONDS = 10.0
 _COMPACT_KEY = b"compact_rev_key"
 _LEASE_REUSE_SECONDS = 60.0
@@ -96,6 +97,8 @@ class EtcdStore:
         self._lost = asyncio.Event()
         self._main_watch: Any = None
         self._main_turn = asyncio.Lock()
+        self._size = 0
+        self._sized_at = 0.0
         self._index_read: asyncio.Task[StoreError | None] | None = None
         """A question for etcd's newest revision that has not been sent yet: whoever asks now may share it."""
 
@@ -129,6 +132,7 @@ class EtcdStore:
         ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks.spawn(self._follow(ready), "etcd-watch")
         await ready
+        await self._ask_size()
         self._tasks.spawn(self._compact_for_ever(), "etcd-compaction")
 
     def _open(self) -> None:
@@ -215,6 +219,21 @@ class EtcdStore:
         items = [self._stored(item) for item in answer.items]
         remaining = answer.total - len(items)
         return Page(revision, items, items[-1].key if remaining else None, remaining)
+
+    @property
+    def size_bytes(self) -> int:
+        """As of the last question, at most SIZE_SECONDS ago while somebody asks."""
+        now = clock.now()
+        if not self._closed and now - self._sized_at > SIZE_SECONDS:
+            self._sized_at = now
+            self._tasks.spawn(self._ask_size(), "etcd-size")
+        return self._size
+
+    async def _ask_size(self) -> None:
+        try:
+            self._size = wire.status_size(await self._call("Maintenance/Status", b""))
+        except StoreError as error:
+            log.warning("etcd does not tell its size", error=str(error))
 
     async def catch_up(self) -> None:
         # The answer must be younger than the call: a question that is under way already is of no use, one still to be sent is.

@@ -211,6 +211,11 @@ def lease_id(body: bytes) -> int:
     return next((int(field) for number, field in fields(body) if number == 2 and isinstance(field, int)), 0)
 
 
+def status_size(body: bytes) -> int:
+    """Return the bytes of the database that a StatusResponse tells of."""
+    return next((int(field) for number, field in fields(body) if number == 3 and isinstance(field, int)), 0)
+
+
 def _watch_event(body: Value) -> WatchEvent:
     assert isinstance(body, bytes)
     deleted = False

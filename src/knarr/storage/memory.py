@@ -48,6 +48,10 @@ class MemoryStore:
     def shared(self) -> bool:
         return False
 
+    @property
+    def size_bytes(self) -> int:
+        return 0
+
     async def catch_up(self) -> None:
         return
 

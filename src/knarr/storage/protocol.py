@@ -95,6 +95,11 @@ class RevisionStore(Protocol):
         """Whether others may write to the same data: then subscribers may be behind what is stored, and `catch_up` helps."""
         ...
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that the data take on disk, as far as is known now; 0 without a disk."""
+        ...
+
     async def catch_up(self) -> None:
         """Wait until subscribers have seen all that was stored before this call. Raises UnavailableError."""
         ...

@@ -107,6 +107,10 @@ class SQLiteStore:
     def shared(self) -> bool:
         return False
 
+    @property
+    def size_bytes(self) -> int:
+        return self._writer.size_bytes() if self._writer is not None else 0
+
     async def catch_up(self) -> None:
         return
 

@@ -8,7 +8,8 @@ Source: kubernetes pkg/kubeapiserver/options/plugins.go.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from knarr.api.meta import deep_copy
@@ -24,6 +25,7 @@ from knarr.apiserver.admission.external_ips import DenyServiceExternalIPs
 from knarr.apiserver.admission.ingress_class import DefaultIngressClass
 from knarr.apiserver.admission.limit_ranger import LimitRanger
 from knarr.apiserver.admission.matching import GROUP, Equivalent, NamespaceMatcher
+from knarr.apiserver.admission.measures import ADMIT, VALIDATE, Measures
 from knarr.apiserver.admission.namespace_lifecycle import NamespaceLifecycle
 from knarr.apiserver.admission.node_restriction import NodeRestriction
 from knarr.apiserver.admission.owner_references import OwnerReferencesPermissionEnforcement
@@ -50,6 +52,7 @@ from knarr.apiserver.admission.topology_labels import PodTopologyLabels
 from knarr.apiserver.admission.webhook_client import WebhookClient
 from knarr.apiserver.admission.webhooks import MutatingWebhooks, ValidatingWebhooks
 from knarr.apiserver.attributes import AdmissionRequest, Services, Store
+from knarr.apiserver.instruments import Histogram
 
 if TYPE_CHECKING:
     from knarr.apiserver.registry.all import Registry
@@ -57,12 +60,21 @@ if TYPE_CHECKING:
 Step = Callable[[AdmissionRequest], Awaitable[None] | None]
 
 
+class Part(NamedTuple):
+    """The steps of one type, each with the plugin's name and its time's histogram; and the histogram of them all."""
+
+    steps: tuple[tuple[Step, str, Histogram], ...]
+    whole: Histogram
+    operation: str
+    type: str
+
+
 class Place(NamedTuple):
     """What runs for one operation on one (sub)resource as things stand."""
 
     plugins: tuple[Plugin, ...]
-    admits: tuple[Step, ...]
-    validates: tuple[Step, ...]
+    admits: Part
+    validates: Part
 
 
 class Chain:
@@ -74,12 +86,15 @@ class Chain:
 
     def __init__(self, plugins: list[Plugin]) -> None:
         self.plugins = plugins
+        self.measures = Measures()
         self._places: dict[tuple[str, Resource, str], Place] = {}
         for plugin in plugins:
             for store in plugin.sources():
                 store.add_handler(self._changed)
             if isinstance(plugin, MutatingWebhooks):
                 plugin.again = self._again
+            if isinstance(plugin, MutatingWebhooks | ValidatingWebhooks | ValidatingAdmissionPolicies):
+                plugin.measures = self.measures
 
     async def _again(self, request: AdmissionRequest) -> None:
         """Run the plugins in front of the mutating webhooks once more, on what those have made."""
@@ -98,10 +113,14 @@ class Chain:
         found = self._places.get(key)
         if found is None:
             here = tuple(plugin for plugin in self.plugins if plugin.handles(*key) and plugin.concerns(*key))
-            admits = tuple(plugin.admit for plugin in here if type(plugin).admit is not Plugin.admit)
-            validates = tuple(plugin.validate for plugin in here if type(plugin).validate is not Plugin.validate)
-            found = self._places[key] = Place(here, admits, validates)
+            admits = [(plugin.admit, plugin.name) for plugin in here if type(plugin).admit is not Plugin.admit]
+            validates = [(plugin.validate, plugin.name) for plugin in here if type(plugin).validate is not Plugin.validate]
+            found = self._places[key] = Place(here, self._part(operation, ADMIT, admits), self._part(operation, VALIDATE, validates))
         return found
+
+    def _part(self, operation: str, type: str, steps: Sequence[tuple[Step, str]]) -> Part:
+        timed = tuple((step, name, self.measures.of_plugin(name, operation, type, rejected=False)) for step, name in steps)
+        return Part(timed, self.measures.step.at(operation, "false", type), operation, type)
 
     def forget(self, resource: Resource) -> None:
         """Drop what is remembered of a resource that is no longer served."""
@@ -112,10 +131,52 @@ class Chain:
         return bool(self._place(operation, resource, subresource).plugins)
 
     def admit(self, request: AdmissionRequest) -> Awaitable[None] | None:
-        return _run(iter(self._place(request.operation, request.resource, request.subresource).admits), request)
+        return self._run(self._place(request.operation, request.resource, request.subresource).admits, request)
 
     def validate(self, request: AdmissionRequest) -> Awaitable[None] | None:
-        return _run(iter(self._place(request.operation, request.resource, request.subresource).validates), request)
+        return self._run(self._place(request.operation, request.resource, request.subresource).validates, request)
+
+    def _run(self, part: Part, request: AdmissionRequest) -> Awaitable[None] | None:
+        """Run steps until one has to wait; what is returned does the rest."""
+        begin = before = perf_counter()
+        index = 0
+        try:
+            for index, (step, _, times) in enumerate(part.steps):
+                waiting = step(request)
+                if waiting is not None:
+                    return self._rest(part, request, waiting, index, begin, before)
+                now = perf_counter()
+                times.observe(now - before)
+                before = now
+        except BaseException:
+            self._refused(part, index, begin, before)
+            raise
+        part.whole.observe(before - begin)
+        return None
+
+    async def _rest(self, part: Part, request: AdmissionRequest, waiting: Awaitable[None], index: int, begin: float, before: float) -> None:
+        try:
+            await waiting
+            now = perf_counter()
+            part.steps[index][2].observe(now - before)
+            before = now
+            while (index := index + 1) < len(part.steps):
+                step, _, times = part.steps[index]
+                following = step(request)
+                if following is not None:
+                    await following
+                now = perf_counter()
+                times.observe(now - before)
+                before = now
+        except BaseException:
+            self._refused(part, index, begin, before)
+            raise
+        part.whole.observe(before - begin)
+
+    def _refused(self, part: Part, index: int, begin: float, before: float) -> None:
+        now = perf_counter()
+        self.measures.of_plugin(part.steps[index][1], part.operation, part.type, rejected=True).observe(now - before)
+        self.measures.step.at(part.operation, "true", part.type).observe(now - begin)
 
     async def run(self, request: AdmissionRequest) -> None:
         for part in (self.admit, self.validate):
@@ -131,23 +192,6 @@ class Chain:
     async def close(self) -> None:
         for plugin in self.plugins:
             await plugin.close()
-
-
-def _run(steps: Iterator[Step], request: AdmissionRequest) -> Awaitable[None] | None:
-    """Run steps until one has to wait; what is returned does the rest."""
-    for step in steps:
-        waiting = step(request)
-        if waiting is not None:
-            return _rest(waiting, steps, request)
-    return None
-
-
-async def _rest(waiting: Awaitable[None], steps: Iterator[Step], request: AdmissionRequest) -> None:
-    await waiting
-    for step in steps:
-        following = step(request)
-        if following is not None:
-            await following
 
 
 class _Versions:

@@ -7,6 +7,7 @@ Source: apiserver pkg/admission/plugin/policy/{validating,generic,matching}.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,9 +19,11 @@ from knarr.api.scheme import Resource
 from knarr.api.types import Object
 from knarr.apiserver.admission.expressions import activation
 from knarr.apiserver.admission.matching import EquivalentsOf, Match, NamespaceMatcher, is_exempt, match_rules, may_match
+from knarr.apiserver.admission.measures import Measures
 from knarr.apiserver.admission.plugin import Plugin, refuse
 from knarr.apiserver.admission.policy_programs import LazyVariables, Policy, Validation
 from knarr.apiserver.attributes import AdmissionRequest, Authorizer, Store
+from knarr.apiserver.celtimes import EVALUATION
 
 _CODES = {"Unauthorized": 401, "Forbidden": 403, "RequestEntityTooLarge": 413, "Invalid": 422}
 _MOST_MESSAGE_BYTES = 5 * 1024
@@ -37,6 +40,8 @@ class Failure(NamedTuple):
     reason: str
     expression: str
     place: int
+    error_type: str = "no_error"
+    """As in the metrics: no_error means that it was evaluated and does not hold."""
 
 
 class _Bound(NamedTuple):
@@ -57,6 +62,8 @@ class ValidatingAdmissionPolicies(Plugin):
         self._authorizer = authorizer
         self._equivalents = equivalents
         self._find_store = find_store
+        self.measures = Measures()
+        """Replaced by the chain's."""
         self._compiled: dict[tuple[str, str], Policy] = {}
         self._bound: tuple[int, list[_Bound]] = (-1, [])
         self._concerned: dict[tuple[str, Resource, str], bool] = {}
@@ -140,14 +147,24 @@ class ValidatingAdmissionPolicies(Plugin):
         except _ParameterError as error:
             if policy.failure_policy == "Ignore":
                 return None
-            failure = Failure(f"failed to configure binding: {error}", "", "", 0)
+            failure = Failure(f"failed to configure binding: {error}", "", "", 0, "invalid_error")
             return self._act(policy, binding, request, [failure])
         refusal: StatusError | None = None
         for parameter in parameters:
+            begin = time.perf_counter()
             failures = self._evaluate(policy, request, match, parameter)
+            seconds = time.perf_counter() - begin
+            EVALUATION.observe(seconds)
+            self._count(policy, binding, failures, seconds)
             if failures:
                 refusal = refusal or self._act(policy, binding, request, failures)
         return refusal
+
+    def _count(self, policy: Policy, binding: Object, failures: list[Failure], seconds: float) -> None:
+        actions = (binding.get("spec") or {}).get("validationActions") or []
+        for failure in failures:
+            for action in actions:
+                self.measures.checked(policy.name, meta.name(binding), failure.error_type, action.lower(), seconds)
 
     def _act(self, policy: Policy, binding: Object, request: AdmissionRequest, failures: list[Failure]) -> StatusError | None:
         actions = (binding.get("spec") or {}).get("validationActions") or []
@@ -212,7 +229,7 @@ class ValidatingAdmissionPolicies(Plugin):
         if verdict is False:
             return []
         if isinstance(verdict, str):
-            return [] if ignore else [Failure(verdict, "", "", 0)]
+            return [] if ignore else [Failure(verdict, "", "", 0, "invalid_error")]
         failures = [failure for index, one in enumerate(policy.validations) if (failure := _check(one, index, values, budget, ignore=ignore))]
         self._annotate(policy, request, values, budget, failures, ignore=ignore)
         return failures
@@ -243,7 +260,7 @@ class ValidatingAdmissionPolicies(Plugin):
                 value = expression.evaluate(values, budget)
             except cel.CELError as error:
                 if not ignore:
-                    failures.append(Failure(f"valueExpression '{expression.source}' resulted in error: {error}", "", expression.source, 0))
+                    failures.append(Failure(f"valueExpression '{expression.source}' resulted in error: {error}", "", expression.source, 0, "invalid_error"))
                 continue
             text = value.strip()[:_MOST_ANNOTATION_BYTES] if isinstance(value, str) else ""
             if text:
@@ -262,9 +279,9 @@ def _check(validation: Validation, index: int, values: dict[str, Any], budget: c
     try:
         holds = validation.expression.evaluate(values, budget)
     except cel.CompileError as error:
-        return None if ignore else Failure(f"expression '{source}' resulted in error: compilation error: {error}", "", source, index)
+        return None if ignore else Failure(f"expression '{source}' resulted in error: compilation error: {error}", "", source, index, "compile_error")
     except cel.CELError as error:
-        return None if ignore else Failure(f"expression '{source}' resulted in error: {error}", "", source, index)
+        return None if ignore else Failure(f"expression '{source}' resulted in error: {error}", "", source, index, "invalid_error")
     if holds is True:
         return None
     message = validation.message

@@ -10,6 +10,7 @@ Source: apiserver pkg/admission/plugin/webhook/{mutating,validating,generic}.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from knarr.api.scheme import Resource
 from knarr.api.types import Object
 from knarr.apiserver.admission.conditions import ConditionError, Conditions
 from knarr.apiserver.admission.matching import EquivalentsOf, Match, NamespaceMatcher, is_exempt, match_rules, may_match
+from knarr.apiserver.admission.measures import ADMIT, VALIDATE, Measures
 from knarr.apiserver.admission.plugin import Plugin, object_name
 from knarr.apiserver.admission.webhook_client import Answer, CallFailed, WebhookClient, review_answer
 from knarr.apiserver.attributes import AdmissionRequest, Store
@@ -61,6 +63,12 @@ class _Webhooks(Plugin):
         self._equivalents = equivalents
         self._hooks: tuple[int, list[Hook]] = (-1, [])
         self._concerned: dict[tuple[str, Resource, str], bool] = {}
+        self.measures = Measures()
+        """Replaced by the chain's."""
+
+    @property
+    def _type(self) -> str:
+        return ADMIT if self.mutating else VALIDATE
 
     def hooks(self) -> list[Hook]:
         generation = self._configurations.generation
@@ -114,6 +122,27 @@ class _Webhooks(Plugin):
         return found
 
     async def _ask(self, hook: Hook, match: Match, request: AdmissionRequest) -> Answer:
+        """Ask one webhook, and count what came of it. Raises StatusError, CallFailed."""
+        name, operation = hook.spec.get("name", ""), request.operation
+        begin = time.perf_counter()
+        try:
+            answer = await self._call(hook, match, request)
+        except CallFailed:
+            closed = hook.spec.get("failurePolicy") != "Ignore"
+            self.measures.called(name, self._type, operation, time.perf_counter() - begin, 0, rejected=closed)
+            if closed:
+                self.measures.webhook_rejections.add(name, self._type, operation, "calling_webhook_error", "0")
+            else:
+                self.measures.webhook_fail_open.add(name, self._type)
+            raise
+        except StatusError as error:
+            self.measures.called(name, self._type, operation, time.perf_counter() - begin, error.code, rejected=True)
+            self.measures.webhook_rejections.add(name, self._type, operation, "no_error", str(min(error.code, 600)))
+            raise
+        self.measures.called(name, self._type, operation, time.perf_counter() - begin, 200, rejected=False)
+        return answer
+
+    async def _call(self, hook: Hook, match: Match, request: AdmissionRequest) -> Answer:
         spec = hook.spec
         if request.dry_run and spec.get("sideEffects") not in ("None", "NoneOnDryRun"):
             raise errors.bad_request(f'admission webhook "{spec.get("name")}" does not support dry run')
@@ -127,6 +156,10 @@ class _Webhooks(Plugin):
             answered = await self._client.post(spec.get("clientConfig") or {}, body, timeout_seconds=timeout)
         except CallFailed as error:
             raise CallFailed(f"failed to call webhook: {error}") from error
+        return self._judged(spec, request, uid, version, answered)
+
+    def _judged(self, spec: Object, request: AdmissionRequest, uid: str, version: str, answered: bytes) -> Answer:
+        """Read an answer. Raises StatusError for a refusal, CallFailed."""
         answer = review_answer(uid, version, answered, mutating=self.mutating)
         for key, value in answer.audit_annotations.items():
             request.audit_annotations[f"{spec.get('name')}/{key}"] = value
