@@ -145,3 +145,65 @@ async def test_timeout_parameter_is_a_duration(apiserver: RunningAPIServer) -> N
         with pytest.raises(errors.StatusError, match="invalid timeout specified in the request URL") as caught:
             await apiserver.client.request("GET", f"{path}?timeout=soon")
         assert caught.value.code == 400
+
+
+JOBS = "/apis/batch/v1/namespaces/default/jobs"
+JSON_PATCH, MERGE_PATCH, STRATEGIC_PATCH, APPLY = (
+    "application/json-patch+json", "application/merge-patch+json", "application/strategic-merge-patch+json", "application/apply-patch+yaml",
+)  # fmt: skip
+
+
+async def patch(server: RunningAPIServer, path: str, content_type: str, body: Any) -> Response:
+    headers = [*await server.client.headers(), ("Content-Type", content_type)]
+    return await server.client.http.request("PATCH", path, headers, orjson.dumps(body))
+
+
+async def test_patches_of_version_and_kind_are_refused_or_not_looked_at(apiserver: RunningAPIServer) -> None:
+    pod = {"containers": [{"name": "c", "image": "i"}], "restartPolicy": "Never"}
+    body = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": {"suspend": True, "template": {"spec": pod}}}
+    assert (await post(apiserver, orjson.dumps(body), path=JOBS)).status == 201
+    for path in (f"{JOBS}/x", f"{JOBS}/x/status"):
+        for wrong, status, words in (
+            (None, 400, "name must be provided"), ("", 400, "name must be provided"), (0, 422, "cannot unmarshal number into Go struct field .apiVersion"),
+            ([], 422, "cannot unmarshal array into Go struct field .apiVersion"), ("a/b/c", 422, "unexpected GroupVersion string: a/b/c"),
+        ):  # fmt: skip
+            for content_type, change in ((MERGE_PATCH, {"apiVersion": wrong}), (JSON_PATCH, [{"op": "add", "path": "/apiVersion", "value": wrong}])):
+                answer = await patch(apiserver, path, content_type, change)
+                assert (answer.status, words in answer.body.decode()) == (status, True), answer.body
+        answer = await patch(apiserver, path, STRATEGIC_PATCH, {"apiVersion": "x", "kind": "y"})
+        assert (answer.status, orjson.loads(answer.body)["apiVersion"]) == (200, "batch/v1")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content_type", "body", "message"),
+    [
+        ("POST", "/api/v1/namespaces/default/pods/p/binding", "application/json", {"metadata": {"name": "p"}, "target": {"name": ""}}, "target.name: Required value"),
+        ("POST", "/api/v1/namespaces/default/bindings", "application/json", {"metadata": {"name": "p"}, "target": {"kind": "Foo", "name": "n"}},
+         'target.kind: Unsupported value: "Foo": supported values: "Node", "<empty>"'),
+        ("PATCH", f"{PATH}/a?fieldManager=m", APPLY, {"apiVersion": "v1", "kind": "ConfigMap", "data": {"a": 1}},
+         "failed to create typed patch object (/; /v1, Kind=ConfigMap): .data.a: expected string, got &value.valueUnstructured{Value:1}"),
+        ("PATCH", "/api/v1/namespaces/default/pods/p?fieldManager=m", APPLY,
+         {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": {"containers": [{"name": "c", "resources": {"limits": {"cpu": "x"}}}]}},
+         "failed to convert new object (/p; /v1, Kind=Pod) to proper version: unable to convert unstructured object to /v1, Kind=Pod: quantities must"),
+        ("GET", f"{PATH}?watch=1&resourceVersion=x", "application/json", None,
+         'resourceVersion: Invalid value: "x": strconv.ParseUint: parsing "x": invalid syntax'),
+        ("POST", PATH, "application/json", {"metadata": {"name": "rv", "resourceVersion": "5"}}, "resourceVersion should not be set on objects to be created"),
+    ],
+)  # fmt: skip
+async def test_where_upstream_answers_500_to_nonsense_so_do_we(
+    apiserver: RunningAPIServer, method: str, path: str, content_type: str, body: Any, message: str
+) -> None:
+    """Each of these was asked of kube-apiserver 1.35, too; clients see the same."""
+    headers = [*await apiserver.client.headers(), ("Content-Type", content_type)]
+    answer = await apiserver.client.http.request(method, path, headers, None if body is None else orjson.dumps(body))
+    assert answer.status == 500
+    assert orjson.loads(answer.body)["message"].startswith(message)
+
+
+async def test_a_managers_name_may_be_any_bytes_and_a_version_that_is_no_number_is_none(apiserver: RunningAPIServer) -> None:
+    made = await post(apiserver, b'{"metadata":{"name":"a","resourceVersion":"x"},"data":{"a":"b"}}', path=f"{PATH}?fieldManager=%ff")
+    assert made.status == 201
+    assert orjson.loads(made.body)["metadata"]["managedFields"][0]["manager"] == "\ufffd"
+    unknown = {"manager": "m", "operation": "Update", "apiVersion": "v1", "fieldsType": "FieldsV1", "fieldsV1": {"x:y": {}}}
+    made = await post(apiserver, orjson.dumps({"metadata": {"name": "b", "managedFields": [unknown]}}))
+    assert (made.status, "managedFields" in orjson.loads(made.body)["metadata"]) == (201, False)

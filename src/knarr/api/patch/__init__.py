@@ -202,8 +202,15 @@ def _strategic(api_version: str, kind: str, current: Object, body: bytes, field_
     merged = orjson.dumps(patched)
     type_error, unknown = _problems(api_version, kind, patched, merged)
     if type_error:
-        why = restore_error(orjson.loads(merged), typeinfo.message_name(api_version, kind))
+        before = orjson.loads(merged)
+        wrong = [before[key] for key in ("apiVersion", "kind") if not isinstance(before.get(key, ""), str)]
+        number = wrong and isinstance(wrong[0], int) and not isinstance(wrong[0], bool)
+        why = restore_error(before, typeinfo.message_name(api_version, kind))
+        if wrong:
+            why = "cannot convert int64 to string" if number else "unrecognized type: string"
         raise _invalid_patch(go_map(decode.parse_json(body)), why or type_error)
+    # What a patch says of the type is not looked at.
+    patched["apiVersion"], patched["kind"] = api_version, kind
     warnings += unknown if strict else []
     if warnings and field_validation == decode.STRICT:
         raise _invalid_patch(go_map(decode.parse_json(body)), f"strict decoding error: {', '.join(warnings)}")
@@ -216,6 +223,7 @@ def _check(api_version: str, kind: str, patched: Object, custom: bool, merged: b
     Raises:
       _Unfit: wrong types.
     """
+    _check_identity(patched, custom)
     if custom:
         try:
             return decode.check_metadata(patched)
@@ -226,6 +234,7 @@ def _check(api_version: str, kind: str, patched: Object, custom: bool, merged: b
         # Upstream then reads it as an empty object: nothing in it is known.
         unknown = sorted(set(patched) - {"apiVersion", "kind"})
         patched.clear()
+        _problems(api_version, kind, patched, b"{}")
         return [f"unknown field {go_quote(key)}" for key in unknown]
     if given_kind != kind or given_version != api_version:
         raise _Unfit(_other_kind(given_version, given_kind, api_version, kind))
@@ -234,6 +243,22 @@ def _check(api_version: str, kind: str, patched: Object, custom: bool, merged: b
     if type_error:
         raise _Unfit(type_error)
     return unknown
+
+
+def _check_identity(patched: Object, custom: bool) -> None:
+    """Whether version and kind can be read. Raises _Unfit."""
+    for key in ("apiVersion", "kind"):
+        value = patched.get(key)
+        if value is not None and not isinstance(value, str):
+            text = f"json: cannot unmarshal {explain._json_word(value)} into Go struct field .{key} of type string"
+            raise _Unfit(f"couldn't get version/kind; json parse error: {text}")
+    version = patched.get("apiVersion") or ""
+    if version.count("/") > 1:
+        raise _Unfit(f"unexpected GroupVersion string: {version}")
+    if custom and not patched.get("kind"):
+        raise _Unfit(f"Object 'Kind' is missing in '{orjson.dumps(patched, option=orjson.OPT_SORT_KEYS).decode()}'")
+    if custom and not version:
+        raise _Unfit("Object 'apiVersion' is missing in 'object has no apiVersion field'")
 
 
 def _other_kind(given_version: Any, given_kind: Any, api_version: str, kind: str) -> str:
