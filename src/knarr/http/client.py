@@ -25,6 +25,7 @@ from knarr.http.errors import BodyTooLarge, ConnectFailed, ConnectionLost, HTTPE
 from knarr.http.raw import HIGH_WATER_BYTES, RawConnection
 
 IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
+_KEPT_BLOCKS = 64
 HeaderItems = Mapping[str, str] | list[tuple[str, str]]
 
 
@@ -101,6 +102,8 @@ class _ClientConnection(asyncio.Protocol):
         self._can_write: asyncio.Future[None] | None = None
         self._error: Exception | None = None
         self._parser: Any = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._head_request = self._upgrade = False
         self._reset(False, False)
 
     def _reset(self, head_request: bool, collect: bool) -> None:
@@ -111,12 +114,14 @@ class _ClientConnection(asyncio.Protocol):
         self._size = 0
         self._complete = False
         self._paused = False
+        if self._parser is None or self._head_request or self._upgrade:
+            # It goes on from answer to answer, unless the last one ended earlier than it knows.
+            self._parser = httptools.HttpResponseParser(self)
         self._head_request = head_request
         self._collect = collect
         self._upgrade = False
         self._upgraded_rest = b""
         self.got_bytes = False
-        self._parser = httptools.HttpResponseParser(self)
 
     # -- transport -----------------------------------------------------------------------------------------------------
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -230,6 +235,21 @@ class _ClientConnection(asyncio.Protocol):
             self._complete = True
             self._wake()
 
+    def arm(self, seconds: float, what: str) -> None:
+        """Fail the answer under way when it takes longer; a timer is much cheaper than a task's timeout."""
+        self._timer = self.loop.call_later(seconds, self._expire, what)
+
+    def disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expire(self, what: str) -> None:
+        self._timer = None
+        self._fail(TimeoutExpired(what))
+        if self.transport is not None:
+            self.transport.abort()
+
     # -- one exchange ------------------------------------------------------------------------------------------------------
     async def send(self, head: bytes, body: bytes, *, head_request: bool, collect: bool) -> None:
         """Send a request and wait for the head of its answer."""
@@ -323,6 +343,7 @@ class HTTPClient:
         self._connect_timeout = connect_timeout_seconds
         self._max_body_bytes = max_body_bytes
         self._idle: list[_ClientConnection] = []
+        self._blocks: dict[tuple[tuple[str, str], ...], str] = {}
         self._slots = asyncio.Semaphore(max_connections)
         self._open: set[_ClientConnection] = set()
         self._closed = False
@@ -361,20 +382,22 @@ class HTTPClient:
         return connection
 
     def _head(self, method: str, path: str, headers: HeaderItems | None, body: bytes | None) -> bytes:
-        given = list(headers.items()) if isinstance(headers, Mapping) else list(headers or [])
+        given = tuple(headers.items()) if isinstance(headers, Mapping) else tuple(headers or ())
+        block = self._blocks.get(given)
+        if block is None:
+            block = self._header_block(given)
+            if len(self._blocks) >= _KEPT_BLOCKS:
+                self._blocks.clear()
+            self._blocks[given] = block
+        length = f"Content-Length: {len(body)}\r\n" if body is not None and (body or method in ("POST", "PUT", "PATCH")) else ""
+        return f"{method} {self._prefix}{path} HTTP/1.1\r\n{block}{length}\r\n".encode("utf-8", "surrogateescape")
+
+    def _header_block(self, given: tuple[tuple[str, str], ...]) -> str:
         names = {name.lower() for name, _ in given}
-        lines = [f"{method} {self._prefix}{path} HTTP/1.1\r\n"]
-        if "host" not in names:
-            lines.append(f"Host: {self._host_header}\r\n")
-        for name, value in self.headers:
-            if name.lower() not in names:
-                lines.append(f"{name}: {value}\r\n")
-        for name, value in given:
-            lines.append(f"{name}: {value}\r\n")
-        if body is not None and (body or method in ("POST", "PUT", "PATCH")):
-            lines.append(f"Content-Length: {len(body)}\r\n")
-        lines.append("\r\n")
-        return "".join(lines).encode("utf-8", "surrogateescape")
+        lines = [] if "host" in names else [f"Host: {self._host_header}\r\n"]
+        lines += [f"{name}: {value}\r\n" for name, value in self.headers if name.lower() not in names]
+        lines += [f"{name}: {value}\r\n" for name, value in given]
+        return "".join(lines)
 
     def _take_idle(self) -> _ClientConnection | None:
         while self._idle:
@@ -391,26 +414,47 @@ class HTTPClient:
             self._open.discard(connection)
             connection.close()
 
-    async def _exchange(self, method: str, head: bytes, body: bytes, *, collect: bool) -> _ClientConnection:
-        """Send on a kept connection, or a new one; returns the connection with the answer's head read."""
+    async def _exchange(
+        self, method: str, head: bytes, body: bytes, *, collect: bool, limit: float | None = None, what: str = ""
+    ) -> _ClientConnection:
+        """Send on a kept connection, or a new one; returns the connection with the answer's head read.
+
+        Args:
+          limit: Seconds until the whole answer must be there; the connection stays armed with what is left. None leaves that to the caller.
+          what: The error's text.
+        """
         kept = self._take_idle()
         if kept is not None:
+            if limit is not None:
+                kept.arm(limit, what)
             try:
                 await kept.send(head, body, head_request=method == "HEAD", collect=collect)
                 return kept
             except ConnectionLost:
+                kept.disarm()
                 self._open.discard(kept)
                 # The server may close a kept connection at any time; what it has surely not answered may be sent again.
                 if kept.got_bytes or method not in IDEMPOTENT:
                     raise
             except BaseException:
+                kept.disarm()
                 self._open.discard(kept)
                 kept.close()
                 raise
-        connection = await self._connect()
+        if limit is None:
+            connection = await self._connect()
+        else:
+            began = asyncio.get_running_loop().time()
+            try:
+                async with asyncio.timeout(limit):
+                    connection = await self._connect()
+            except TimeoutError as error:
+                raise TimeoutExpired(what) from error
+            connection.arm(max(0.0, began + limit - connection.loop.time()), what)
         try:
             await connection.send(head, body, head_request=method == "HEAD", collect=collect)
         except BaseException:
+            connection.disarm()
             self._open.discard(connection)
             connection.close()
             raise
@@ -437,23 +481,21 @@ class HTTPClient:
         head = self._head(method, path, headers, body)
         limit = self._timeout if timeout_seconds is None else timeout_seconds
         connection: _ClientConnection | None = None
-        async with self._slots:
-            try:
-                async with asyncio.timeout(limit):
-                    connection = await self._exchange(method, head, body or b"", collect=True)
-                    data = await connection.whole_body()
-            except TimeoutError as error:
-                if connection is not None:
-                    self._open.discard(connection)
-                    connection.close()
-                raise TimeoutExpired(f"{method} {path}: no answer within {limit} s") from error
-            except BaseException:
-                if connection is not None:
-                    self._open.discard(connection)
-                    connection.close()
-                raise
+        await self._slots.acquire()
+        try:
+            connection = await self._exchange(method, head, body or b"", collect=True, limit=limit, what=f"{method} {path}: no answer within {limit} s")
+            data = await connection.whole_body()
             response = Response(connection.status, connection.headers, data, connection.header_list)
+            connection.disarm()
             self._give_back(connection)
+        except BaseException:
+            if connection is not None:
+                connection.disarm()
+                self._open.discard(connection)
+                connection.close()
+            raise
+        finally:
+            self._slots.release()
         if response.headers.get("content-encoding") == "gzip":
             response.body = _gunzip(response.body, self._max_body_bytes)
         return response

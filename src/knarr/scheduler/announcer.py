@@ -16,7 +16,7 @@ from knarr.client.events import EventRecorder
 from knarr.scheduler.dispatcher import Dispatcher
 from knarr.scheduler.podinfo import PodInfo
 
-PATIENT_EVENTS = 4_000
+PATIENT_EVENTS = 20_000
 _BATCH = 32
 _LONGEST_WAIT_SECONDS = 0.5
 
