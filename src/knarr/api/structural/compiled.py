@@ -7,7 +7,7 @@ Source: apiextensions-apiserver apiserver/schema (pruning, defaulting), kube-ope
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from knarr.api.meta import deep_copy
 from knarr.api.patch.json_patch import equal
@@ -94,6 +94,8 @@ def _make_pruner(
 ) -> Pruner:
     missing = object()
     get = properties.get
+    specified = frozenset(properties)
+    nested = tuple((key, inner) for key, inner in properties.items() if inner is not None)
 
     def prune(value: Any) -> list[str] | None:
         if value.__class__ is list:
@@ -101,6 +103,14 @@ def _make_pruner(
         if value.__class__ is not dict:
             return None
         found: list[str] | None = None
+        if not kept and specified and value.keys() <= specified:
+            # Nothing to drop here: only what has a structure of its own is looked into.
+            for key, inner in nested:
+                member = value.get(key)
+                if (member.__class__ is dict or member.__class__ is list) and (paths := inner(member)):
+                    found = found or []
+                    found.extend(f"{key}{path}" if path.startswith("[") else f"{key}.{path}" for path in paths)
+            return found
         dropped: list[str] | None = None
         for key, member in value.items():
             if kept and key in kept:
@@ -133,11 +143,11 @@ def _make_pruner(
 
 def defaulter(schema: Object) -> Changer | None:
     """A function that fills in defaults in place, None if the schema has none."""
-    defaults: dict[str, tuple[Any, bool]] = {}
+    defaults: dict[str, tuple[Any, bool, bool]] = {}
     below: dict[str, Changer] = {}
     for key, value in (schema.get("properties") or {}).items():
         if value.get("default") is not None:
-            defaults[key] = (value["default"], bool(value.get("nullable")))
+            defaults[key] = (value["default"], bool(value.get("nullable")), isinstance(value["default"], dict | list))
         inner = defaulter(value)
         if inner is not None:
             below[key] = inner
@@ -151,9 +161,9 @@ def defaulter(schema: Object) -> Changer | None:
 
     def fill(value: Any) -> None:
         if value.__class__ is dict:
-            for key, (default, nullable) in defaults.items():
+            for key, (default, nullable, nested) in defaults.items():
                 if key not in value or (value[key] is None and not nullable):
-                    value[key] = deep_copy(default)
+                    value[key] = deep_copy(default) if nested else default
             for key, inner in below.items():
                 member = value.get(key)
                 if member.__class__ is dict or member.__class__ is list:
@@ -243,35 +253,52 @@ _TYPES: dict[str, Valid] = {
 }
 
 
+_CLASSES: dict[str, type] = {"string": str, "integer": int, "number": int, "boolean": bool, "object": dict, "array": list}
+"""The class that values of a type mostly have."""
+
+
+class Member(NamedTuple):
+    """How one member is checked: a value of `expected` class by `rest` alone (None: it is valid), any other by `valid`."""
+
+    valid: Valid
+    expected: type | None
+    rest: Valid | None
+
+
 def validator(schema: Object) -> Valid | None:
     """A function that tells whether a value is valid, None if every value is."""
+    made = _member(schema)
+    return None if made is None else made.valid
+
+
+def _member(schema: Object) -> Member | None:
     checks = [check for check in (_string_check(schema), _number_check(schema), _list_check(schema), _object_check(schema),
                                   _enum_check(schema), _logic_check(schema)) if check is not None]
     kind = schema.get("type")
+    expected: type | None = None
     if schema.get("x-kubernetes-int-or-string"):
         is_type: Valid | None = lambda v: v.__class__ is str or is_integer(v)
         restricts_null = True
     else:
         is_type = _TYPES.get(kind) if kind else None
+        expected = _CLASSES.get(kind) if kind else None
         restricts_null = bool(kind)
     nullable = bool(schema.get("nullable"))
     if is_type is None and not checks:
         return None
     enum = schema.get("enum")
     if not checks and is_type is not None and not nullable:
-        return is_type
-    only = checks[0] if len(checks) == 1 else None
+        return Member(is_type, expected, None)
+    rest: Valid | None = None
+    if checks:
+        rest = checks[0] if len(checks) == 1 else lambda v: all(check(v) for check in checks)
 
     def valid(value: Any) -> bool:
         if value is None:
             return (nullable or not restricts_null) and (not enum or None in enum)
-        if is_type is not None and not is_type(value):
-            return False
-        if only is not None:
-            return only(value)
-        return all(check(value) for check in checks)
+        return (is_type is None or is_type(value)) and (rest is None or rest(value))
 
-    return valid
+    return Member(valid, expected, rest)
 
 
 def _string_check(schema: Object) -> Valid | None:
@@ -328,19 +355,24 @@ def is_multiple(value: Any, factor: Any) -> bool:
 def _list_check(schema: Object) -> Valid | None:
     most, least, unique = schema.get("maxItems"), schema.get("minItems"), schema.get("uniqueItems")
     items = schema.get("items")
-    item = validator(items) if isinstance(items, dict) else None
+    item = _member(items) if isinstance(items, dict) else None
     if most is None and not least and not unique and item is None:
         return None
+    if item is None:
+        item = Member(lambda v: True, None, None)
+    valid, expected, rest = item
 
     def check(value: Any) -> bool:
         if value.__class__ is not list:
             return True
         if (most is not None and len(value) > most) or (least and len(value) < least):
             return False
-        if item is not None:
-            for member in value:
-                if not item(member):
+        for member in value:
+            if member.__class__ is not expected:
+                if not valid(member):
                     return False
+            elif rest is not None and not rest(member):
+                return False
         return not (unique and has_duplicates(value))
 
     return check
@@ -353,7 +385,7 @@ def has_duplicates(items: list[Any]) -> bool:
 def _object_check(schema: Object) -> Valid | None:
     members = {}
     for key, value in (schema.get("properties") or {}).items():
-        inner = validator(value)
+        inner = _member(value)
         if inner is not None:
             members[key] = inner
     known = frozenset(schema.get("properties") or ())
@@ -377,7 +409,11 @@ def _object_check(schema: Object) -> Valid | None:
         for key, member in value.items():
             inner = get(key)
             if inner is not None:
-                if not inner(member):
+                valid, expected, rest = inner
+                if member.__class__ is not expected:
+                    if not valid(member):
+                        return False
+                elif rest is not None and not rest(member):
                     return False
             elif element is not None and key not in known:
                 if not element(member):
