@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -125,6 +127,30 @@ def test_a_node_behind_a_cut_cable_goes_on_and_is_taken_back(nodes: Cluster) -> 
     after = nodes.get("pod", "lonely", "-n", "kube-system")["status"]["containerStatuses"][0]
     assert (after["containerID"], after["restartCount"]) == (before, 0)
     forget(nodes, "lonely")
+
+
+def test_a_machine_that_goes_down_ends_the_pods_of_all_its_nodes_in_order_and_comes_back(nodes: Cluster) -> None:
+    for node in (FIRST, THIRD):
+        run(nodes, f"plain-{node}", node, ENDING.format(seconds=1), seconds=600)
+        run(nodes, f"critical-{node}", node, ENDING.format(seconds=0), seconds=600, priority="system-node-critical")
+    names = [f"{kind}-{node}" for node in (FIRST, THIRD) for kind in ("plain", "critical")]
+    nodes.kubectl("wait", "-n", "kube-system", "--for=condition=Ready", *(f"pod/{name}" for name in names), "--timeout=60s")
+    supervisor = int(json.loads(nodes.knarr("status", "-o", "json").stdout)["supervisor"]["pid"])
+    # As the init system does when the machine is switched off.
+    os.kill(supervisor, signal.SIGTERM)
+    wait_for("the supervisor to end", lambda: not os.path.exists(f"/proc/{supervisor}"))
+    nodes.up()
+    ends = {}
+    for name in names:
+        status = nodes.get("pod", name, "-n", "kube-system")["status"]
+        assert (status["phase"], status["reason"]) == ("Failed", "Terminated"), name
+        ended = status["containerStatuses"][0]["state"]["terminated"]
+        assert ended["exitCode"] == 0
+        ends[name] = ended["finishedAt"]
+    for node in (FIRST, THIRD):
+        assert ends[f"plain-{node}"] <= ends[f"critical-{node}"]
+        wait_for("the node to be Ready again", lambda node=node: ready(nodes, node) == "True")
+    forget(nodes, *names)
 
 
 def machine_end(netns: str) -> str:

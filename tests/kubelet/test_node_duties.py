@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from knarr.api.resources import LEASES, NODES, PODS
-from tests.kubelet.conftest import Bench, condition
+from knarr.api.resources import LEASES, NODES, PODS, PRIORITY_CLASSES
+from tests.kubelet.conftest import Bench, condition, container_state
 
 
 async def test_a_shutdown_ends_pods_within_their_time_and_says_why(bench: Bench) -> None:
@@ -30,6 +30,37 @@ async def test_a_shutdown_ends_pods_within_their_time_and_says_why(bench: Bench)
                 break
             await asyncio.sleep(0.05)
     assert ready["message"] == "node is shutting down"
+
+
+async def test_a_shutdown_by_priority_ends_one_group_after_the_other_each_within_its_time(bench: Bench) -> None:
+    await bench.stop()
+    bench.options = {"shutdown_grace_period_by_priority": ((0, 1.0), (1000, 2.0), (2000, 2.0))}
+    await bench.start()
+    for name, value in (("middle", 1500), ("high", 5000)):
+        await bench.client.create(PRIORITY_CLASSES, {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": name}, "value": value})
+    ending = "trap 'sleep 0.2; exit 0' TERM; sleep 1000 & wait"
+    # Its grace period is longer than its group's time.
+    await bench.run("stubborn", "trap '' TERM; sleep 1000 & wait; wait", terminationGracePeriodSeconds=60)
+    await bench.run("low", ending, terminationGracePeriodSeconds=60)
+    await bench.run("middle", ending, terminationGracePeriodSeconds=60, priorityClassName="middle")
+    await bench.run("high", ending, terminationGracePeriodSeconds=60, priorityClassName="high")
+    for name in ("stubborn", "low", "middle", "high"):
+        await bench.until_ready(name)
+    assert bench.kubelet is not None
+    started = asyncio.get_running_loop().time()
+    bench.kubelet.shutdown.request()
+    ended, codes = {}, {}
+
+    async def note(name: str) -> None:
+        pod = await bench.until_phase(name, "Failed")
+        ended[name], codes[name] = asyncio.get_running_loop().time() - started, container_state(pod)["terminated"]["exitCode"]
+        assert pod["status"]["reason"] == "Terminated"
+
+    await asyncio.gather(*(note(name) for name in ("stubborn", "low", "middle", "high")))
+    assert codes == {"stubborn": 137, "low": 0, "middle": 0, "high": 0}
+    assert ended["low"] < ended["stubborn"] < ended["middle"] < ended["high"]
+    async with asyncio.timeout(5):
+        await bench.kubelet.shutdown.finished.wait()
 
 
 async def test_a_full_log_is_rotated_and_goes_on(bench: Bench) -> None:
