@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import inspect
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -45,7 +47,8 @@ class FakePlugin:
         async def unary(data: bytes, context: Any) -> bytes:
             message = wire.decode(request, data)
             self.calls.append((name, message))
-            return wire.encode(answer, function(message) or {})
+            result = function(message)
+            return wire.encode(answer, (await result if inspect.isawaitable(result) else result) or {})
 
         return grpc.unary_unary_rpc_method_handler(unary)
 
@@ -82,7 +85,7 @@ class CSIDriver(FakePlugin):
         }
         super().__init__(endpoint, {"csi.v1.Node": node})
 
-    def _publish(self, message: Any) -> None:
+    def _publish(self, message: Any) -> Any:
         source = self.folder / message["volume_id"]
         source.mkdir(exist_ok=True)
         os.makedirs(message["target_path"])
@@ -93,11 +96,9 @@ class CSIDriver(FakePlugin):
         os.rmdir(message["target_path"])
 
 
-@pytest_asyncio.fixture
-async def driver(bench: Bench) -> AsyncIterator[CSIDriver]:
-    folder = bench.folder / "driver"
-    folder.mkdir()
-    csi = CSIDriver(folder)
+@contextlib.asynccontextmanager
+async def registered(bench: Bench, csi: CSIDriver) -> AsyncIterator[None]:
+    """The driver serves, and the kubelet knows it as test.csi."""
     await csi.start()
     register = FakePlugin(
         bench.folder / "kubelet" / "plugins_registry" / "test.csi-reg.sock",
@@ -109,10 +110,19 @@ async def driver(bench: Bench) -> AsyncIterator[CSIDriver]:
             while not any(c[0] == "NotifyRegistrationStatus" for c in register.calls):
                 await asyncio.sleep(0.02)
         assert register.calls[-1][1] == {"plugin_registered": True}
-        yield csi
+        yield
     finally:
         await register.stop()
         await csi.stop()
+
+
+@pytest_asyncio.fixture
+async def driver(bench: Bench) -> AsyncIterator[CSIDriver]:
+    folder = bench.folder / "driver"
+    folder.mkdir()
+    csi = CSIDriver(folder)
+    async with registered(bench, csi):
+        yield csi
 
 
 async def test_a_csi_volume_is_staged_published_and_taken_back(bench: Bench, driver: CSIDriver) -> None:

@@ -7,13 +7,16 @@ Source: pkg/kubelet/eviction/helpers.go, pkg/kubelet/server/stats, pkg/volume/ut
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from dataclasses import dataclass, field
 
 from knarr.api import quantity
 from knarr.api.types import Object
 from knarr.kubelet import podutil, resources, sandboxes
 from knarr.kubelet.node import Node
+from knarr.runtime import disk
 from knarr.runtime.cri import ContainerStats
 
 _LOCAL_VOLUMES = ("emptyDir", "configMap", "secret", "downwardAPI", "projected", "gitRepo")
@@ -70,23 +73,15 @@ class PodUsage:
 
 def tree(path: str) -> Space:
     """Disk blocks and inodes used below a path, itself included; links are not followed. Walks files."""
-    size, inodes, stack = 0, 0, [path]
-    while stack:
-        try:
-            with os.scandir(stack.pop()) as entries:
-                inodes += 1
-                for entry in entries:
-                    try:
-                        info = entry.stat(follow_symlinks=False)
-                    except OSError:
-                        continue
+    size, inodes = 0, 0
+    with contextlib.suppress(OSError):
+        for _, entries in disk.walk(path):
+            inodes += 1
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    info = entry.stat(follow_symlinks=False)
                     size += info.st_blocks * 512
-                    if entry.is_dir(follow_symlinks=False):
-                        stack.append(entry.path)
-                    else:
-                        inodes += 1
-        except OSError:
-            continue
+                    inodes += not stat.S_ISDIR(info.st_mode)
     return Space(size, inodes)
 
 

@@ -6,7 +6,6 @@ through mount(8); CSI volumes through the driver's socket (csi.py). Source: pkg/
 
 from __future__ import annotations
 
-import asyncio
 import os
 import stat
 
@@ -15,14 +14,13 @@ from knarr.api import errors
 from knarr.api.resources import PERSISTENT_VOLUME_CLAIMS, PERSISTENT_VOLUMES
 from knarr.api.types import Object
 from knarr.client.rest import Client
-from knarr.kubelet.volumes import host, local, mounts
+from knarr.kubelet.volumes import devices, host, local, mounts
 from knarr.kubelet.volumes.csi import CSIVolumes
 from knarr.kubelet.volumes.model import MountedVolume, VolumeError
 
 log = get_logger(__name__)
 
 _GID_ANNOTATION = "pv.beta.kubernetes.io/gid"
-_MOUNT_TIMEOUT_SECONDS = 60.0
 
 
 class Claims:
@@ -114,21 +112,25 @@ class Claims:
             return MountedVolume(name, path, read_only=read_only)
         kind = next(iter(source), "")
         if kind == "local":
-            return self._mount_local(name, inner, source["local"], pod_dir, read_only=read_only)
+            return await self._mount_local(name, inner, source["local"], pod_dir, read_only=read_only, options=options)
         if kind == "nfs":
             target = os.path.join(pod_dir, "volumes", "kubernetes.io~nfs", inner)
             device = f"{source['nfs']['server']}:{source['nfs']['path']}"
-            await mount_program(device, target, "nfs", options + (["ro"] if read_only else []))
+            await devices.mount_program(device, target, "nfs", options + (["ro"] if read_only else []))
             return MountedVolume(name, target, read_only=read_only)
         if kind == "flexVolume":
             raise VolumeError("flexVolume drivers are not supported by this kubelet; use a CSI driver")
         raise VolumeError(f"no volume plugin matched for {kind}; its CSI driver is needed")
 
-    def _mount_local(self, name: str, inner: str, source: Object, pod_dir: str, *, read_only: bool) -> MountedVolume:
+    async def _mount_local(self, name: str, inner: str, source: Object, pod_dir: str, *, read_only: bool, options: list[str]) -> MountedVolume:
         path = source["path"]
         if not os.path.exists(path):
             raise VolumeError(f'path "{path}" does not exist')
         target = os.path.join(pod_dir, "volumes", "kubernetes.io~local-volume", inner)
+        if stat.S_ISBLK(os.stat(path).st_mode):
+            # Read-only for this pod only: others may have the same file system writable.
+            await devices.format_and_mount(path, target, source.get("fsType") or "ext4", options)
+            return MountedVolume(name, target, read_only=read_only)
         os.makedirs(target, 0o750, exist_ok=True)
         if not mounts.is_mount_point(target):
             try:
@@ -150,27 +152,3 @@ _SOURCES = (
 
 def _read_only(source: Object) -> bool:
     return any(isinstance(v, dict) and bool(v.get("readOnly")) for v in source.values())
-
-
-async def mount_program(device: str, target: str, kind: str, options: list[str]) -> None:
-    """Mount by mount(8), which knows the helpers of network file systems. Idempotent.
-
-    Raises:
-      VolumeError: with what the program said; also when the host has no helper for this kind.
-    """
-    os.makedirs(target, 0o750, exist_ok=True)
-    if mounts.is_mount_point(target):
-        return
-    argv = ["mount", "-t", kind, *(["-o", ",".join(options)] if options else []), device, target]
-    process = await asyncio.create_subprocess_exec(
-        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
-    try:
-        async with asyncio.timeout(_MOUNT_TIMEOUT_SECONDS):
-            output, _ = await process.communicate()
-    except TimeoutError as e:
-        process.kill()
-        await process.wait()
-        raise VolumeError(f"mount failed: {' '.join(argv)}: timed out") from e
-    if process.returncode != 0:
-        raise VolumeError(f"mount failed: exit status {process.returncode}\nMounting command: mount\nMounting arguments: {' '.join(argv[1:])}\nOutput: {output.decode(errors='replace')}")
