@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from knarr.aiokits.log import get_logger
-from knarr.api.resources import NODES
+from knarr.api.resources import NODES, PODS
 from knarr.api.types import Object
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
@@ -323,11 +323,16 @@ class Node:
     async def serve_dns(self, client: Client, informers: Informers, network: BridgeNetwork | PluginNetwork) -> None:
         """Answer on the node's address in the pod network, once there is one, and tell the cluster."""
         from knarr.network.dns import DNSPublisher, DNSServer
+        from knarr.network.policy.engine import trim_pod
 
         await self.network_started.wait()
         # A node's own address may have a DNS server of the machine's owner; the pod network's is ours alone.
         port = 53 if network.own_routes else 10053
-        server = DNSServer(informers, listen=network.gateways, port=port, cluster_domain=self.config.cluster_domain, avoid=[self.config.dns_ip])
+        server = DNSServer(
+            informers, listen=network.gateways, port=port, cluster_domain=self.config.cluster_domain, avoid=[self.config.dns_ip],
+            # The policies' informer of pods, which is there anyway.
+            autopath=informers.get(PODS, transform=trim_pod) if self.config.autopath else None,
+        )  # fmt: skip
         await server.start()
         try:
             await DNSPublisher(

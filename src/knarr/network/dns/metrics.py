@@ -33,6 +33,7 @@ def render(counts: Mapping[str, int]) -> str:
         ("coredns_cache_misses_total", "misses", "counter", "The count of cache misses."),
         ("coredns_cache_requests_total", "requests", "counter", "The count of cache requests."),
         ("coredns_cache_entries", "answers cached", "gauge", "The number of elements in the cache."),
+        ("coredns_autopath_success_total", "autopath", "counter", "Questions whose search path was walked to an answer."),
         ("coredns_forward_requests_total", "forward misses", "counter", "Counter of requests made per upstream."),
         ("coredns_forward_cache_hits_total", "forward hits", "counter", "Forwarded names answered from the cache."),
         ("coredns_forward_healthcheck_failures_total", "forward failures", "counter", "Questions that no upstream answered."),

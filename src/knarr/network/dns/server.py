@@ -22,7 +22,8 @@ from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
 from knarr.api.resources import ENDPOINT_SLICES, NAMESPACES, SERVICES
 from knarr.api.types import Object
-from knarr.client.informer import Informers
+from knarr.client.informer import Informer, Informers
+from knarr.network.dns.autopath import Autopath
 from knarr.network.dns.forward import Forwarder, HostResolvers, Overloaded, Unanswered
 from knarr.network.dns.metrics import render
 from knarr.network.dns.records import ClusterZone, Resolved, service_addresses, slice_addresses
@@ -31,6 +32,7 @@ from knarr.network.dns.wire import (
     CNAME,
     FORMERR,
     IN,
+    NXDOMAIN,
     OUR_UDP_BYTES,
     REFUSED,
     SERVFAIL,
@@ -85,6 +87,7 @@ class DNSServer:
       upstreams: Servers for other names; None reads the host's resolv.conf and follows its changes.
       stub_domains: Domains with servers of their own.
       port, fallback_port: Where to listen; the second is taken when some server of the host holds the first (0 means: then fail).
+      autopath: Informer of Pods, to walk through their search paths here; None leaves that to them.
       metrics_port: Serves /metrics on the same addresses; 0 does not.
     """
 
@@ -103,6 +106,7 @@ class DNSServer:
         ready_port: int = 0,
         ttl_seconds: int = 5,
         avoid: Sequence[str] = (),
+        autopath: Informer | None = None,
     ) -> None:
         self._informers = informers
         self._services = informers.get(SERVICES)
@@ -118,6 +122,7 @@ class DNSServer:
         self.forwarder = Forwarder(
             (lambda: list(upstreams)) if upstreams is not None else resolvers.current, stub_domains, port=upstream_port
         )
+        self._autopath = Autopath(autopath, self.zone.domain) if autopath is not None else None
         self._metrics_port, self._ready_port = metrics_port, ready_port
         self._answers: dict[bytes, list[bytes]] = {}
         self._turn = 0
@@ -261,18 +266,43 @@ class DNSServer:
                 self._send(udp, refusal, address)
             return
         limit = min(query.udp_bytes, OUR_UDP_BYTES)
-        answer = self._immediate(query, data, limit)
+        search = self._search(query, address[0])
+        answer = None if search else self._immediate(query, data, limit)
         if answer is not None:
             self._send(udp, answer, address)
         elif len(self._tasks) >= _MAXIMUM_CONNECTIONS:
             self._send(udp, build_answer(query, REFUSED, authoritative=False), address)
         else:
-            self._tasks.spawn(self._answer_later(udp, query, data, limit, address), "dns: forwarded question")
+            self._tasks.spawn(self._answer_later(udp, query, data, limit, address, search), "dns: forwarded question")
 
-    async def _answer_later(self, udp: socket.socket, query: Query, data: bytes, limit: int, address: _Address) -> None:
-        answer = await self._forwarded(query, data, limit)
+    async def _answer_later(self, udp: socket.socket, query: Query, data: bytes, limit: int, address: _Address, search: list[str]) -> None:
+        answer = await (self._searched(query, data, limit, search) if search else self._forwarded(query, data, limit))
         if udp.fileno() >= 0:
             self._send(udp, answer, address)
+
+    def _search(self, query: Query, client: str) -> list[str]:
+        """Names to try for a question that begins a search; empty for all others."""
+        if self._autopath is None or query.type not in (A, AAAA) or not self.ready:
+            return []
+        names = self._autopath.names(query.name, client)
+        return names if names and self.zone.resolve(query.name, query.type).code == NXDOMAIN else []
+
+    async def _searched(self, query: Query, data: bytes, limit: int, names: list[str]) -> bytes:
+        """The first of some names that exists, with a CNAME that leads to it; the plain answer when none does."""
+        for name in names:
+            question = struct.pack(">HHHHHH", query.id, 0x0100, 1, 0, 0, 0) + encode_name(name) + struct.pack(">HH", query.type, IN)
+            try:
+                asked = parse_query(question)
+                answer = self._immediate(asked, question, 65535) or await self._forwarded(asked, question, 65535)
+                if answer[3] & 0xF == 0:
+                    records = _answer_records(answer, name)
+                    self.counts["autopath"] += 1
+                    ttl = min((record.ttl for record in records), default=self.zone.ttl)
+                    return build_answer(query, 0, [Record(query.name, CNAME, ttl, encode_name(name)), *records], limit_bytes=limit)
+            except WireError as error:
+                log.debug("a name of a search path cannot be asked for", name=name, error=str(error))
+        plain = self._immediate(query, data, limit)
+        return plain if plain is not None else await self._forwarded(query, data, limit)
 
     def _immediate(self, query: Query, data: bytes, limit: int) -> bytes | None:
         """An answer that needs nobody else; None when resolvers have to be asked."""
@@ -312,7 +342,8 @@ class DNSServer:
             for turn in range(turns)
         ]
         # EDNS options (cookies) differ with every question; such a question never comes again.
-        if limit <= OUR_UDP_BYTES and len(data) <= 12 + len(query.question) + _BARE_OPT_BYTES:
+        everybodys = self._autopath is None or found.code != NXDOMAIN or not self._autopath.searchable(query.name)
+        if everybodys and limit <= OUR_UDP_BYTES and len(data) <= 12 + len(query.question) + _BARE_OPT_BYTES:
             if len(self._answers) >= _MAXIMUM_ANSWERS:
                 self._gather_hits()
                 self._answers = {}
@@ -380,7 +411,7 @@ class DNSServer:
                 async with asyncio.timeout(_TCP_IDLE_SECONDS):
                     length = struct.unpack(">H", await reader.readexactly(2))[0]
                     data = await reader.readexactly(length)
-                answer = await self._answer_tcp(data)
+                answer = await self._answer_tcp(data, writer.get_extra_info("peername")[0])
                 if answer is None:
                     return
                 writer.write(struct.pack(">H", len(answer)) + answer)
@@ -392,11 +423,13 @@ class DNSServer:
             self._connections -= 1
             writer.close()
 
-    async def _answer_tcp(self, data: bytes) -> bytes | None:
+    async def _answer_tcp(self, data: bytes, client: str) -> bytes | None:
         try:
             query = parse_query(data)
         except WireError:
             return error_answer(data, FORMERR)
+        if search := self._search(query, client):
+            return await self._searched(query, data, 65535, search)
         answer = self._immediate(query, data, 65535)
         return answer if answer is not None else await self._forwarded(query, data, 65535)
 
