@@ -68,6 +68,19 @@ ENDING = "trap 'sleep {seconds}; exit 0' TERM; while :; do sleep 1; done"
 FOREVER = "sleep 100000"
 
 
+def test_a_pod_on_the_hosts_network_shows_the_nodes_name_as_host_name(nodes: Cluster) -> None:
+    names = {f"name-{node}": node for node in (FIRST, SECOND)}
+    for name, node in names.items():
+        container = {"name": "c", "image": "busybox", "imagePullPolicy": "Never", "command": ["hostname"]}
+        spec = {"nodeName": node, "hostNetwork": True, "restartPolicy": "Never", "containers": [container], "tolerations": [{"operator": "Exists"}]}
+        body = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "kube-system"}, "spec": spec}
+        nodes.kubectl("apply", "-f", "-", stdin=json.dumps(body))
+    for name, node in names.items():
+        nodes.kubectl("wait", "-n", "kube-system", f"pod/{name}", "--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s")
+        assert nodes.kubectl("logs", "-n", "kube-system", name).strip() == node
+    forget(nodes, *names)
+
+
 def test_a_node_that_is_stopped_ends_its_pods_in_order_and_says_so(nodes: Cluster) -> None:
     run(nodes, "plain", SECOND, ENDING.format(seconds=1), seconds=600)
     run(nodes, "critical", SECOND, ENDING.format(seconds=0), seconds=600, priority="system-cluster-critical")

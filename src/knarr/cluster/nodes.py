@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import ipaddress
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from knarr.cluster.config import ClusterConfig, ConfigError, NodeConfig, further
 from knarr.network import netns
 from knarr.network.sysctl import SysctlRecord
 
-CLONE_NEWNET = 0x40000000
+CLONE_NEWNET, CLONE_NEWUTS = 0x40000000, 0x04000000
 NETNS_FOLDER = Path("/run/netns")
 
 
@@ -111,13 +112,16 @@ def ensure_host(config: ClusterConfig, node: NodeConfig) -> None:
 
 
 def enter(node: NodeConfig) -> None:
-    """Put this process, before it has threads, into the node's network namespace.
+    """Put this process, before it has threads, into the node's network namespace, under the node's name.
 
-    Mounts stay shared with the machine: sysfs therefore shows the machine's devices, and what needs a node's own asks netlink.
+    Pods on the host's network show the host name that the Node object tells. Mounts stay shared with the machine: sysfs therefore shows the
+    machine's devices, and what needs a node's own asks netlink.
     """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if os.uname().nodename.lower() != node.name and libc.unshare(CLONE_NEWUTS) == 0:
+        socket.sethostname(node.name)
     if not node.netns:
         return
-    libc = ctypes.CDLL(None, use_errno=True)
     descriptor = os.open(NETNS_FOLDER / node.netns, os.O_RDONLY | os.O_CLOEXEC)
     try:
         if libc.setns(descriptor, CLONE_NEWNET) != 0:
