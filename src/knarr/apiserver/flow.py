@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from knarr.aiokits import clock
 from knarr.api import errors
+from knarr.api.apply import manager_for
+from knarr.api.resources import FLOW_SCHEMAS
 from knarr.api.types import Object
 from knarr.apiserver.attributes import Attributes, UserInfo
 from knarr.apiserver.metrics import family
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from knarr.apiserver.server import APIServer
 
 GROUP = "flowcontrol.apiserver.k8s.io"
+STATUS_MANAGER = "api-priority-and-fairness-config-consumer-v1"
 LONG_SUBRESOURCES = frozenset({"exec", "attach", "portforward", "log", "proxy"})
 MOST_CLASSIFIED = 4096
 QUEUE_WAIT_SECONDS = 15.0
@@ -298,7 +301,13 @@ def _with_dangling(schema: Object, level: str, exists: bool) -> Object:
         "message": f'This FlowSchema references the PriorityLevelConfiguration object named "{level}" {text}',
     }
     status["conditions"] = [condition, *others]
-    return {**schema, "status": status}
+    marked = {**schema, "status": status}
+    tracked = schema["metadata"].get("managedFields")
+    if tracked:
+        name = {key: schema[key] for key in ("apiVersion", "kind")} | {"metadata": {"name": schema["metadata"]["name"]}}
+        applied = manager_for(FLOW_SCHEMAS, "status").apply(schema, {**name, "status": {"conditions": [condition]}}, STATUS_MANAGER, force=True)
+        marked["metadata"] = {**schema["metadata"], "managedFields": applied["metadata"]["managedFields"]}
+    return marked
 
 
 def _rule_matches(rule: Object, attributes: Attributes) -> bool:

@@ -241,6 +241,9 @@ class Pipeline:
         endpoint = call.endpoint
         resource = endpoint.resource
         if info.subresource:
+            if info.subresource not in resource.subresources:
+                # What is not there is not deprecated.
+                call.warnings = []
             await subresources.handle(call)
             return
         verb = info.verb

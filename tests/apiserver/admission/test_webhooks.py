@@ -168,6 +168,19 @@ async def test_bad_expressions_are_refused_when_written(apiserver: RunningAPISer
         await _configure(apiserver, False, bad)
 
 
+async def test_a_policys_expressions_must_be_known_to_have_their_type(apiserver: RunningAPIServer) -> None:
+    for expression, words in (
+        ("object.spec.paused", "must evaluate to bool but got dyn"), ("variables.any", "must evaluate to bool but got dyn"),
+        ("namespaceObject.metadata.name == 1", "applied to '(string, int)'"), ("namespaceObject.metadata.uid == ''", "undefined field 'uid'"),
+    ):  # fmt: skip
+        variables = [{"name": "any", "expression": "object.spec.paused"}]
+        with refused(422, "spec.validations[0].expression: Invalid value", words):
+            await apiserver.client.create(R.VALIDATING_ADMISSION_POLICIES, _policy("p", variables=variables, validations=[{"expression": expression}]))
+    fine = ["namespaceObject == null || namespaceObject.metadata.labels['a'] == 'b'", "bool(object.spec.paused)", "variables.any == true"]
+    await apiserver.client.create(
+        R.VALIDATING_ADMISSION_POLICIES, _policy("p", variables=variables, validations=[{"expression": expression} for expression in fine]))
+
+
 def _policy(name: str, **spec: object) -> Object:
     rules = [{"apiGroups": ["apps"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["deployments"]}]
     return {"metadata": {"name": name}, "spec": {"failurePolicy": "Fail", "matchConstraints": {"resourceRules": rules}, **spec}}

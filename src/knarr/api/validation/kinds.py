@@ -48,7 +48,7 @@ KINDS.update(
         ("apps", "daemonsets"): Kind(apps.create_daemon_set, apps.update_daemon_set),
         ("apps", "controllerrevisions"): Kind(apps.create_controller_revision, apps.update_controller_revision, rechecks_metadata=True),
         ("batch", "jobs"): Kind(batch.create_job, batch.update_job, rechecks_metadata=True),
-        ("batch", "cronjobs"): Kind(batch.create_cron_job, batch.update_cron_job),
+        ("batch", "cronjobs"): Kind(batch.create_cron_job, batch.update_cron_job, status_core_finalizers=False),
         (rbac.GROUP, "roles"): Kind(rbac.create_role, name=rbac.rbac_name, rechecks_metadata=True),
         (rbac.GROUP, "clusterroles"): Kind(rbac.create_cluster_role, name=rbac.rbac_name, rechecks_metadata=True),
         (rbac.GROUP, "rolebindings"): Kind(rbac.create_role_binding, rbac.update_role_binding, name=rbac.rbac_name, rechecks_metadata=True),
@@ -60,7 +60,7 @@ KINDS.update(
         ("networking.k8s.io", "ingressclasses"): Kind(networking.create_ingress_class, networking.update_ingress_class, rechecks_metadata=True),
         ("networking.k8s.io", "networkpolicies"): Kind(networking.create_network_policy, rechecks_metadata=True),
         ("networking.k8s.io", "ipaddresses"): Kind(
-            networking.create_ip_address, networking.update_ip_address, name=networking.ip_address_name
+            networking.create_ip_address, networking.update_ip_address, name=networking.ip_address_name, rechecks_metadata=True
         ),
         ("networking.k8s.io", "servicecidrs"): Kind(networking.create_service_cidr, networking.update_service_cidr),
         ("discovery.k8s.io", "endpointslices"): Kind(

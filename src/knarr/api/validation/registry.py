@@ -34,13 +34,14 @@ class Kind:
     create: checks everything but the metadata. update: checks what may change and what may not;
     None means that `create` must hold for the new object and nothing more. `update` gets the
     subresource as its last argument. `core_finalizers`: finalizers without a domain must be well
-    known. `generate_name`: the prefix has to fit the rule too. `rechecks_metadata`: an update checks the whole metadata by the kind's rules again.
+    known, with `status_core_finalizers` also where a status is written. `generate_name`: the prefix has to fit the rule too. `rechecks_metadata`: an update checks the whole metadata by the kind's rules again.
     """
 
     create: Create | None = None
     update: Update | None = None
     name: Rule = dns_subdomain
     core_finalizers: bool = True
+    status_core_finalizers: bool = True
     generate_name: bool = True
     rechecks_metadata: bool = False
 
@@ -75,7 +76,7 @@ def update_errors(resource: Resource, new: Object, old: Object, subresource: str
     validate_object_meta_update(new_metadata, old_metadata, errors)
     if errors or not _same_metadata(new_metadata, old_metadata):
         validate_object_meta_update(new_metadata, old_metadata, errors)
-        if kind.core_finalizers:
+        if kind.core_finalizers and (kind.status_core_finalizers or subresource != "status"):
             validate_core_finalizers(new_metadata.get("finalizers"), "metadata.finalizers", errors)
         if kind.rechecks_metadata and not subresource:
             validate_object_meta(new_metadata, resource.namespaced, kind.name, errors, core_finalizers=kind.core_finalizers, prefix=kind.generate_name)

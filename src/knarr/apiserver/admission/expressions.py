@@ -11,23 +11,15 @@ from typing import Any
 
 from knarr.api import cel
 from knarr.api.cel import types as T
+from knarr.api.cel.admission import REQUEST
 from knarr.api.cel.errors import EvalError
 from knarr.api.cel.values import Opaque
 from knarr.api.types import Object
 from knarr.apiserver.admission.matching import Match
 from knarr.apiserver.attributes import AdmissionRequest, Attributes, Authorizer, Decision, UserInfo
 from knarr.apiserver.auth import users
+from knarr.apiserver.celtimes import COMPILATION, timed
 
-_KIND = T.ObjectType("kubernetes.GroupVersionKind", {"group": T.STRING, "version": T.STRING, "kind": T.STRING})
-_RESOURCE = T.ObjectType("kubernetes.GroupVersionResource", {"group": T.STRING, "version": T.STRING, "resource": T.STRING})
-_USER = T.ObjectType("kubernetes.UserInfo", {
-    "username": T.STRING, "uid": T.STRING, "groups": ("list", T.STRING), "extra": ("map", T.STRING, ("list", T.STRING)),
-})  # fmt: skip
-REQUEST = T.ObjectType("kubernetes.AdmissionRequest", {
-    "kind": _KIND, "resource": _RESOURCE, "subResource": T.STRING, "requestKind": _KIND, "requestResource": _RESOURCE,
-    "requestSubResource": T.STRING, "name": T.STRING, "namespace": T.STRING, "operation": T.STRING, "userInfo": _USER, "dryRun": T.BOOL,
-    "options": T.DYN,
-})  # fmt: skip
 AUTHORIZER = T.parse_type("authorizer")
 CONDITION_VARIABLES: dict[str, T.Type] = {
     "object": T.DYN, "oldObject": T.DYN, "request": REQUEST, "authorizer": AUTHORIZER, "authorizer.requestResource": T.parse_type("resourcecheck"),
@@ -196,7 +188,8 @@ class Programs:
             if len(self._programs) > 2000:
                 self._programs.clear()
             try:
-                found = environment().compile(source, self._variables, result=self._result)
+                with timed(COMPILATION):
+                    found = environment().compile(source, self._variables, result=self._result, exact=True)
             except cel.CompileError as error:
                 found = error
             self._programs[source] = found

@@ -12,10 +12,10 @@ from typing import Any
 
 from knarr.api import cel
 from knarr.api.cel import types as T
+from knarr.api.cel.admission import NAMESPACE
 from knarr.api.types import Object
 from knarr.apiserver.admission.expressions import CONDITION_VARIABLES, environment
-
-_NAMESPACE = T.DYN
+from knarr.apiserver.celtimes import COMPILATION, timed
 
 
 @dataclass(slots=True)
@@ -54,7 +54,7 @@ class Policy:
         self.failure_policy = spec.get("failurePolicy") or "Fail"
         # Field types of `variables` grow as they are compiled: one may use those before it.
         self._fields: dict[str, T.Type] = {}
-        known = {**CONDITION_VARIABLES, "namespaceObject": _NAMESPACE, "variables": T.ObjectType("kubernetes.variables", self._fields)}
+        known = {**CONDITION_VARIABLES, "namespaceObject": NAMESPACE, "variables": T.ObjectType("kubernetes.variables", self._fields)}
         if spec.get("paramKind"):
             known["params"] = T.DYN
         self.variables: dict[str, Expression] = {}
@@ -95,7 +95,8 @@ class Policy:
 
 def _compile(path: str, source: str, variables: Mapping[str, T.Type], result: T.Type | tuple[T.Type, ...]) -> Expression:
     try:
-        return Expression(path, source, environment().compile(source, variables, result=result), None)
+        with timed(COMPILATION):
+            return Expression(path, source, environment().compile(source, variables, result=result, exact=True), None)
     except cel.CompileError as error:
         return Expression(path, source, None, error)
 

@@ -20,6 +20,8 @@ import orjson
 from knarr.aiokits import clock
 from knarr.aiokits.log import get_logger
 from knarr.api import errors
+from knarr.api.apply import manager_for
+from knarr.api.resources import API_SERVICES
 from knarr.api.types import Object
 from knarr.apiserver.aggregation.registration import GROUP, local_status
 from knarr.apiserver.attributes import UserInfo
@@ -194,7 +196,9 @@ class Extensions:
             place = [c.get("type") for c in (current.get("status") or {}).get("conditions") or []]
             index = place.index("Available") if "Available" in place else len(conditions)
             conditions.insert(index, condition)
-            return {**current, "status": {**(current.get("status") or {}), "conditions": conditions}}
+            changed = {**current, "metadata": {**current["metadata"]}, "status": {**(current.get("status") or {}), "conditions": conditions}}
+            manager_for(API_SERVICES, "status").update(current, changed, "kube-apiserver")
+            return changed
 
         try:
             await self._store.update("", name, change)

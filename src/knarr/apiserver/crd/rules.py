@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from base64 import b64decode
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from knarr.api import cel, errors
@@ -20,6 +21,7 @@ from knarr.api.cel.errors import CompileError, CostExceeded, EvalError, ResultTy
 from knarr.api.cel.values import Optional, parse_duration, parse_timestamp
 from knarr.api.errors import OMIT_VALUE, FieldError
 from knarr.api.types import Object
+from knarr.apiserver.celtimes import COMPILATION, EVALUATION, timed
 from knarr.apiserver.crd import costs
 from knarr.apiserver.crd.escaping import escape
 
@@ -115,12 +117,13 @@ class _Rule:
         self.program: cel.Program | None = None
         self.message_program: cel.Program | None = None
         try:
-            self.program = cel.base().compile(self.text, variables, result=cel.BOOL)
+            with timed(COMPILATION):
+                self.program = cel.base().compile(self.text, variables, result=cel.BOOL, exact=True)
         except CompileError as error:
             self.broken = error
         try:
             if rule.get("messageExpression"):
-                self.message_program = cel.base().compile(rule["messageExpression"], variables, result=cel.STRING)
+                self.message_program = cel.base().compile(rule["messageExpression"], variables, result=cel.STRING, exact=True)
         except CompileError as error:
             self.broken_message = error
 
@@ -175,10 +178,8 @@ class Rules:
         """Return the broken rules of an object that is otherwise valid."""
         found: list[FieldError] = []
         budget = cel.Budget(cel.TOTAL_LIMIT)
-        try:
+        with timed(EVALUATION), suppress(_Stop):
             _run(self._root, "", obj, old, found, budget, parent_unchanged=False)
-        except _Stop:
-            pass
         return found
 
 

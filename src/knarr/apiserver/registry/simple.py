@@ -335,6 +335,9 @@ class CSIDriver(Plain):
         super().prepare_update(call, obj, old)
         if (old.get("spec") or {}).get("nodeAllocatableUpdatePeriodSeconds") is None:
             (obj.get("spec") or {}).pop("nodeAllocatableUpdatePeriodSeconds", None)
+        # Counted from the first change on, not from the creation.
+        if (obj.get("spec") or {}) != (old.get("spec") or {}):
+            obj["metadata"]["generation"] = (old["metadata"].get("generation") or 0) + 1
 
 
 class VolumeAttachment(KeepsMostOnStatus):
@@ -425,6 +428,10 @@ class APIService(Strategy):
         super().prepare_create(call, obj)
         if not (obj.get("spec") or {}).get("service"):
             obj["status"] = local_status()
+
+    def prepare_status(self, call: Call, obj: Object, old: Object) -> None:
+        super().prepare_status(call, obj, old)
+        self.keep_metadata(obj, old, names=("labels", "annotations", "ownerReferences", "finalizers"))
 
 
 class CustomResourceDefinition(Generation):

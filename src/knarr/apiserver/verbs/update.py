@@ -265,7 +265,9 @@ def _prepare(call: Call, mode: UpdateMode, new: Object, old: Object) -> None:
     mode.prepare(call, new, old)
     metadata = new["metadata"]
     machinery.fill_status(call.endpoint.resource, new)
-    metadata.pop("selfLink", None)
+    if not call.dry_run:
+        # Storing drops it; who only tries sees it again.
+        metadata.pop("selfLink", None)
     if not metadata.get("uid"):
         metadata["uid"] = before.get("uid", "")
     if before.get("creationTimestamp"):
