@@ -116,9 +116,25 @@ spec:
 """
 
 
+def test_pods_of_a_node_that_fell_silent_for_a_minute_are_ready_again() -> None:
+    async def play() -> None:
+        async with _cluster(SimulatorConfig(3)) as client:
+            await workload.ensure(client, 6)
+            await _until(_all_ready(6), client)
+            silent = nodes.node_name(1)
+            await client.patch(NODES, silent, None, {"metadata": {"annotations": {nodes.SILENT: "true"}}})
+            await _until(lambda pods: not all(podutil.is_ready(pod) for pod in pods), client, 120)
+            await client.patch(NODES, silent, None, {"metadata": {"annotations": {nodes.SILENT: None}}})
+            before = {pod["metadata"]["uid"] for pod in (await client.list(PODS, workload.NAMESPACE))["items"]}
+            pods = await _until(_all_ready(6), client)
+            assert {pod["metadata"]["uid"] for pod in pods} == before
+
+    virtualtime.run(play())
+
+
 def test_stages_of_a_file_break_pods_and_press_nodes() -> None:
     async def play() -> None:
-        text = _FLAKY + "---" + "---".join(stages.DEFAULT.split("---")[::2])
+        text = _FLAKY + "---" + "---".join(part for part in stages.DEFAULT.split("---") if "job-pod-completes" not in part)
         async with _cluster(SimulatorConfig(1, stages=text)) as client:
             await client.create(NAMESPACES, {"metadata": {"name": workload.NAMESPACE}})
             template = workload.make_deployment("x", 1)["spec"]["template"]

@@ -84,6 +84,21 @@ spec:
 ---
 apiVersion: simulate.knarr.dev/v1alpha1
 kind: Stage
+metadata: {name: pod-ready-again}
+spec:
+  resource: pods
+  selector:
+    matchExpressions:
+    - {path: metadata.deletionTimestamp, operator: DoesNotExist}
+    - {path: spec.readinessGates, operator: DoesNotExist}
+    - {path: status.phase, operator: In, values: [Running]}
+    - {path: "status.conditions[type=Ready].status", operator: In, values: ["False"]}
+    - {path: "status.conditions[type=ContainersReady].status", operator: In, values: ["True"]}
+  delay: {seconds: 1}
+  next: {phase: Running}
+---
+apiVersion: simulate.knarr.dev/v1alpha1
+kind: Stage
 metadata: {name: job-pod-completes}
 spec:
   resource: pods
@@ -105,7 +120,10 @@ spec:
     - {path: metadata.deletionTimestamp, operator: Exists}
   next: {delete: true}
 """
-"""The stages without a file: pods run at once, those of Jobs complete after a second, deleted ones are gone at once."""
+"""The stages without a file: pods run at once, those of Jobs complete after a second, deleted ones are gone at once.
+
+A node whose Lease came late has its pods marked as not ready by the node controller; a kubelet then tells their status again, and
+so does pod-ready-again."""
 
 
 def read(text: str) -> list[Stage]:
