@@ -125,21 +125,27 @@ def test_nodes_that_are_killed_are_found_out_their_pods_evicted_and_they_come_ba
     forget(nodes, "kept")
 
 
-def test_a_node_behind_a_cut_cable_goes_on_and_is_taken_back(nodes: Cluster) -> None:
-    run(nodes, "lonely", SECOND, FOREVER, seconds=600)
-    nodes.kubectl("wait", "-n", "kube-system", "--for=condition=Ready", "pod/lonely", "--timeout=60s")
-    before = nodes.get("pod", "lonely", "-n", "kube-system")["status"]["containerStatuses"][0]["containerID"]
-    netns = next(n["netns"] for n in json.loads(nodes.knarr("status", "-o", "json").stdout)["nodes"] if n["name"] == SECOND)
-    cable = ["ip", "link", "set", machine_end(netns)]
-    subprocess.run([*cable, "down"], check=True)
+def test_nodes_behind_cut_cables_go_on_and_are_taken_back(nodes: Cluster) -> None:
+    known = {n["name"]: n["netns"] for n in json.loads(nodes.knarr("status", "-o", "json").stdout)["nodes"]}
+    cables = [["ip", "link", "set", machine_end(known[node])] for node in (SECOND, THIRD)]
+    lonely = {node: f"lonely-{node}" for node in (SECOND, THIRD)}
+    for node, name in lonely.items():
+        run(nodes, name, node, FOREVER, seconds=600)
+    nodes.kubectl("wait", "-n", "kube-system", "--for=condition=Ready", *(f"pod/{name}" for name in lonely.values()), "--timeout=60s")
+    before = {name: nodes.get("pod", name, "-n", "kube-system")["status"]["containerStatuses"][0]["containerID"] for name in lonely.values()}
+    for cable in cables:
+        subprocess.run([*cable, "down"], check=True)
     try:
-        wait_for("the node to be missed", lambda: ready(nodes, SECOND) == "Unknown")
+        for node in lonely:
+            wait_for("the node to be missed", lambda node=node: ready(nodes, node) == "Unknown")
     finally:
-        subprocess.run([*cable, "up"], check=True)
-    wait_for("the node to be Ready again", lambda: ready(nodes, SECOND) == "True")
-    after = nodes.get("pod", "lonely", "-n", "kube-system")["status"]["containerStatuses"][0]
-    assert (after["containerID"], after["restartCount"]) == (before, 0)
-    forget(nodes, "lonely")
+        for cable in cables:
+            subprocess.run([*cable, "up"], check=True)
+    for node, name in lonely.items():
+        wait_for("the node to be Ready again", lambda node=node: ready(nodes, node) == "True")
+        after = nodes.get("pod", name, "-n", "kube-system")["status"]["containerStatuses"][0]
+        assert (after["containerID"], after["restartCount"]) == (before[name], 0)
+    forget(nodes, *lonely.values())
 
 
 def test_a_machine_that_goes_down_ends_the_pods_of_all_its_nodes_in_order_and_comes_back(nodes: Cluster) -> None:
