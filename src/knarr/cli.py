@@ -101,6 +101,8 @@ def _add_network(up: argparse.ArgumentParser) -> None:
         "--announce", nargs="?", const="auto", default=None, metavar="INTERFACE",
         help="answer ARP and NDP for LoadBalancer addresses, so that the local network reaches them; --announce=off takes it back",
     )  # fmt: skip
+    up.add_argument("--cni-conf-dir", default=None, metavar="FOLDER", help="where a CNI configuration is looked for, which then replaces the built-in pod network (default: /etc/cni/net.d)")
+    up.add_argument("--cni-bin-dir", default=None, metavar="FOLDER[,FOLDER]", help="where its plugins are (default: /opt/cni/bin,/usr/lib/cni)")
     up.add_argument("--dns-autopath", action=argparse.BooleanOptionalAction, default=None, help="walk through search paths in the DNS server instead of the pods")
 
 

@@ -1,9 +1,12 @@
-"""A machine with a cluster whose ranges are chosen and that has two families; then the machine gets another address, and nothing is restarted."""
+"""A machine with a cluster whose ranges are chosen and that has two families; then it gets another address, and another pod network."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +115,49 @@ def test_pods_services_and_the_api_follow_the_machines_address(machine: Moving) 
     wait_for("the node port at the new address", lambda: machine.outside("python3", "-c", ask).strip() == "200", 20)
     assert machine.pids() == before
     assert all(status["restartCount"] == 0 for status in machine.get("pod", "web")["status"]["containerStatuses"])
+
+
+PLUGIN = """#!/bin/sh
+# A plugin of specification 1.1 around the distribution's, which knows 1.0 only: it adds what came after.
+here=$(dirname "$0"); input=$(cat)
+case $CNI_COMMAND in
+  STATUS) [ ! -e "$here/broken" ] || { echo '{"cniVersion":"1.1.0","code":50,"msg":"the fabric is down"}'; exit 1; } ;;
+  GC) echo "$input" >>"$here/gc" ;;
+  *) echo "$input" | sed 's/"cniVersion": *"1.1.0"/"cniVersion":"1.0.0"/g; s/"type": *"wrapped"/"type":"bridge"/' | /usr/lib/cni/bridge | sed 's/"cniVersion": *"1.0.0"/"cniVersion":"1.1.0"/' ;;
+esac
+"""
+
+
+def test_a_foreign_configuration_makes_the_network_and_its_status_and_garbage_collection_count(machine: Moving, tmp_path: Path) -> None:
+    (tmp_path / "wrapped").write_text(PLUGIN)
+    (tmp_path / "wrapped").chmod(0o755)
+    ranges = [[{"subnet": "10.88.0.0/24"}]]
+    ipam = {"type": "host-local", "ranges": ranges, "dataDir": str(tmp_path / "leases"), "routes": [{"dst": "0.0.0.0/0"}]}
+    bridge = {"type": "wrapped", "bridge": "knarrtestcni", "isGateway": True, "ipMasq": True, "hairpinMode": True, "ipam": ipam}
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "10-test.conflist").write_text(json.dumps({"cniVersion": "1.1.0", "name": "test", "plugins": [bridge]}))
+    machine.knarr("down")
+    # Nodes look every ten seconds else.
+    (tmp_path / "kubelet.yaml").write_text("apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nnodeStatusUpdateFrequency: 1s\n")
+    machine.knarr("up", "--kubelet-config", str(tmp_path / "kubelet.yaml"), "--cni-conf-dir", str(tmp_path / "conf"), "--cni-bin-dir", f"{tmp_path},/usr/lib/cni")
+    wait_for("the pod in the other network", lambda: machine.get("pod", "web")["status"].get("podIP", "").startswith("10.88.0."), 30)
+    machine.kubectl("wait", "--for=condition=Ready", "pod/web", "--timeout=30s")
+    wait_for("a Service over it", lambda: machine.fetch("http://web/") == "200", 20)
+
+    def ready() -> tuple[str, str]:
+        conditions = machine.get("nodes")["items"][0]["status"]["conditions"]
+        return next((item["status"], item["message"]) for item in conditions if item["type"] == "Ready")
+
+    (tmp_path / "broken").touch()
+    wait_for("a node that is not ready", lambda: ready()[0] == "False" and "the fabric is down" in ready()[1], 40)
+    (tmp_path / "broken").unlink()
+    wait_for("a node that is ready again", lambda: ready()[0] == "True", 40)
+    (tmp_path / "gc").unlink(missing_ok=True)
+    os.kill(next(pid for name, pid in machine.pids().items() if name.endswith("node-1")), signal.SIGKILL)
+    wait_for("garbage collection after a kill", lambda: (tmp_path / "gc").exists() and (tmp_path / "gc").read_text().strip(), 20)
+    told = json.loads((tmp_path / "gc").read_text().splitlines()[-1])
+    leases = [path.read_text().split()[0] for path in (tmp_path / "leases" / "test").iterdir() if path.name.startswith("10.88")]
+    assert sorted(item["containerID"] for item in told["cni.dev/valid-attachments"]) == sorted(leases)
+    assert len(leases) == 1
+    machine.kubectl("delete", "pod", "web", "--wait=true")
+    wait_for("no lease", lambda: not [path for path in (tmp_path / "leases" / "test").iterdir() if path.name.startswith("10.88")], 20)

@@ -80,6 +80,9 @@ class ClusterConfig:
     """Networks and ranges for LoadBalancer Services, separated by commas; "" decides by the slot."""
     announce: str = ""
     """Interface to whose network LoadBalancer addresses are announced, "auto" for the one that leads there, "" for none."""
+    cni_conf_dir: str = "/etc/cni/net.d"
+    """Where another network's configuration is looked for, which then makes the pods' network."""
+    cni_bin_dirs: list[str] = field(default_factory=lambda: ["/opt/cni/bin", "/usr/lib/cni"])
     autopath: bool = False
     """Whether the DNS server walks through search paths for the pods."""
     machine_node: str = ""

@@ -86,7 +86,7 @@ def give_back_attachments(config: ClusterConfig, node: NodeConfig) -> None:
     """Have CNI plugins take down what they made for a stopped node's pods, as long as those pods' namespaces are still there."""
     from knarr.network.plugins import take_down
 
-    take_down(config.state / node.name / "network", str(NETNS_FOLDER / node.netns) if node.netns else None)
+    take_down(config.state / node.name / "network", str(NETNS_FOLDER / node.netns) if node.netns else None, config.cni_bin_dirs)
 
 
 def clean_stale(config: ClusterConfig) -> None:

@@ -9,6 +9,7 @@ Source: options of kube-apiserver and kube-controller-manager of the same names.
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from ipaddress import ip_network
 
@@ -29,12 +30,15 @@ class NetworkOptions:
     balancer_pool: str | None = None
     announce: str | None = None
     autopath: bool | None = None
+    cni_conf_dir: str | None = None
+    cni_bin_dirs: str | None = None
 
 def read(options: argparse.Namespace) -> NetworkOptions:
     """The parsed options."""
     return NetworkOptions(
-        options.service_cidr, options.pod_cidr, options.node_port_range, options.load_balancer_pool, options.announce, options.dns_autopath
-    )
+        options.service_cidr, options.pod_cidr, options.node_port_range, options.load_balancer_pool, options.announce, options.dns_autopath,
+        options.cni_conf_dir, options.cni_bin_dir,
+    )  # fmt: skip
 
 
 def apply(config: ClusterConfig, options: NetworkOptions, *, fresh: bool) -> bool:
@@ -44,7 +48,7 @@ def apply(config: ClusterConfig, options: NetworkOptions, *, fresh: bool) -> boo
       ConfigError: something cannot be, or can only be for a new cluster.
     """
     before = (config.service_cidr, config.pod_cidr, config.node_ports)
-    others = (config.balancer_range, config.announce, config.autopath)
+    others = _changeable(config)
     if options.service_cidr is not None:
         config.service_cidr = _ranges("--service-cidr", options.service_cidr, {4: 32 - _SMALLEST_SERVICE_BITS, 6: 128 - _SMALLEST_SERVICE_BITS})
     if options.pod_cidr is not None:
@@ -63,8 +67,16 @@ def apply(config: ClusterConfig, options: NetworkOptions, *, fresh: bool) -> boo
         config.announce = "" if options.announce == "off" else options.announce
     if options.autopath is not None:
         config.autopath = options.autopath
+    if options.cni_conf_dir is not None:
+        config.cni_conf_dir = os.path.abspath(options.cni_conf_dir)
+    if options.cni_bin_dirs is not None:
+        config.cni_bin_dirs = [os.path.abspath(part) for part in options.cni_bin_dirs.split(",")]
     _check_together(config)
-    return fresh or others != (config.balancer_range, config.announce, config.autopath)
+    return fresh or others != _changeable(config)
+
+
+def _changeable(config: ClusterConfig) -> tuple[object, ...]:
+    return config.balancer_range, config.announce, config.autopath, config.cni_conf_dir, list(config.cni_bin_dirs)
 
 
 def _ranges(name: str, text: str, longest: dict[int, int]) -> str:

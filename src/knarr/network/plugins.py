@@ -88,13 +88,13 @@ class PluginNetwork:
         """Nothing is held open."""
 
 
-def take_down(state_dir: str | Path, netns: str | None = None) -> None:
+def take_down(state_dir: str | Path, netns: str | None = None, plugin_dirs: Sequence[str | Path] = PLUGIN_FOLDERS) -> None:
     """Have the plugins free what the pods of a stopped node still hold: addresses, links, rules. Nothing to do without plugins.
 
     Blocks for some milliseconds per pod. A plugin that fails keeps its own; that is logged.
     """
     if (Path(state_dir) / "cni").is_dir():
-        network = PluginNetwork(node_address="", state_dir=state_dir, netns=netns)
+        network = PluginNetwork(node_address="", state_dir=state_dir, netns=netns, plugin_dirs=plugin_dirs)
         try:
             asyncio.run(network.cleanup())
         except (RuntimeFault, OSError) as error:

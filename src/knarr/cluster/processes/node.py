@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from knarr.aiokits.log import get_logger
@@ -127,9 +128,11 @@ class Node:
         from knarr.network.podnet import BridgeNetwork
 
         config = self.config
-        if (plugins := cni.installed()) is not None:
-            log.info("pods get their network from the CNI configuration", network=plugins.name, folder=str(cni.CONFIG_FOLDER))
-            return PluginNetwork(node_address=self.address, state_dir=self.state / "network")
+        if (plugins := cni.installed(Path(config.cni_conf_dir))) is not None:
+            log.info("pods get their network from the CNI configuration", network=plugins.name, folder=config.cni_conf_dir)
+            return PluginNetwork(
+                node_address=self.address, state_dir=self.state / "network", config_dir=config.cni_conf_dir, plugin_dirs=config.cni_bin_dirs
+            )
         return BridgeNetwork(
             bridge=f"knarr{config.slot}",
             cluster_cidrs=config.pod_cidrs,
