@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
+    options = _parse(arguments)
     try:
         code: int = options.run(options)
     except KeyboardInterrupt:
@@ -28,6 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"knarr: {error}", file=sys.stderr)
         return 1
     return code
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; words behind an option belong to the words before it (`why can-i --as jane create pods`), which argparse leaves over."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    words: list[str] | None = getattr(options, "words", None)
+    if rest and (words is None or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if words is not None:
+        words += rest
+    return options
 
 
 def _is_expected(error: Exception) -> bool:
@@ -76,11 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb("version", run_version, "print the version")
     verb("backup", run_backup, "write all API objects to a file").add_argument("file")
     verb("restore", run_restore, "put a backup in the place of the store of a cluster that is down").add_argument("file")
-    question = verb("why", run_why, "say why a pod waits (knarr why pod/NAME), or what stops a packet (knarr why pod/a pod/b:80)")
-    question.add_argument("source", help="pod/NAME, pod/NAMESPACE/NAME or node/NAME")
-    question.add_argument("target", nargs="?", default="", help="pod/NAME:PORT, svc/NAME:PORT, NAME.NAMESPACE:PORT or ADDRESS:PORT")
-    question.add_argument("-n", "--namespace", default="default")
-    question.add_argument("--protocol", default="TCP", choices=["TCP", "UDP", "SCTP", "tcp", "udp", "sctp"])
+    _add_why(verb("why", run_why, "say why something waits, is refused or does not arrive: knarr why pod/NAME, svc/NAME, pvc/NAME, ns/NAME, deploy/NAME, can-i …"))
     simulation = verb("simulate", run_simulate, "simulate nodes and pods: knarr simulate nodes=1000 pods=5000; without arguments, say what is simulated")
     simulation.add_argument("settings", nargs="*", metavar="nodes=N|pods=N|stages=FILE")
     simulation.add_argument("--taint", action=argparse.BooleanOptionalAction, default=None, help="keep pods off simulated nodes that do not tolerate them (default: yes)")
@@ -90,6 +97,18 @@ def build_parser() -> argparse.ArgumentParser:
     _add_token(verbs)
     _add_join(verb("join", run_join, "make this machine a node of a cluster that runs elsewhere"))
     return parser
+
+
+def _add_why(question: argparse.ArgumentParser) -> None:
+    question.add_argument(
+        "words", nargs="+", metavar="QUESTION",
+        help="pod, svc, pvc, ns, deploy, sts, ds, rs, job or node/NAME, KIND/NAMESPACE/NAME; target of a packet: pod/NAME:PORT, svc/NAME:PORT, "
+        "NAME.NAMESPACE:PORT or ADDRESS:PORT; can-i: VERB RESOURCE|PATH [NAME]",
+    )  # fmt: skip
+    question.add_argument("-n", "--namespace", default="default")
+    question.add_argument("--protocol", default="TCP", choices=["TCP", "UDP", "SCTP", "tcp", "udp", "sctp"])
+    question.add_argument("--as", dest="user", default="", metavar="USER", help="can-i: whom to ask for, e.g. system:serviceaccount:default:default")
+    question.add_argument("--as-group", dest="groups", action="append", default=[], metavar="GROUP", help="can-i: a group of that user")
 
 
 def _add_network(up: argparse.ArgumentParser) -> None:
@@ -335,9 +354,14 @@ def run_why(options: argparse.Namespace) -> int:
     from knarr.cluster import lifecycle, netverbs, whyverbs
 
     config = lifecycle.existing(options.name, options.data_dir)
-    if not options.target:
-        return whyverbs.explain_pod(config, options.source, options.namespace)
-    return netverbs.explain(config, options.source, options.target, namespace=options.namespace, protocol=options.protocol)
+    first, *rest = options.words
+    if first == "can-i":
+        return whyverbs.explain_request(config, rest, options.namespace, options.user, options.groups)
+    if len(rest) > 1:
+        raise lifecycle.CommandError("one target at most: knarr why pod/a pod/b:80")
+    if not rest:
+        return whyverbs.explain_object(config, first, options.namespace)
+    return netverbs.explain(config, first, rest[0], namespace=options.namespace, protocol=options.protocol)
 
 
 def run_simulate(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from knarr.network.servicewhy import name_steps, service_steps
 from knarr.network.why import BadQuestion, Place, Snapshot, parse_place, walk
 
 from .world import endpoint_slice, ready, service
@@ -113,3 +114,30 @@ def test_places_are_parsed():
     for bad in ("pod/b", "job/b:80", "a/b/c/d:1"):
         with pytest.raises(BadQuestion):
             parse_place(bad, port=True)
+
+
+def test_a_service_is_judged_for_whoever_asks():
+    pods = [pod("a", "10.0.0.1"), pod("b", "10.0.1.1", "n2", app="b")]
+    slices = [endpoint_slice("web", [("http", "TCP", 8080)], [ready("10.0.1.1", node="n2")])]
+    snapshot = world(*pods, services=[selecting("web", app="b")], slices=slices, policies=[deny("closed", "Ingress", app="b")])
+    steps = service_steps(snapshot, "default", "web")
+    assert all(step.ok is not False for step in steps)
+    assert "policy default/closed chooses who may enter pod default/b" in steps[-1].text
+    assert [step.ok for step in service_steps(snapshot, "default", "web", "http")] == [step.ok for step in steps]
+
+
+def test_a_service_without_endpoints_and_one_that_does_not_exist_are_refused():
+    snapshot = world(pod("a", "10.0.0.1"), services=[selecting("web", app="b")])
+    assert service_steps(snapshot, "default", "web")[-1].ok is False
+    assert service_steps(snapshot, "default", "none")[-1].text == "service default/none does not exist"
+    assert service_steps(snapshot, "other", "web")[-1].text == "service other/web does not exist; there is default/web"
+
+
+async def test_the_name_of_a_service_is_compared_with_its_addresses():
+    async def answer(name: str) -> list[str]:
+        return {"web.default.svc.x": ["10.96.0.9"]}.get(name, [])
+
+    steps = await name_steps(selecting("web"), "web.default.svc.x", answer)
+    assert steps[0].ok
+    steps = await name_steps(selecting("other"), "other.default.svc.x", answer)
+    assert steps[0].text == "the cluster's DNS server knows no address of other.default.svc.x"

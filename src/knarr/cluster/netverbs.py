@@ -6,6 +6,7 @@ Role: called by the command line; prints, returns the exit code. `why` exits 1 w
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 from knarr.api.resources import SERVICES
 from knarr.client.rest import Client
@@ -26,11 +27,18 @@ def explain(config: ClusterConfig, source: str, target: str, *, namespace: str, 
             steps = await why(client, source, target, namespace=namespace, protocol=protocol.upper())
         except BadQuestion as error:
             raise CommandError(str(error)) from error
-        for step in [*steps, *_firewalls()]:
-            print(f"{_SIGNS[step.ok]} {step.text}")
-        return 1 if any(step.ok is False for step in steps) else 0
+        return print_steps([*steps, *_firewalls()])
 
     return with_client(config, work)
+
+
+def print_steps(steps: Iterable[Step]) -> int:
+    """Print steps with a sign each; returns 1 when one of them says no."""
+    stopped = 0
+    for step in steps:
+        print(f"{_SIGNS[step.ok]} {step.text}")
+        stopped |= step.ok is False
+    return int(stopped)
 
 
 def _firewalls() -> list[Step]:

@@ -19,7 +19,7 @@ from knarr.api.types import Object
 from knarr.client.rest import Client
 from knarr.network.objects import object_key, slice_service
 from knarr.network.policy.model import Direction, Policy, PolicyPod, compile_policy, decide, read_pod
-from knarr.network.proxy.topology import NodeView, categorise, collect
+from knarr.network.proxy.topology import Endpoint, NodeView, categorise, collect
 
 
 class BadQuestion(ValueError):
@@ -98,6 +98,19 @@ def walk(snapshot: Snapshot, source: Place, target: Place, protocol: str = "TCP"
     return walker.steps
 
 
+def find_object(objects: Iterable[Object], namespace: str, name: str) -> Object | None:
+    key = f"{namespace}/{name}"
+    return next((obj for obj in objects if object_key(obj) == key), None)
+
+
+def service_endpoints(snapshot: Snapshot, target: Place, protocol: str = "TCP") -> tuple[list[Step], list[Object]]:
+    """(steps, pods behind it) of a Service's port for whoever asks, without judging policies and ways."""
+    walker = _Walker(snapshot, protocol)
+    found = walker.service_port(target)
+    usable = walker.usable_endpoints(*found) if found is not None else []
+    return walker.steps, [pod for endpoint in usable if (pod := walker.pod_at(endpoint.ip)) is not None]
+
+
 class _Walker:
     def __init__(self, snapshot: Snapshot, protocol: str) -> None:
         self._snapshot = snapshot
@@ -132,18 +145,13 @@ class _Walker:
         if source.kind != "pod":
             self._note(f"{source.name} is outside of the cluster")
             return
-        pod = self._find(self._snapshot.pods, source)
+        pod = find_object(self._snapshot.pods, source.namespace, source.name)
         if pod is None:
             self._no(f"pod {source.namespace}/{source.name} does not exist")
             return
         self._from, self._from_pod = pod, read_pod(pod)
         self._from_node = (pod.get("spec") or {}).get("nodeName", "")
         self._pod_lives(pod, "sends from")
-
-    @staticmethod
-    def _find(objects: Iterable[Object], place: Place) -> Object | None:
-        key = f"{place.namespace}/{place.name}"
-        return next((obj for obj in objects if object_key(obj) == key), None)
 
     def _pod_lives(self, pod: Object, verb: str) -> bool:
         key, status = object_key(pod), pod.get("status") or {}
@@ -162,7 +170,7 @@ class _Walker:
 
     def arrive(self, target: Place) -> None:
         if target.kind == "pod":
-            pod = self._find(self._snapshot.pods, target)
+            pod = find_object(self._snapshot.pods, target.namespace, target.name)
             if pod is None:
                 self._no(f"pod {target.namespace}/{target.name} does not exist")
                 return
@@ -186,11 +194,11 @@ class _Walker:
         return 0
 
     def _to_address(self, target: Place) -> None:
-        for pod in self._snapshot.pods:
-            if target.name in [item.get("ip") for item in (pod.get("status") or {}).get("podIPs") or ()] and read_pod(pod) is not None:
-                self._note(f"{target.name} is pod {object_key(pod)}")
-                self._to_pod(pod, int(target.port))
-                return
+        pod = self.pod_at(target.name)
+        if pod is not None:
+            self._note(f"{target.name} is pod {object_key(pod)}")
+            self._to_pod(pod, int(target.port))
+            return
         for service in self._snapshot.services:
             if target.name in ((service.get("spec") or {}).get("clusterIPs") or ()):
                 self._note(f"{target.name} is service {object_key(service)}")
@@ -261,46 +269,60 @@ class _Walker:
 
     # Services
 
-    def _to_service(self, target: Place) -> None:
-        service = self._find(self._snapshot.services, target)
+    def service_port(self, target: Place) -> tuple[Object, dict[str, Any]] | None:
+        """The Service and its port that the packet is for; None when it goes no further, or past the Service."""
+        service = find_object(self._snapshot.services, target.namespace, target.name)
         key = f"{target.namespace}/{target.name}"
         if service is None:
             near = sorted(object_key(obj) for obj in self._snapshot.services if obj["metadata"]["name"] == target.name)
             self._no(f"service {key} does not exist{'; there is ' + ', '.join(near) if near else ''}")
-            return
+            return None
         spec = service.get("spec") or {}
         if spec.get("type") == "ExternalName":
             self._yes(f"service {key} is the external name {spec.get('externalName')}: the packet goes there directly")
-            return
+            return None
         port = next((item for item in spec.get("ports") or () if target.port in (item.get("name"), str(item.get("port")))), None)
         if port is None or (port.get("protocol") or "TCP") != self._protocol:
             offered = ", ".join(f"{item.get('port')}/{item.get('protocol') or 'TCP'}" for item in spec.get("ports") or ())
             self._no(f"service {key} has no port {target.port}/{self._protocol}; it has {offered or 'none'}")
-            return
-        self._yes(f"service {key} answers at {spec.get('clusterIP')} port {port['port']}")
-        self._choose_endpoints(service, port)
+            return None
+        if spec.get("clusterIP") == "None":
+            self._yes(f"service {key} is headless: its name leads to its pods themselves")
+        else:
+            self._yes(f"service {key} answers at {spec.get('clusterIP')} port {port['port']}")
+        return service, port
 
-    def _choose_endpoints(self, service: Object, port: dict[str, Any]) -> None:
+    def usable_endpoints(self, service: Object, port: dict[str, Any]) -> list[Endpoint]:
+        """The endpoints that a packet from here may be sent to; says why when there are none."""
         key, spec = object_key(service), service["spec"]
         family = "IPv6" if ":" in str(spec.get("clusterIP")) else "IPv4"
         parts = [part for part in self._snapshot.slices if key in slice_service(part)]
         node = NodeView(self._from_node, self._zone())
         protocol = port.get("protocol") or "TCP"
         found = collect(parts, port.get("name") or "", protocol, family, node, bool(spec.get("publishNotReadyAddresses")))
-        local = spec.get("internalTrafficPolicy") == "Local"
+        local = spec.get("internalTrafficPolicy") == "Local" and bool(self._from_node)
         backends = categorise(found, node, uses_cluster=not local, uses_local=local)
-        usable = backends.local if local else backends.cluster
+        usable = list(backends.local if local else backends.cluster)
         if not usable:
             self._explain_no_endpoints(service, port, parts, bool(found), local and backends.any_endpoints)
-            return
+            return []
         self._yes(f"{len(usable)} of {len(found)} endpoints are used from here: {', '.join(f'{e.ip}:{e.port}' for e in usable[:5])}")
-        by_ip = {
-            item.get("ip"): pod for pod in self._snapshot.pods for item in (pod.get("status") or {}).get("podIPs") or () if read_pod(pod)
-        }
+        return usable
+
+    def pod_at(self, address: str) -> Object | None:
+        """The pod with this address in the pod network."""
+        addressed = ((pod, item.get("ip")) for pod in self._snapshot.pods for item in (pod.get("status") or {}).get("podIPs") or ())
+        return next((pod for pod, ip in addressed if ip == address and read_pod(pod) is not None), None)
+
+    def _to_service(self, target: Place) -> None:
+        found = self.service_port(target)
+        usable = self.usable_endpoints(*found) if found is not None else []
+        if not usable:
+            return
         outcomes = []
         base = list(self.steps)
         for endpoint in usable:
-            pod = by_ip.get(endpoint.ip)
+            pod = self.pod_at(endpoint.ip)
             self.steps = list(base)
             if pod is not None:
                 self._to_pod(pod, endpoint.port)

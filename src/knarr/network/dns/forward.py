@@ -94,7 +94,9 @@ class HostResolvers:
         return [server for path in self._paths for server in read_nameservers(path) if server not in self._own]
 
 
-class _Exchange(asyncio.DatagramProtocol):
+class Exchange(asyncio.DatagramProtocol):
+    """Waits for the answer to one question on a socket of its own."""
+
     def __init__(self, identity: int, question: bytes, result: asyncio.Future[bytes]) -> None:
         self._identity = struct.pack(">H", identity)
         self._question = question
@@ -241,7 +243,7 @@ class Forwarder:
         message = struct.pack(">HH", identity, flags) + data[4:]
         result: asyncio.Future[bytes] = loop.create_future()
         transport, _protocol = await loop.create_datagram_endpoint(
-            lambda: _Exchange(identity, query.question.lower(), result), remote_addr=(server, self._port)
+            lambda: Exchange(identity, query.question.lower(), result), remote_addr=(server, self._port)
         )
         try:
             async with asyncio.timeout(_TRY_SECONDS):
