@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from knarr.runtime.cri import RuntimeFault
+from knarr.runtime.cri import ContainerSecurity, Mount, RuntimeFault
 from knarr.runtime.embedded import EmbeddedRuntime, RuntimeConfig
 from knarr.runtime.images.store import StoredImage
 from tests.runtime.conftest import Bench, LoopbackNetwork
@@ -38,11 +38,11 @@ def tar(*members: Member) -> bytes:
     return buffer.getvalue()
 
 
-def docker_archive(path: Path, layers: Sequence[bytes], name: str = "evil:1") -> Path:
+def docker_archive(path: Path, layers: Sequence[bytes], name: str = "evil:1", config: object = None) -> Path:
     diff_ids = ["sha256:" + hashlib.sha256(layer).hexdigest() for layer in layers]
-    config = json.dumps({"config": {}, "rootfs": {"type": "layers", "diff_ids": diff_ids}}).encode()
+    document = json.dumps({"config": config or {}, "rootfs": {"type": "layers", "diff_ids": diff_ids}}).encode()
     manifest = [{"Config": "config.json", "RepoTags": [name], "Layers": [f"l{number}/layer.tar" for number in range(len(layers))]}]
-    members = [entry("config.json", data=config), entry("manifest.json", data=json.dumps(manifest).encode())]
+    members = [entry("config.json", data=document), entry("manifest.json", data=json.dumps(manifest).encode())]
     members += [entry(f"l{number}/layer.tar", data=layer) for number, layer in enumerate(layers)]
     path.write_bytes(tar(*members))
     return path
@@ -201,3 +201,96 @@ async def test_names_move_to_the_newest_image(bench: Bench) -> None:
     assert old is not None
     assert old.repo_tags == []
     assert first.id in await bench.runtime.prune_images()
+
+
+async def test_whiteouts_through_links_hide_nothing_outside(bench: Bench) -> None:
+    victim = bench.folder / "victim"
+    victim.mkdir()
+    (victim / "kept").write_text("x")
+    lower = tar(entry("etc", tarfile.DIRTYPE, mode=0o755), entry("etc/kept", data=b"x"))
+    upper = tar(
+        entry("out", tarfile.SYMTYPE, link=str(victim)),
+        entry("out/.wh.kept"),
+        entry("out/.wh..wh..opq"),
+        entry("up", tarfile.SYMTYPE, link="../../../../../../../.." + str(victim)),
+        entry("up/.wh.kept"),
+    )
+    await load(bench, lower, upper)
+    assert (victim / "kept").read_text() == "x"
+    assert [item.name for item in victim.iterdir()] == ["kept"]
+    assert os.listxattr(victim) == []
+    for name in (".wh...", ".wh.."):
+        with pytest.raises(RuntimeFault, match="unpack"):
+            await load(bench, tar(entry(f"d/{name}")))
+
+
+async def test_device_nodes_of_a_layer_are_made_but_open_nothing(bench: Bench) -> None:
+    machine_disk = os.makedev(*next((int(line.split()[0]), int(line.split()[1])) for line in Path("/proc/partitions").read_text().splitlines()[2:]))
+    layer = tar(
+        entry("bin/sh", data=Path("/usr/bin/busybox").read_bytes(), mode=0o755),
+        entry("disk", tarfile.BLKTYPE, mode=0o666, devmajor=os.major(machine_disk), devminor=os.minor(machine_disk)),
+        entry("memory", tarfile.CHRTYPE, mode=0o666, devmajor=1, devminor=1),
+    )
+    (folder,) = await load(bench, layer)
+    assert stat.S_ISBLK((folder / "disk").stat().st_mode)
+    script = "for f in /disk /memory; do head -c 1 $f >/dev/null 2>&1 && echo read $f; done; mknod /more b 7 0 && head -c 1 /more && echo read more; exit 0"
+    sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox())
+    config = bench.container("/bin/sh", "-c", script)
+    config.image = "evil:1"
+    container_id = await bench.runtime.create_container(sandbox_id, config)
+    await bench.runtime.start_container(container_id)
+    status = await bench.ended(container_id)
+    assert (status.exit_code, "read" in bench.log(status)) == (0, False)
+
+
+async def test_declared_volumes_with_devices_and_pipes_are_copied_and_not_read(bench: Bench) -> None:
+    layer = tar(
+        entry("bin/sh", data=Path("/usr/bin/busybox").read_bytes(), mode=0o755),
+        entry("data", tarfile.DIRTYPE, mode=0o755),
+        entry("data/zero", tarfile.CHRTYPE, mode=0o666, devmajor=1, devminor=5),
+        entry("data/pipe", tarfile.FIFOTYPE),
+        entry("data/link", tarfile.SYMTYPE, link="/etc/hostname"),
+        entry("data/file", data=b"kept", uid=5),
+    )
+    path = docker_archive(bench.folder / "evil.tar", [layer], config={"Volumes": {"/data": {}}})
+    await bench.runtime.load_images(str(path))
+    sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox())
+    config = bench.container("/bin/sh", "-c", "cd /data; [ -c zero ] && [ -p pipe ] && [ -L link ] && cat file && echo more >>file", security=ContainerSecurity(readonly_rootfs=True))
+    config.image = "evil:1"
+    container_id = await bench.runtime.create_container(sandbox_id, config)
+    await bench.runtime.start_container(container_id)
+    status = await bench.ended(container_id)
+    assert (status.exit_code, bench.log(status)) == (0, "kept")
+
+
+async def test_a_mount_point_that_the_image_made_a_link_stays_in_the_container(bench: Bench) -> None:
+    victim, given = bench.folder / "victim", bench.folder / "given"
+    victim.mkdir()
+    given.mkdir()
+    layer = tar(
+        entry("bin/sh", data=Path("/usr/bin/busybox").read_bytes(), mode=0o755),
+        entry("mnt", tarfile.SYMTYPE, link="../../../../../../.." + str(victim)),
+        entry("etc", tarfile.SYMTYPE, link=str(victim)),
+    )
+    await load(bench, layer)
+    sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox())
+    config = bench.container("/bin/sh", "-c", "echo x >/mnt/deep/f", mounts=[Mount("/mnt/deep", str(given))])
+    config.image = "evil:1"
+    container_id = await bench.runtime.create_container(sandbox_id, config)
+    await bench.runtime.start_container(container_id)
+    await bench.ended(container_id)
+    assert list(victim.iterdir()) == []
+    assert (given / "f").read_text() == "x\n"
+
+
+async def test_a_layer_deeper_than_python_recurses_is_refused_or_removed_whole(bench: Bench) -> None:
+    deep = tar(*(entry("/".join(["d"] * depth), tarfile.DIRTYPE, mode=0o755) for depth in range(1, 1500)))
+    (folder,) = await load(bench, deep)
+    assert (folder / "d/d/d").is_dir()
+    await bench.runtime.remove_image("evil:1")
+    await bench.runtime.prune_images()
+    assert not folder.exists()
+    before = os.listdir(bench.runtime.images.layers.root)
+    with pytest.raises(RuntimeFault, match="failed to unpack layer"):
+        await load(bench, tar(entry("/".join(["d"] * 1500) + "/f", data=b"x")))
+    assert os.listdir(bench.runtime.images.layers.root) == before

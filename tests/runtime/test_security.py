@@ -254,6 +254,67 @@ async def test_a_fork_bomb_is_contained_by_the_pids_limit(bench: Bench) -> None:
     await bench.runtime.stop_container(container_id, 0)
 
 
+# On version 1 /sys/fs/cgroup itself is a file system of the container alone, and no group.
+ESCAPES = r"""
+try() { ( eval "$1" ) >/dev/null 2>&1 && echo "worked: $1"; }
+for f in core_pattern modprobe hotplug; do [ -e /proc/sys/kernel/$f ] && try "echo '|/evil' >/proc/sys/kernel/$f"; done
+try 'echo b >/proc/sysrq-trigger'
+try 'echo 1 >/proc/sys/vm/drop_caches'
+try 'echo /evil >/sys/kernel/uevent_helper'
+try 'echo 1 >/sys/fs/cgroup/memory/notify_on_release'
+try 'mkdir /sys/fs/cgroup/pids/mine'
+try 'echo max >/sys/fs/cgroup/pids/pids.max'
+try '[ -e /sys/fs/cgroup/cgroup.procs ] && mkdir /sys/fs/cgroup/mine'
+try '[ -e /sys/fs/cgroup/pids.max ] && echo max >/sys/fs/cgroup/pids.max'
+mkdir -p /tmp/c
+for kind in "cgroup -o memory" "cgroup -o rdma" cgroup2 proc sysfs tmpfs devtmpfs; do try "mount -t ${kind%% *} none ${kind#${kind%% *}} /tmp/c"; done
+try 'mount -o remount,rw /sys'
+try 'mount -o remount,rw /proc/sys'
+try 'umount /proc/sys'
+try 'umount /proc/kcore'
+try 'head -c 1 /proc/kcore'
+try 'nsenter -t 1 -m true'
+try 'chroot /proc/1/root/../../.. ls /var/lib/knarr'
+try 'mknod /tmp/disk b 7 0 && head -c 1 /tmp/disk'
+try 'ls /proc/1/root/proc/1/cwd/../../../../run/knarr'
+try 'date -s 2001-01-01 && [ $(date +%Y) = 2001 ]'
+try 'hostname other'
+try 'insmod /evil'
+find / -name release_agent 2>/dev/null | while read f; do try "echo /evil >$f"; done
+echo done
+"""
+
+
+async def test_no_way_out_of_an_unprivileged_container(bench: Bench) -> None:
+    core_pattern = Path("/proc/sys/kernel/core_pattern")
+    before = core_pattern.read_text()
+    _, log = await bench.output("sh", "-c", ESCAPES, resources=LinuxResources(pids_limit=100))
+    assert log == "done\n"
+    # A user namespace of its own gives it back all capabilities, but none over what is the host's.
+    inside = "unshare -Umr sh -c 'mkdir -p /tmp/c; mount -t cgroup -o rdma none /tmp/c && echo worked; echo x >/proc/sys/kernel/core_pattern && echo worked'; true"
+    _, log = await bench.output("sh", "-c", inside, name="d")
+    assert "worked" not in log
+    assert core_pattern.read_text() == before
+
+
+async def test_a_privileged_container_cannot_lift_the_limits_of_its_pod_by_its_own_groups(bench: Bench) -> None:
+    script = "find /sys/fs/cgroup -name 'pod*' -o -name kubepods | wc -l; for f in /sys/fs/cgroup/pids/pids.max /sys/fs/cgroup/pids.max; do [ -e $f ] && echo max >$f && cat $f; done; true"
+    _, log = await bench.output("sh", "-c", script, security=ContainerSecurity(privileged=True), resources=LinuxResources(pids_limit=30))
+    assert log.splitlines()[0] == "0", "the groups above its own are not in its sight"
+
+
+async def test_a_working_directory_through_the_runtimes_descriptors_is_not_the_hosts(bench: Bench) -> None:
+    sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox())
+    for number in range(3, 13):
+        config = bench.container("sh", "-c", "ls -d ../../../../../../../../..//var/lib/dpkg && echo worked; true", name=f"c{number}", working_dir=f"/proc/self/fd/{number}")
+        container_id = await bench.runtime.create_container(sandbox_id, config)
+        try:
+            await bench.runtime.start_container(container_id)
+        except RuntimeFault:
+            continue
+        assert "worked" not in bench.log(await bench.ended(container_id))
+
+
 async def test_limits_can_be_changed_while_it_runs(bench: Bench) -> None:
     container_id = await bench.run("sleep", "1000", resources=LinuxResources(memory_limit_bytes=64 << 20, cpu_shares=100))
     await bench.runtime.update_container_resources(container_id, LinuxResources(memory_limit_bytes=128 << 20, cpu_shares=512, cpu_quota_us=20000, cpu_period_us=100000))
