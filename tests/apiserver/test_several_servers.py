@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from knarr.api import errors
 from knarr.api.errors import StatusError
-from knarr.api.resources import CONFIG_MAPS, EVENTS, NAMESPACES
+from knarr.api.resources import CONFIG_MAPS, ENDPOINT_SLICES, ENDPOINTS, EVENTS, IP_ADDRESSES, NAMESPACES, SERVICES
+from knarr.client.leaderelection import LeaderElectionConfig, LeaderElector
 from knarr.testing.apiserver import RunningAPIServer, running_apiserver
 
 pytestmark = pytest.mark.timeout(60)
@@ -112,3 +114,73 @@ async def test_events_end_with_their_lease_at_every_server(etcd: str) -> None:
         async for type, obj in second.client.watch(EVENTS, "default", resource_version=version):
             if type == "DELETED" and obj["metadata"]["name"] == "e":
                 break
+
+
+async def test_the_kubernetes_service_names_all_servers_and_no_other(etcd: str) -> None:
+    url = f"etcd3://{etcd}/{uuid.uuid4().hex}"
+
+    async def named(server: RunningAPIServer) -> tuple[list[str], list[str]]:
+        endpoints = await server.client.get(ENDPOINTS, "kubernetes", "default")
+        part = await server.client.get(ENDPOINT_SLICES, "kubernetes", "default")
+        return [each["ip"] for each in endpoints["subsets"][0]["addresses"]], [each["addresses"][0] for each in part["endpoints"]]
+
+    async with running_apiserver(url, advertise_address="10.9.0.1") as first:
+        assert await named(first) == (["10.9.0.1"], ["10.9.0.1"])
+        async with running_apiserver(url, advertise_address="10.9.0.2") as second:
+            both = ["10.9.0.1", "10.9.0.2"]
+            assert await named(first) == await named(second) == (both, both)
+        assert await named(first) == (["10.9.0.1"], ["10.9.0.1"])
+
+
+async def test_addresses_and_ports_are_given_once(pair: tuple[RunningAPIServer, RunningAPIServer]) -> None:
+    async def make(number: int) -> dict[str, Any]:
+        server = pair[number % 2]
+        spec = {"type": "NodePort", "ports": [{"name": "a", "port": 80}, {"name": "b", "port": 81}]}
+        return await server.client.create(SERVICES, {"metadata": {"name": f"s{number}", "namespace": "default"}, "spec": spec})
+
+    made = await asyncio.gather(*(make(number) for number in range(60)))
+    addresses = [one["spec"]["clusterIP"] for one in made]
+    ports = [port["nodePort"] for one in made for port in one["spec"]["ports"]]
+    assert len(set(addresses)) == 60
+    assert len(set(ports)) == 120
+    known = {item["metadata"]["name"] for item in (await pair[1].client.list(IP_ADDRESSES))["items"]}
+    assert set(addresses) <= known
+    # The very same address and port, asked for at both in the same moment: one gets it.
+    wanted = {"type": "NodePort", "clusterIP": _free(addresses), "ports": [{"port": 80, "nodePort": next(p for p in range(30000, 32768) if p not in ports)}]}
+    outcomes = await asyncio.gather(*(
+        server.client.create(SERVICES, {"metadata": {"name": f"same{number}", "namespace": "default"}, "spec": wanted})
+        for number, server in enumerate(pair)
+    ), return_exceptions=True)  # fmt: skip
+    assert sorted(isinstance(outcome, StatusError) for outcome in outcomes) == [False, True]
+
+
+def _free(addresses: list[str]) -> str:
+    return next(address for number in range(2, 250) if (address := f"10.96.7.{number}") not in addresses)
+
+
+async def test_one_of_two_candidates_leads_whichever_server_they_ask(pair: tuple[RunningAPIServer, RunningAPIServer]) -> None:
+    leading: list[str] = []
+
+    async def candidate(name: str, server: RunningAPIServer) -> None:
+        elector = LeaderElector(server.client, LeaderElectionConfig(
+            name="leader", namespace="default", identity=name, lease_seconds=2, renew_seconds=1.5, retry_seconds=0.1))  # fmt: skip
+        await elector.run(lambda: lead(name))
+
+    async def lead(name: str) -> None:
+        leading.append(name)
+        await asyncio.Event().wait()
+
+    tasks = [asyncio.ensure_future(candidate(name, server)) for name, server in zip("ab", pair, strict=True)]
+    async with asyncio.timeout(10):
+        while not leading:
+            await asyncio.sleep(0.02)
+    await asyncio.sleep(1)
+    assert len(leading) == 1
+    tasks["ab".index(leading[0])].cancel()
+    async with asyncio.timeout(10):
+        while len(leading) < 2:
+            await asyncio.sleep(0.02)
+    assert sorted(leading) == ["a", "b"]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

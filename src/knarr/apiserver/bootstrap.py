@@ -18,7 +18,7 @@ from knarr.aiokits import clock
 from knarr.api import errors
 from knarr.api.defaulting import default as default_builtin
 from knarr.api.types import Object
-from knarr.apiserver import flowdefaults, machinery
+from knarr.apiserver import flowdefaults, machinery, peers
 from knarr.apiserver.registry.allocators import address_object
 
 if TYPE_CHECKING:
@@ -106,15 +106,18 @@ def _with_port(service: Object, port: int) -> Object | None:
     return None
 
 
-async def publish_endpoints(server: APIServer) -> None:
-    """Say where the API is served. Single server: exactly this one."""
-    address = server.advertise_address
-    family = "IPv6" if ":" in address else "IPv4"
-    subset = [{"addresses": [{"ip": address}], "ports": [{"name": "https", "port": server.port, "protocol": "TCP"}]}]
+async def publish_endpoints(server: APIServer, addresses: list[str] | None = None) -> None:
+    """Say where the API is served: here, and by whoever else shares the store (addresses, if they are known already)."""
+    if addresses is None:
+        addresses = await peers.announce(server) if server.storage.shared else [server.advertise_address]
+    if not addresses:
+        return
+    family = "IPv6" if ":" in addresses[0] else "IPv4"
+    subset = [{"addresses": [{"ip": address} for address in addresses], "ports": [{"name": "https", "port": server.port, "protocol": "TCP"}]}]
     await _create(server, "", "endpoints", {
         "metadata": {"name": "kubernetes", "namespace": "default", "labels": {"endpointslice.kubernetes.io/skip-mirror": "true"}}, "subsets": subset,
     })
-    endpoints = [{"addresses": [address], "conditions": {"ready": True}}]
+    endpoints = [{"addresses": [address], "conditions": {"ready": True}} for address in addresses]
     ports = [{"name": "https", "protocol": "TCP", "port": server.port}]
     await _create(server, "discovery.k8s.io", "endpointslices", {
         "metadata": {
@@ -188,3 +191,14 @@ async def renew_identity(server: APIServer) -> None:
         return obj
 
     await server.registry.stores["coordination.k8s.io", "leases"].update("kube-system", name, renew)
+
+
+async def forget_old_identities(server: APIServer) -> None:
+    """Remove the identity Leases of servers that are long gone."""
+    leases = server.registry.stores["coordination.k8s.io", "leases"]
+    for lease in leases.list_nowait("kube-system"):
+        metadata, spec = lease["metadata"], lease.get("spec") or {}
+        if (metadata.get("labels") or {}).get("apiserver.kubernetes.io/identity") != "kube-apiserver" or not spec.get("renewTime"):
+            continue
+        if clock.parse_rfc3339(spec["renewTime"]) + (spec.get("leaseDurationSeconds") or 0) < clock.now():
+            await leases.delete("kube-system", metadata["name"], uid=metadata["uid"])

@@ -18,7 +18,7 @@ from knarr.aiokits.tasks import Tasks
 from knarr.api import errors
 from knarr.api.errors import StatusError
 from knarr.api.scheme import Resource
-from knarr.apiserver import bootstrap, celtimes
+from knarr.apiserver import bootstrap, celtimes, peers
 from knarr.apiserver.aggregation.extension import Extensions
 from knarr.apiserver.aggregation.registration import Registration
 from knarr.apiserver.attributes import AdmissionChain, Attributes, Auth, ConnectHandler, Decision, ResourceKey, UserInfo
@@ -34,6 +34,7 @@ from knarr.apiserver.openapi import OpenAPI
 from knarr.apiserver.paths import Paths, build_info
 from knarr.apiserver.pipeline import Pipeline
 from knarr.apiserver.registry import all as builtin
+from knarr.apiserver.registry.sharedports import repair_for_ever
 from knarr.apiserver.requestinfo import RequestInfo
 from knarr.apiserver.storage import Storage
 from knarr.apiserver.store import ResourceStore, new_uid
@@ -48,6 +49,7 @@ _NO_CHECK_TIME = 0x200000
 
 BOOKMARK_SECONDS = 60.0
 IDENTITY_SECONDS = 10.0
+WITHDRAWAL_SECONDS = 3.0
 
 
 class APIServer:
@@ -119,6 +121,8 @@ class APIServer:
         self._ready = True
         self._bookmark_timer = asyncio.get_running_loop().call_later(BOOKMARK_SECONDS, self._bookmarks)
         self.tasks.spawn_eternal(self._renew_identity(), "identity-lease")
+        if self.storage.shared:
+            self.tasks.spawn_eternal(repair_for_ever(self.store("", "services")), "node-port-repair")
         log.info("API server is serving", port=self.port)
 
     def _build_optional(self) -> None:
@@ -139,6 +143,11 @@ class APIServer:
             return
         # From here on /readyz fails; everything else goes on for a while.
         self.stopping = True
+        if self.storage.shared and self._ready:
+            # New clients go to the other servers from now on.
+            with contextlib.suppress(StatusError, TimeoutError):
+                async with asyncio.timeout(WITHDRAWAL_SECONDS):
+                    await bootstrap.publish_endpoints(self, await peers.withdraw(self))
         if self.config.shutdown_delay_seconds and self._ready:
             await asyncio.sleep(self.config.shutdown_delay_seconds)
         self._ready = False
@@ -291,4 +300,7 @@ class APIServer:
         while True:
             with contextlib.suppress(StatusError):
                 await bootstrap.renew_identity(self)
+                await bootstrap.forget_old_identities(self)
+                if self.storage.shared and not self.stopping:
+                    await bootstrap.publish_endpoints(self)
             await asyncio.sleep(IDENTITY_SECONDS)

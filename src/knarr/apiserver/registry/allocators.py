@@ -1,7 +1,8 @@
 """Service addresses and node ports: what is free is derived from the objects themselves.
 
 An address is claimed by creating its IPAddress object (the store's compare-and-swap decides between two claimants, also
-between two API servers); node ports are claimed in memory over what the Services in the cache hold. Dynamic claims leave
+between two API servers); node ports are claimed in memory over what the Services in the cache hold, or where servers share a store in that
+(sharedports.py). Dynamic claims leave
 the lower band of each range to people who choose by hand, while there is room above.
 
 Source: pkg/registry/core/service/ipallocator, portallocator; KEP-1880, KEP-3070, KEP-3668.
@@ -121,7 +122,7 @@ def address_object(address: str, family: str, service: Object) -> Object:
 
 
 class PortAllocator:
-    """Claims node ports. One process only: Services in the cache plus what is being claimed right now."""
+    """Claims node ports, for one server alone: Services in the cache plus what is being claimed right now."""
 
     def __init__(self, first: int, last: int, services: ResourceStore) -> None:
         self.first, self.last = first, last
@@ -133,28 +134,40 @@ class PortAllocator:
     def hold(self, port: int) -> None:
         self._claimed[port] = self._claimed.get(port, 0) + 1
 
-    def claim(self, port: int, *, dry_run: bool = False) -> None:
+    async def claim(self, port: int, *, dry_run: bool = False) -> None:
         """Claim a given port; a dry run, as upstream's, does not look at the range. Raises AllocationError."""
         if not dry_run and not self.first <= port <= self.last:
-            raise AllocationError(f"provided port is not in the valid range. The range of valid ports is {self.first}-{self.last}")
+            raise self.outside()
         if port in self._claimed:
             raise AllocationError("provided port is already allocated")
         self.hold(port)
 
-    def claim_next(self) -> int:
+    def outside(self) -> AllocationError:
+        """The refusal of a port outside of the range."""
+        return AllocationError(f"provided port is not in the valid range. The range of valid ports is {self.first}-{self.last}")
+
+    async def claim_next(self, *, dry_run: bool = False) -> int:
         """Claim any free port. Raises AllocationError."""
+        for port in self.candidates():
+            if port not in self._claimed:
+                self.hold(port)
+                return port
+        raise AllocationError("range is full")
+
+    def candidates(self) -> Iterable[int]:
+        """Every port, in the order in which to try: the lower band is for people who choose by hand, while there is room above."""
         size = self.last - self.first + 1
         lower = min(max(16, size // 32), 128) if size >= 16 else 0
         for low, high in ((self.first + lower, self.last), (self.first, self.first + lower - 1)):
-            if high < low:
-                continue
-            for port in _candidates(low, high):
-                if port not in self._claimed:
-                    self.hold(port)
-                    return port
-        raise AllocationError("range is full")
+            if high >= low:
+                yield from _candidates(low, high)
+
+    def undo(self, port: int) -> None:
+        """Give back a claim whose Service was not written."""
+        self.release(port)
 
     def release(self, port: int) -> None:
+        """Give back the port of a Service that is no more."""
         left = self._claimed.get(port, 0) - 1
         if left > 0:
             self._claimed[port] = left

@@ -16,7 +16,9 @@ from knarr.api.types import Object
 from knarr.api.validation import service as service_rules
 from knarr.apiserver.registry.allocators import AddressAllocator, AllocationError, PortAllocator, node_ports_of
 from knarr.apiserver.registry.base import Strategy
+from knarr.apiserver.registry.sharedports import SharedPortAllocator
 from knarr.apiserver.registry.simple import KeepsMostOnStatus, Plain
+from knarr.apiserver.store import ResourceStore
 
 if TYPE_CHECKING:
     from knarr.apiserver.call import Call
@@ -73,7 +75,9 @@ class Service(Strategy):
     def ports(self) -> PortAllocator:
         if self._ports is None:
             first, last = self.services.config.node_port_range
-            self._ports = PortAllocator(first, last, self.services.store("", "services"))  # type: ignore[arg-type]
+            store: ResourceStore = self.services.store("", "services")  # type: ignore[assignment]
+            shared = store.storage.shared
+            self._ports = SharedPortAllocator(first, last, store, self.services.tasks) if shared else PortAllocator(first, last, store)
         return self._ports
 
     @property
@@ -98,7 +102,7 @@ class Service(Strategy):
             self.init_families(obj, None)
             if spec.get("type") != "ExternalName" and (spec.get("clusterIPs") or [""])[0] != "None":
                 await self._claim_addresses(call, obj, claims)
-            self._claim_ports(obj, None, claims, dry_run=call.dry_run)
+            await self._claim_ports(obj, None, claims, dry_run=call.dry_run)
         except BaseException:
             claims.finish(False)
             raise
@@ -125,7 +129,7 @@ class Service(Strategy):
         try:
             self.init_families(obj, old)
             await self._move_addresses(call, obj, old, claims)
-            self._claim_ports(obj, old, claims, dry_run=call.dry_run)
+            await self._claim_ports(obj, old, claims, dry_run=call.dry_run)
         except BaseException:
             claims.finish(False)
             raise
@@ -228,7 +232,7 @@ class Service(Strategy):
         elif len(old_families) == 2 and len(families) == 1:
             claims.release_addresses = list(old_addresses[1:])
 
-    def _claim_ports(self, service: Object, old: Object | None, claims: _Claims, *, dry_run: bool) -> None:
+    async def _claim_ports(self, service: Object, old: Object | None, claims: _Claims, *, dry_run: bool) -> None:
         spec = service["spec"]
         held = node_ports_of(old) if old is not None else set()
         kept: set[int] = set()
@@ -247,13 +251,13 @@ class Service(Strategy):
                     pass
                 elif number:
                     try:
-                        self.ports.claim(number, dry_run=dry_run)
+                        await self.ports.claim(number, dry_run=dry_run)
                     except AllocationError as error:
                         raise _invalid(service, f"spec.ports[{index}].nodePort", number, str(error)) from error
                     claims.ports.append(number)
                 else:
                     try:
-                        number = self.ports.claim_next()
+                        number = await self.ports.claim_next(dry_run=dry_run)
                     except AllocationError as error:
                         raise errors.internal(f"failed to allocate a nodePort: {error}") from error
                     claims.ports.append(number)
@@ -264,10 +268,10 @@ class Service(Strategy):
             number = spec.get("healthCheckNodePort") or 0
             try:
                 if number and number not in held:
-                    self.ports.claim(number)
+                    await self.ports.claim(number, dry_run=dry_run)
                     claims.ports.append(number)
                 elif not number:
-                    number = self.ports.claim_next()
+                    number = await self.ports.claim_next(dry_run=dry_run)
                     claims.ports.append(number)
             except AllocationError as error:
                 raise errors.internal(f"failed to allocate requested HealthCheck NodePort {number}: {error}") from error
@@ -379,8 +383,10 @@ class _Claims:
     def finish(self, stored: bool) -> None:
         """Keep the claims and give back what the old object held, or the other way round."""
         strategy = self._strategy
-        for port in self.release_ports if stored else self.ports:
+        for port in self.release_ports if stored else ():
             strategy.ports.release(port)
+        for port in () if stored else self.ports:
+            strategy.ports.undo(port)
         addresses = [a for a in (self.release_addresses if stored else self.addresses) if a and a != "None"]
         if addresses:
             strategy.services.tasks.spawn(_release(strategy, addresses), "release-service-addresses")
