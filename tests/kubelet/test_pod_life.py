@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from knarr.api.resources import PODS
+from knarr.api.resources import EVENTS, PODS
 from tests.kubelet.conftest import Bench, condition, container_state
 
 
@@ -86,3 +86,39 @@ async def test_a_pod_that_takes_its_time_to_end_turns_unready_when_its_probe_say
     assert pod["status"]["phase"] == "Running"
     await bench.client.delete(PODS, "p", bench.namespace, grace_period_seconds=0)
     await bench.until_gone("p")
+
+
+async def test_an_https_hook_that_is_answered_in_plain_http_is_asked_again_without_its_secrets(bench: Bench) -> None:
+    asked: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # As Go's plain server answers what is no HTTP, and any request.
+        asked.append(await reader.read(4096))
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    secret = [{"name": "Authorization", "value": "Bearer x"}, {"name": "X-Plain", "value": "yes"}]
+    hook = {"httpGet": {"host": "127.0.0.1", "port": port, "scheme": "HTTPS", "path": "/hook", "httpHeaders": secret}}
+    async with server:
+        await bench.run("p", "sleep 1000", container={"lifecycle": {"postStart": hook}})
+        await bench.until_ready("p")
+        assert len(asked) == 2
+        assert asked[1].startswith(b"GET /hook HTTP/1.1\r\n")
+        assert (b"x-plain: yes" in asked[1].lower(), b"authorization" in asked[1].lower()) == (True, False)
+        assert bench.kubelet is not None
+        assert bench.kubelet.meters.counters["kubelet_lifecycle_handler_http_fallbacks_total"] == 1
+        async with asyncio.timeout(5):
+            while "LifecycleHTTPFallback" not in {e["reason"] for e in (await bench.client.list(EVENTS, bench.namespace))["items"]}:
+                await asyncio.sleep(0.05)
+
+
+async def test_a_sleep_before_the_stop_ends_with_the_grace_period_and_is_counted(bench: Bench) -> None:
+    await bench.run("p", "sleep 1000", container={"lifecycle": {"preStop": {"sleep": {"seconds": 900}}}}, terminationGracePeriodSeconds=1000)
+    await bench.until_ready("p")
+    await bench.client.delete(PODS, "p", bench.namespace, grace_period_seconds=1)
+    await bench.until_gone("p")
+    assert bench.kubelet is not None
+    assert bench.kubelet.meters.counters["kubelet_sleep_action_terminated_early_total"] == 1

@@ -195,7 +195,7 @@ async def _post_start(worker: PodWorker, spec: Object, container_id: str, hook: 
     node, pod, name = worker.node, worker.pod, spec["name"]
     ip = worker.ips[0] if worker.ips else (node.config.host_ips[0] if podutil.host_network(pod) else "")
     try:
-        await worker.interruptible(hooks.run_hook(node.runtime, pod, spec, container_id, hook, ip))
+        await worker.interruptible(hooks.run_hook(node, pod, spec, container_id, hook, ip))
     except hooks.HookError as e:
         node.container_event(pod, name, "Warning", "FailedPostStartHook", "PostStartHook failed")
         log.info("postStart hook failed", pod=worker.key, container=name, error=str(e))

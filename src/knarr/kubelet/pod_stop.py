@@ -91,7 +91,7 @@ async def _pre_stop(worker: PodWorker, spec: Object, container_id: str, hook: Ob
 
     async def run() -> None:
         try:
-            await hooks.run_hook(node.runtime, pod, spec, container_id, hook, ip)
+            await hooks.run_hook(node, pod, spec, container_id, hook, ip)
         except hooks.HookError as e:
             log.info("preStop hook failed", pod=worker.key, container=spec["name"], error=str(e))
             node.container_event(pod, spec["name"], "Warning", "FailedPreStopHook", "PreStopHook failed")
@@ -100,6 +100,8 @@ async def _pre_stop(worker: PodWorker, spec: Object, container_id: str, hook: Ob
     done, _ = await asyncio.wait({task}, timeout=grace)
     if not done:
         log.info("preStop hook not completed in grace period", pod=worker.key, container=spec["name"])
+        if hook.get("sleep"):
+            task.cancel()
 
 
 async def kill_container(worker: PodWorker, observed: Observed, kill: Kill) -> None:

@@ -105,6 +105,11 @@ def http_headers(source: Object) -> dict[str, str]:
     return {k: v for k, v in out.items() if v or k not in ("User-Agent", "Accept")}
 
 
+PLAIN_ANSWER = "http: server gave HTTP response to HTTPS client"
+_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "UNKNOWN_PROTOCOL", "HTTP_REQUEST")
+"""OpenSSL's words, by version, for an answer that is no TLS."""
+
+
 async def http_get(
     scheme: str, host: str, port: int, path: str, headers: Mapping[str, str], timeout_seconds: float, *, follow: bool = True
 ) -> Outcome:
@@ -130,7 +135,9 @@ async def http_get(
                 return Outcome(False, f'Get "{url}": stopped after 10 redirects')
     except TimeoutError:
         return Outcome(False, f'Get "{url}": context deadline exceeded (Client.Timeout exceeded while awaiting headers)')
-    except (OSError, ssl.SSLError) as e:
+    except ssl.SSLError as e:
+        return Outcome(False, f'Get "{url}": {PLAIN_ANSWER if e.reason in _NO_TLS else f"tls: {e.reason or e}"}')
+    except OSError as e:
         return Outcome(False, f'Get "{url}": {connect_error(e, host, port)}')
     except (ValueError, EOFError) as e:
         return Outcome(False, f'Get "{url}": {e or "EOF"}')
