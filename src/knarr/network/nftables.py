@@ -46,6 +46,8 @@ _CHUNK_BYTES = 60_000
 _GOTO, _JUMP = 0xFFFFFFFC, 0xFFFFFFFD
 _DROP, _ACCEPT = 0, 1
 PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132}
+_ONE_HEADER, _TWO_HEADERS, _THREE_HEADERS = struct.Struct("=HH"), struct.Struct("=HHHH"), struct.Struct("=HHHHHH")
+"""Of attributes in attributes: length and type of each."""
 _HEADER_INET = struct.pack(">BBH", _NFPROTO_INET, 0, 0)
 
 
@@ -133,8 +135,9 @@ ACCEPT = _verdict(_ACCEPT)
 
 
 def value(data: bytes) -> bytes:
-    """Plain data of a map element."""
-    return nested(2, attribute(1, data))
+    """Plain data of a map element, of whole 32-bit words."""
+    length = len(data)
+    return _TWO_HEADERS.pack(length + 8, 0x8002, length + 4, 1) + data
 
 
 class Element:
@@ -153,14 +156,22 @@ class Element:
 
     def encode(self) -> bytes:
         """The element as netlink attributes."""
+        if not self.end and not self.closes:
+            return encode_element(self.key, self.data)
         length = len(self.key)
-        body = struct.pack("=HHHH", length + 8, 0x8001, length + 4, 1) + self.key
+        body = _TWO_HEADERS.pack(length + 8, 0x8001, length + 4, 1) + self.key
         if self.end:
             body += nested(10, attribute(1, self.end))
         if self.closes:
             body += be32(3, _INTERVAL_END)
         body += self.data
-        return struct.pack("=HH", len(body) + 4, 0x8001) + body
+        return _ONE_HEADER.pack(len(body) + 4, 0x8001) + body
+
+
+def encode_element(key: bytes, data: bytes = b"") -> bytes:
+    """An `Element` of just these, encoded: tens of thousands of objects less where many are written."""
+    length = len(key)
+    return _THREE_HEADERS.pack(length + len(data) + 12, 0x8001, length + 8, 0x8001, length + 4, 1) + key + data
 
 
 class ElementBatch:
@@ -198,7 +209,11 @@ class ElementBatch:
 
     def add(self, set_name: str, elements: Iterable[Element]) -> None:
         """Add elements; one that is there already with equal data is fine."""
-        self._spread(_NEWSETELEM, NLM_F_CREATE, set_name, (element.encode() for element in elements), "adding to")
+        self.add_encoded(set_name, (element.encode() for element in elements))
+
+    def add_encoded(self, set_name: str, encoded: Iterable[bytes]) -> None:
+        """Add elements that are encoded already."""
+        self._spread(_NEWSETELEM, NLM_F_CREATE, set_name, encoded, "adding to")
 
     def delete(self, set_name: str, elements: Iterable[Element]) -> None:
         """Delete elements; one that is missing fails the batch with StateMismatch."""

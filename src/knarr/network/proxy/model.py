@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any
 
@@ -64,8 +65,11 @@ def is_proxied(service: Object) -> bool:
 
 def host_ports(service: Object) -> list[tuple[int, str]]:
     """Ports of the nodes that the Service's annotation asks for, as (host port, Service port name or number)."""
+    asked = (service["metadata"].get("annotations") or {}).get(HOST_PORTS)
+    if not asked:
+        return []
     found = []
-    for item in ((service["metadata"].get("annotations") or {}).get(HOST_PORTS) or "").split(","):
+    for item in asked.split(","):
         number, _colon, wanted = item.strip().partition(":")
         if number.isdigit() and 0 < int(number) < 65536:
             found.append((int(number), wanted or number))
@@ -141,7 +145,7 @@ def _prepare(
         out.local_endpoints = max(out.local_endpoints, ready_local)
     if not backends.local and backends.any_endpoints:
         out.no_local |= {name for name, wanted in (("internal", internal_local), ("external", external_local)) if wanted}
-    for endpoint in {*backends.cluster, *backends.local}:
+    for endpoint in (*backends.cluster, *backends.local):
         if endpoint.local:
             packed = packed_address(endpoint.ip)
             out.shared.add((f"hairpin{version}", packed + packed))
@@ -174,17 +178,27 @@ def _write_port(out: Rendered, service: Object, port: _Port, cluster_ip: str) ->
             _external(out, port, "", number)
 
 
+@lru_cache(maxsize=4096)
+def _way(version: int, node_port: bool, cluster: int, local: int | None, masquerade: bool, affinity_seconds: int) -> tuple[bytes, list[Pick]]:
+    """What leads to the chain of a `Pick`, and the chains needed for it: few differ among thousands of Services."""
+    pick = Pick(version, node_port, cluster, local, masquerade, affinity_seconds)
+    return goto(pick.name), needed(pick)
+
+
 def _key(port: _Port, address: str, number: int) -> bytes:
     head = packed_address(address) if address else b""
     return head + protocol_key(port.protocol) + port_key(number)
 
 
 def _write_endpoints(out: Rendered, map_name: str, key: bytes, endpoints: Sequence[Endpoint]) -> None:
+    elements = out.elements
     for index, endpoint in enumerate(endpoints):
-        out.elements[map_name, key + number_key(index)] = value(packed_address(endpoint.ip) + port_key(endpoint.port))
+        elements[map_name, key + number_key(index)] = value(packed_address(endpoint.ip) + port_key(endpoint.port))
 
 
 def _watch_flows(out: Rendered, port: _Port, address: str, number: int, key: bytes, endpoints: Iterable[Endpoint]) -> None:
+    if port.protocol != "UDP" and not port.affinity_seconds:
+        return
     places = {(endpoint.ip, endpoint.port) for endpoint in endpoints}
     if port.protocol == "UDP":
         out.udp[address, number] = frozenset(places)
@@ -202,9 +216,9 @@ def _internal(out: Rendered, port: _Port, address: str) -> None:
     if not endpoints:
         out.elements[f"service{port.version}", key] = LOSE if port.backends.any_endpoints else REFUSE
         return
-    pick = Pick(port.version, False, len(endpoints), affinity_seconds=port.affinity_seconds)
-    out.picks.update(needed(pick))
-    out.elements[f"service{port.version}", key] = goto(pick.name)
+    verdict, picks = _way(port.version, False, len(endpoints), None, False, port.affinity_seconds)
+    out.picks.update(picks)
+    out.elements[f"service{port.version}", key] = verdict
     _write_endpoints(out, f"endpoint{port.version}", key, endpoints)
 
 
@@ -222,13 +236,13 @@ def _external(out: Rendered, port: _Port, address: str, number: int) -> None:
         out.elements[table, key] = LOSE if port.backends.any_endpoints else REFUSE
         return
     if port.external_local:
-        pick = Pick(port.version, node_port, len(everywhere), len(here), affinity_seconds=port.affinity_seconds)
+        verdict, picks = _way(port.version, node_port, len(everywhere), len(here), False, port.affinity_seconds)
         _write_endpoints(out, f"{prefix}local{port.version}", key, here)
     else:
-        pick = Pick(port.version, node_port, len(everywhere), None, True, port.affinity_seconds)
+        verdict, picks = _way(port.version, node_port, len(everywhere), None, True, port.affinity_seconds)
     _write_endpoints(out, f"{prefix}endpoint{port.version}", key, everywhere)
-    out.picks.update(needed(pick))
-    out.elements[table, key] = goto(pick.name)
+    out.picks.update(picks)
+    out.elements[table, key] = verdict
 
 
 def _limit_sources(out: Rendered, port: _Port, address: str, ranges: Sequence[str]) -> None:

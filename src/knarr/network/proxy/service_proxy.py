@@ -17,7 +17,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from knarr.aiokits.backoff import Backoff
 from knarr.aiokits.clock import now, parse_rfc3339
@@ -98,6 +98,8 @@ class ServiceProxy:
         self._dirty: set[str] = set()
         self._wake = asyncio.Event()
         self._failed: dict[str, Exception] = {}
+        self._local_ones: set[str] = set()
+        """Services with a health check port, or without an endpoint here though they want one."""
         self._reported: dict[str, str] = {}
         self._loaded = asyncio.Event()
         self._handling = False
@@ -270,6 +272,7 @@ class ServiceProxy:
     async def _load(self) -> None:
         started = time.perf_counter()
         self._dirty.clear()
+        self._local_ones.clear()
         self.metrics.taken()
         wanted = {}
         for count, key in enumerate(self._all_keys()):
@@ -336,9 +339,13 @@ class ServiceProxy:
             await self._in_worker(lambda: forget_clients(self._table, sticky))
         await self._after_commit()
 
-    def _note(self, failures: dict[str, Exception], wanted: dict[str, Any]) -> None:
-        for key in wanted:
+    def _note(self, failures: dict[str, Exception], wanted: dict[str, Rendered]) -> None:
+        for key, rendered in wanted.items():
             self._failed.pop(key, None)
+            if rendered.health_port or rendered.no_local:
+                self._local_ones.add(key)
+            else:
+                self._local_ones.discard(key)
         for key, error in failures.items():
             self.metrics.failed()
             self._failed[key] = error
@@ -349,7 +356,8 @@ class ServiceProxy:
         self._health.updated()
         ports = {}
         no_local = {"internal": 0, "external": 0}
-        for key, rendered in self._table.rendered.items():
+        for key in self._local_ones:
+            rendered = self._table.rendered.get(key, EMPTY)
             if rendered.health_port:
                 namespace, _slash, name = key.partition("/")
                 ports[rendered.health_port] = ServiceHealth(namespace, name, rendered.local_endpoints)

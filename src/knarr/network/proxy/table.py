@@ -12,13 +12,23 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from knarr.network.netlink import NETLINK_NETFILTER, NetlinkSocket, attributes, cstring
 from knarr.network.netns import open_netlink
-from knarr.network.nftables import Element, ElementBatch, StateMismatch, delete_table, read_elements, run_script, table_exists
+from knarr.network.nftables import (
+    Element,
+    ElementBatch,
+    StateMismatch,
+    delete_table,
+    encode_element,
+    read_elements,
+    run_script,
+    table_exists,
+)
 from knarr.network.proxy.chains import Pick, add_learn_chain, add_learning, add_pick_chain, learn_name, skeleton, version_chain
 from knarr.network.proxy.model import ElementKey, Rendered
 
 _GETCHAIN = (10 << 8) | 4
 _INET_HEADER = b"\x01\x00\x00\x00"
 EMPTY = Rendered()
+_RANGES = ("allowed4", "allowed6")
 
 
 class ProxyTable:
@@ -200,10 +210,13 @@ class _Plan:
             if new.elements.get(key) != data and self._owner(key) == service:
                 self._removed[key] = data
                 self._owner_changes[key] = None
+        before, owners, changes, added = old.elements, self._owners, self._owner_changes, self._added
         for key, data in new.elements.items():
-            if old.elements.get(key) == data and self._owners.get(key) == service:
-                continue
-            self._claim(service, key, data)
+            if key not in owners and key not in changes:
+                changes[key] = service
+                added[key] = data
+            elif before.get(key) != data or owners.get(key) != service:
+                self._claim(service, key, data)
         for key in old.shared - new.shared:
             self._shared_changes[key] = self._shared_changes.get(key, 0) - 1
         for key in new.shared - old.shared:
@@ -221,6 +234,8 @@ class _Plan:
 
     def settle_waiting(self) -> None:
         """Give keys that were let go to those who wait for them."""
+        if not self._table._waiting and not self._waiting_changes:
+            return
         for key in [key for key, owner in self._owner_changes.items() if owner is None]:
             waiting = self._waiting_changes.get(key, self._table._waiting.get(key))
             for service in waiting or ():
@@ -235,21 +250,24 @@ class _Plan:
 
     def write(self, batch: ElementBatch) -> None:
         removed: dict[str, list[Element]] = {}
-        added: dict[str, list[Element]] = {}
+        added: dict[str, list[bytes]] = {}
         for key in self._removed:
             removed.setdefault(key[0], []).append(_element(key, b""))
         for key, data in self._added.items():
-            added.setdefault(key[0], []).append(_element(key, data))
+            name, raw = key
+            if (encoded := added.get(name)) is None:
+                encoded = added[name] = []
+            encoded.append(_element(key, data).encode() if name in _RANGES else encode_element(raw, data))
         for key, difference in self._shared_changes.items():
             before = self._table._shared.get(key, 0)
             if before == 0 and before + difference > 0:
-                added.setdefault(key[0], []).append(Element(key[1]))
+                added.setdefault(key[0], []).append(encode_element(key[1]))
             elif before > 0 and before + difference == 0:
                 removed.setdefault(key[0], []).append(Element(key[1]))
         for set_name, elements in removed.items():
             batch.delete(set_name, elements)
-        for set_name, elements in added.items():
-            batch.add(set_name, elements)
+        for set_name, encoded in added.items():
+            batch.add_encoded(set_name, encoded)
 
     def remember(self) -> None:
         table = self._table
@@ -274,7 +292,7 @@ class _Plan:
 
 def _element(key: ElementKey, data: bytes) -> Element:
     name, raw = key
-    if name.startswith("allowed"):
+    if name in _RANGES:
         half = len(raw) // 2
         return Element(raw[:half], data, raw[half:])
     return Element(raw, data)
