@@ -14,7 +14,7 @@ import pytest
 from tests import tools
 from tests.dockercoins import images
 from tests.e2e.cluster import Cluster, wait_for
-from tests.e2e.machine import Machine
+from tests.e2e.machine import FAR, Machine
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(180)]
 
@@ -35,7 +35,7 @@ SERVICE = {
     "spec": {"type": "NodePort", "ipFamilyPolicy": "PreferDualStack", "selector": {"app": "web"}, "ports": [{"port": 80}]},
 }
 BALANCED = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "balanced"}, "spec": {"type": "LoadBalancer", "selector": {"app": "web"}, "ports": [{"port": 80}]}}
-OPTIONS = ["--service-cidr", "10.30.0.0/20,fd30::/112", "--pod-cidr", "10.40.0.0/16,fd40::/56", "--node-port-range", "31000-31099", "--load-balancer-pool", "10.33.0.10-10.33.0.20"]
+OPTIONS = ["--service-cidr", "10.30.0.0/20,fd30::/112", "--pod-cidr", "10.40.0.0/16,fd40::/56", "--node-port-range", "31000-31099", "--load-balancer-pool", f"{FAR}.100-{FAR}.110", "--announce"]  # fmt: skip
 RANGE = {"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "more"}, "spec": {"cidrs": ["10.31.0.0/24"]}}
 
 
@@ -88,7 +88,10 @@ def test_ranges_two_families_and_further_service_ranges_are_as_asked_for(machine
     refused = json.dumps({"spec": {"ports": [{"port": 80, "nodePort": 32000}]}})
     assert "32000" not in machine.kubectl("patch", "service", "web", "--type=merge", "-p", refused, check=False)
     (balancer,) = machine.get("service", "balanced")["status"]["loadBalancer"]["ingress"]
-    assert balancer["ip"] == "10.33.0.10"
+    assert balancer["ip"] == f"{FAR}.100"
+    # The router knows nothing of it but what it is told by ARP.
+    near = f"import urllib.request as u; print(u.urlopen('http://{balancer['ip']}/', timeout=3).status)"
+    wait_for("the announced address from the network", lambda: machine.outside("python3", "-c", near).strip() == "200", 20)
     machine.apply(RANGE)
     machine.kubectl("wait", "--for=condition=Ready", "servicecidr/more", "--timeout=20s")
     further = {**SERVICE, "metadata": {"name": "further"}, "spec": {"selector": {"app": "web"}, "clusterIP": "10.31.0.77", "ports": [{"port": 80}]}}
