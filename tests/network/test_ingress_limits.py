@@ -139,6 +139,71 @@ async def test_only_so_many_requests_at_a_time(running: Running) -> None:  # noq
     assert (await running.get("few.test"))[0] == 200
 
 
+async def test_another_server_judges_each_request(running: Running) -> None:  # noqa: F811
+    await running.expose("a")
+    heads: list[str] = []
+
+    async def decide(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        heads.append(head)
+        status, more = "401 Unauthorized", "WWW-Authenticate: Bearer\r\n"
+        if "x-key: good" in head.lower():
+            status, more = "204 No Content", "X-Test: ann\r\n"
+        elif "x-key: bad" in head.lower():
+            status, more = "403 Forbidden", ""
+        elif "x-key: odd" in head.lower():
+            status, more = "302 Found", ""
+        writer.write(f"HTTP/1.1 {status}\r\n{more}Content-Length: 0\r\nConnection: close\r\n\r\n".encode())
+        await writer.drain()
+        writer.close()
+
+    judge = Web("judge")
+    judge.server = await asyncio.start_server(decide, own_address(), 0)
+    judge.port = judge.server.sockets[0].getsockname()[1]
+    svc, part = headless("judge", judge)
+    await running.client.create(SERVICES, svc, "default")
+    await running.client.create(ENDPOINT_SLICES, part, "default")
+    url = "http://judge.default.svc.cluster.local:80/verify?x=1"
+    await put(running, "asked", auth_url=url, auth_response_headers="X-Test, X-Other")
+    await put(running, "sign", auth_url=url, auth_signin="https://login.test/start?h=$host")
+    await put(running, "direct", auth_url=f"http://{own_address()}:{judge.port}/verify")
+    await put(running, "gone", auth_url="http://nobody.default.svc/verify")
+    got = {key: await running.get("asked.test", "/p?q=1", headers=f"X-Key: {key}\r\nX-Other: forged\r\n") for key in ("good", "bad", "odd", "none")}
+    assert {key: answer[0] for key, answer in got.items()} == {"good": 200, "bad": 403, "odd": 500, "none": 401}
+    assert "saw-x-test: ann" in got["good"][2]
+    assert "www-authenticate: Bearer" in got["none"][2]
+    assert heads[0].startswith("GET /verify?x=1 ")
+    for line in ("x-original-url: http://asked.test/p?q=1", "x-original-method: GET", "host: judge.default.svc.cluster.local:80"):
+        assert line in heads[0]
+    status, _body, head = await running.get("sign.test", "/p?q=1")
+    assert (status, "location: https://login.test/start?h=sign.test&rd=http%3A%2F%2Fsign.test%2Fp%3Fq%3D1" in head) == (302, True)
+    assert (await running.get("direct.test", headers="X-Key: good\r\n"))[0] == 200
+    assert (await running.get("gone.test", headers="X-Key: good\r\n"))[0] == 503
+
+
+async def test_the_endpoint_follows_from_what_is_hashed(running: Running) -> None:  # noqa: F811
+    webs = [await Web(f"w{number}").start() for number in range(3)]
+    svc, _part = headless("a", webs[0])
+    await running.client.create(SERVICES, svc, "default")
+    for number, web in enumerate(webs):
+        part = headless("a", web)[1]
+        part["metadata"]["name"] = f"a-{number}"
+        await running.client.create(ENDPOINT_SLICES, part, "default")
+    await put(running, "hashed", upstream_hash_by="$request_uri$http_x_user")
+    first = {path: (await running.get("hashed.test", path))[1][:2] for path in (f"/{number}" for number in range(30))}
+    assert set(first.values()) == {"w0", "w1", "w2"}
+    assert {path: (await running.get("hashed.test", path))[1][:2] for path in first} == first
+    users_of = {(await running.get("hashed.test", "/1", headers=f"X-User: {number}\r\n"))[1][:2] for number in range(20)}
+    assert len(users_of) > 1
+    await running.client.delete(ENDPOINT_SLICES, "a-1", "default")
+    moved = next(path for path, name in first.items() if name == "w1")
+    async with asyncio.timeout(10):
+        while (await running.get("hashed.test", moved))[1][:2] == "w1":
+            await asyncio.sleep(0.02)
+    after = {path: (await running.get("hashed.test", path))[1][:2] for path in first}
+    assert all(after[path] == name for path, name in first.items() if name != "w1")
+
+
 async def test_bodies_origins_twins_and_canaries_by_cookie(running: Running) -> None:  # noqa: F811
     for name in ("a", "b"):
         await running.expose(name)
@@ -188,6 +253,9 @@ def test_what_cannot_be_understood_keeps_out_or_is_told() -> None:
     assert read(auth_type="basic", auth_secret="other/users") == [("reply", "503")]
     assert read(limit_rps="many", proxy_body_size="big", proxy_read_timeout="long", affinity="ip", session_cookie_name="x") == []
     assert len(problems) == 6
+    assert read(auth_url="ftp://x/") == read(auth_url="http://$host/") == read(auth_url="http://[::1/") == [("reply", "503")]
+    assert read(upstream_hash_by="$nothing") == []
+    assert len(problems) == 10
     assert read(proxy_body_size="0") == []
     assert read_users(users("a:b:c\nno colon\n"), "auth-file") == {"a": "b"}
     assert read_users({"data": {"ann": base64.b64encode(b"{PLAIN}x").decode()}}, "auth-map") == {"ann": "{PLAIN}x"}

@@ -19,7 +19,7 @@ ANNOTATION_PREFIXES = ("knarr.dev/", "nginx.ingress.kubernetes.io/")
 HTTPS_BACKEND, HTTP2_BACKEND, TO_HTTPS, MOVED = "S", "G", "R", "M"
 _PROTOCOL_FLAGS = {"": "", "HTTP": "", "HTTPS": HTTPS_BACKEND, "GRPC": HTTP2_BACKEND, "GRPCS": HTTPS_BACKEND}
 _NOT_DONE = (
-    "auth-url", "auth-tls-secret", "configuration-snippet", "server-snippet", "default-backend", "custom-http-errors", "upstream-hash-by",
+    "auth-tls-secret", "configuration-snippet", "server-snippet", "default-backend", "custom-http-errors",
     "ssl-passthrough", "proxy-connect-timeout", "satisfy", "custom-headers",
 )  # fmt: skip
 _CORS_METHODS = "GET, PUT, POST, DELETE, PATCH, OPTIONS"
@@ -90,7 +90,7 @@ def read(ingress: Object, *, tls: bool) -> Behaviour:
     asked = limits.actions(lambda name: annotation(ingress, name), object_key(ingress), lambda name: _networks(ingress, name, out), out.problems)
     # Before the redirects, which are nobody's business who may not come.
     out.actions[:0] = asked
-    out.sticky = any(action[0] == "sticky" for action in asked)
+    out.sticky = any(action[0] in ("sticky", "hash") for action in asked)
     return out
 
 

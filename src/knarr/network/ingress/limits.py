@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 from knarr.network.ingress.alternatives import Action
 
@@ -31,7 +32,7 @@ def actions(ask: Ask, key: str, networks: Callable[[str], str], problems: list[s
       problems: Gets the text of what cannot be done.
     """
     # Those that come too often must not cost the hash of a password.
-    return [*_rates(ask, key, networks, problems), *_password(ask, key, problems), *_size(ask, problems), *_times(ask, problems), *_affinity(ask, problems)]
+    return [*_rates(ask, key, networks, problems), *_password(ask, key, problems), *_judge(ask, problems), *_size(ask, problems), *_times(ask, problems), *_affinity(ask, problems)]
 
 
 def secret_of(ask: Ask, key: str) -> tuple[str, str] | None:
@@ -55,6 +56,28 @@ def _password(ask: Ask, key: str, problems: list[str]) -> list[Action]:
         problems.append(f"auth-secret {secret} is in another namespace")
         return [("reply", "503")]
     return [("password", ask("auth-realm") or "Authentication Required", f"{secret}|{form}")]
+
+
+def _judge(ask: Ask, problems: list[str]) -> list[Action]:
+    """Another server that is asked about each request."""
+    url = ask("auth-url")
+    if not url:
+        return []
+    parts = urlsplit("")
+    host, port = None, None
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if parts.scheme not in ("http", "https") or not host or "$" in url or "[" in parts.netloc:
+        problems.append(f"auth-url: {url!r} cannot be asked")
+        return [("reply", "503")]
+    if ask("auth-method") not in ("", "GET"):
+        problems.append("auth-method: only GET is supported")
+    place = f"{parts.scheme}://{host}:{port or (443 if parts.scheme == 'https' else 80)}"
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return [("judge", place, path, parts.netloc, ask("auth-signin"), ask("auth-response-headers").replace(" ", ""))]
 
 
 def _rates(ask: Ask, key: str, networks: Callable[[str], str], problems: list[str]) -> list[Action]:
@@ -100,7 +123,7 @@ def _times(ask: Ask, problems: list[str]) -> list[Action]:
 def _affinity(ask: Ask, problems: list[str]) -> list[Action]:
     kind = ask("affinity")
     if not kind:
-        return []
+        return _hashed(ask, problems)
     if kind != "cookie":
         problems.append(f"affinity {kind} is not supported")
         return []
@@ -118,3 +141,13 @@ def _affinity(ask: Ask, problems: list[str]) -> list[Action]:
     if ask("session-cookie-secure") == "true":
         attributes.append("Secure")
     return [("sticky", name, "; ".join([*attributes, "HttpOnly"]))]
+
+
+def _hashed(ask: Ask, problems: list[str]) -> list[Action]:
+    text = ask("upstream-hash-by")
+    if not text:
+        return []
+    if not re.fullmatch(r"(\$(request_uri|uri|remote_addr|host|(http|arg|cookie)_\w+)|[^$])+", text):
+        problems.append(f"upstream-hash-by: {text!r} has a variable that is not supported")
+        return []
+    return [("hash", text)]

@@ -11,12 +11,13 @@ Source: networking/v1 Ingress API documentation; behaviour and annotations of in
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from knarr.api.types import Object
-from knarr.network.ingress.alternatives import Alternative, Place
+from knarr.network.ingress.alternatives import Action, Alternative, Place
 from knarr.network.ingress.annotations import Behaviour, read
 from knarr.network.objects import object_key
 
@@ -105,6 +106,7 @@ class _Builder:
 
     def _put(self, host: str, path: str, kind: str, backend: Mapping[str, Any]) -> None:
         behaviour = read(self._ingress, tls=host in self._tls_hosts)
+        behaviour.actions = [self._found(action) if action[0] == "judge" else action for action in behaviour.actions]
         target = self._target(backend, sticky=behaviour.sticky)
         if target is None:
             return
@@ -154,6 +156,20 @@ class _Builder:
             self._add(place, Alternative(target, behaviour.flags, behaviour.argument, conditions, actions))
         if behaviour.refused_others:
             self._add(place, Alternative(target, actions=(("reply", "403"),)))
+
+    def _found(self, action: Action) -> Action:
+        """The server that judges requests, if it is a Service, at its address: the proxy does not ask the cluster's DNS."""
+        scheme, _slashes, place = action[1].partition("://")
+        name, _colon, port = place.rpartition(":")
+        service = re.fullmatch(r"([a-z0-9-]+)\.([a-z0-9-]+)\.svc(\..*)?", name)
+        if service is None:
+            return action
+        found = self._addresses(service[2], service[1], {"number": int(port)})
+        if isinstance(found, str) or not found:
+            self._problem(f"auth-url: {found or 'the service has no endpoints'}")
+            return ("reply", "503")
+        address = f"[{found[0][0]}]" if ":" in found[0][0] else found[0][0]
+        return ("judge", f"{scheme}://{address}:{found[0][1]}", *action[2:])
 
     def _target(self, backend: Mapping[str, Any], *, sticky: bool) -> str | None:
         service = backend.get("service")

@@ -6,7 +6,7 @@ routes cost nothing. Regular expressions are HAProxy's own (PCRE); its standard 
 Actions: request-set/-add/-remove and answer-set/-add/-remove NAME VALUE (headers); host VALUE; path VALUE; prefix OLD NEW;
 capture PATTERN REPLACEMENT (of the whole path); redirect CODE SCHEME HOST PORT KIND OLD NEW
 (KIND: full, prefix, url, or keep for the path as it is); reply CODE [NAME VALUE]...; password REALM NAME (basic authentication
-against `passwords`); limit KIND NAME NUMBER NETWORKS (what the configuration counts, but not for these); size BYTES; timeout
+against `passwords`); judge PLACE PATH HOST SIGNIN HEADERS (another server is asked whether the request may pass); hash TEXT (the endpoint follows from variables); limit KIND NAME NUMBER NETWORKS (what the configuration counts, but not for these); size BYTES; timeout
 MILLISECONDS; sticky COOKIE ATTRIBUTES; origin PATTERN... (allowed origins of CORS); mirror PERCENT TARGET (a copy of the request goes there, too).
 """
 
@@ -177,6 +177,82 @@ local function sticky(txn, action)
   txn:set_var("txn.place", place)
 end
 
+local function variable(txn, name)
+  if name == "request_uri" then return txn.sf:pathq() end
+  if name == "uri" then return txn.sf:path() end
+  if name == "remote_addr" then return txn.sf:src() end
+  if name == "host" then return (header(txn, "host") or ""):gsub(":%d+$", "") end
+  if name == "scheme" then return txn.sf:dst_port() == HTTPS_PORT and "https" or "http" end
+  local kind, rest = name:match("^(%a+)_(.+)$")
+  if kind == "http" then return header(txn, rest:gsub("_", "-")) or "" end
+  if kind == "arg" then return parameter(txn, rest) or "" end
+  if kind == "cookie" then return cookie(txn, rest) or "" end
+  if name == "escaped_request_uri" then
+    return (txn.sf:pathq():gsub("[^%w%-._~]", function(char) return string.format("%%%02X", char:byte()) end))
+  end
+  return ""
+end
+
+local function expanded(txn, text)
+  return (text:gsub("%$([%w_]+)", function(name) return (variable(txn, name)) end))
+end
+
+local function hash(txn, action)
+  local target, key = txn:get_var("txn.target"), expanded(txn, action[2])
+  local count, best, place = tonumber(targets:lookup(target) or "0"), -1, nil
+  -- The endpoint with the highest hash of its mark and the key: one that goes moves only what was its own.
+  for i = 0, count - 1 do
+    local address, port, mark = targets:lookup(target .. "#" .. i):match("^(.-)|(.-)|(.*)$")
+    local value = 5381
+    for position = 1, #key + #mark do value = (value * 33 ~ (mark .. key):byte(position)) & 0xffffffff end
+    value = (value ~ (value >> 15)) * 0x2c1b3c6d & 0xffffffff
+    value = value ~ (value >> 12)
+    if value > best then best, place = value, address .. "|" .. port end
+  end
+  if place then txn:set_var("txn.place", place) end
+end
+
+local function request_headers(txn)
+  local headers = {}
+  for name, values in pairs(txn.http:req_get_headers()) do
+    if name ~= "connection" and name ~= "content-length" and name ~= "transfer-encoding" and name ~= "upgrade" then
+      headers[name] = {}
+      for i = 0, #values do headers[name][i + 1] = values[i] end
+    end
+  end
+  return headers
+end
+
+local function judge(txn, action)
+  local headers = request_headers(txn)
+  local own = variable(txn, "scheme") .. "://" .. (header(txn, "host") or "") .. txn.sf:pathq()
+  headers["host"] = {action[4]}
+  headers["x-original-url"] = {own}
+  headers["x-original-method"] = {txn.sf:method()}
+  headers["x-auth-request-redirect"] = {txn.sf:pathq()}
+  headers["x-forwarded-for"] = {txn.sf:src()}
+  local done, answer = pcall(function() return core.httpclient():get({url = action[2] .. action[3], headers = headers, timeout = 5000}) end)
+  local status = done and answer and answer.status or 500
+  if status >= 200 and status < 300 then
+    for _, name in ipairs(split(action[6], ",")) do
+      local found = answer.headers and answer.headers[name:lower()]
+      if found then txn.http:req_set_header(name, found[0]) else txn.http:req_del_header(name) end
+    end
+  elseif status == 401 and action[5] ~= "" then
+    local to = expanded(txn, action[5])
+    if not action[5]:find("rd=", 1, true) then
+      local back = own:gsub("[^%w%-._~]", function(char) return string.format("%%%02X", char:byte()) end)
+      to = to .. (to:find("?", 1, true) and "&" or "?") .. "rd=" .. back
+    end
+    refuse(txn, 302, "", "location", to)
+  elseif status == 401 or status == 403 then
+    local challenge = answer.headers and answer.headers["www-authenticate"]
+    refuse(txn, status, status .. " " .. (answer.reason or ""), challenge and "www-authenticate", challenge and challenge[0])
+  else
+    refuse(txn, 500, "500 Internal Server Error")
+  end
+end
+
 local function origin(txn, action)
   local given = header(txn, "origin")
   if not given then return end
@@ -193,13 +269,7 @@ local function mirror(txn)
   local address, port = targets:lookup(target .. "#" .. (math.random(count) - 1)):match("^([^|]*)|([^|]*)")
   if address:find(":", 1, true) then address = "[" .. address .. "]" end
   local method = txn.sf:method():lower()
-  local headers = {}
-  for name, values in pairs(txn.http:req_get_headers()) do
-    if name ~= "connection" and name ~= "content-length" and name ~= "transfer-encoding" then
-      headers[name] = {}
-      for i = 0, #values do headers[name][i + 1] = values[i] end
-    end
-  end
+  local headers = request_headers(txn)
   local url = "http://" .. address .. ":" .. port .. txn.sf:pathq()
   local body = txn.sf:req_body()
   core.register_task(function()
@@ -212,6 +282,8 @@ end
 local change = {
   ["password"] = password,
   ["limit"] = limit,
+  ["judge"] = judge,
+  ["hash"] = hash,
   ["size"] = function(txn, action)
     if (tonumber(header(txn, "content-length") or "0") or 0) > tonumber(action[2]) then refuse(txn, 413, "413 Request Entity Too Large") end
   end,
