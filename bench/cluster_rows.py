@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from knarr.api.resources import PODS
 from knarr.client.config import ClientConfig
 from knarr.client.rest import Client
 
-ROWS = ("up-api-ready", "up-node-ready", "pod-start", "pod-start-50", "idle-memory", "idle-cpu")
+ROWS = ("up-api-ready", "up-node-ready", "pod-start", "pod-start-50", "pod-stop", "pod-exit", "idle-memory", "idle-cpu")
 NAME = os.environ.get("KNARR_NAME") or "bench"
 IN_TURN, AT_ONCE = 20, 50
 IDLE_SECONDS = 60
@@ -93,18 +94,22 @@ async def pods(kubeconfig: str, repeat: int) -> list[Row]:
     try:
         one = [await started(client, [f"turn-{number}"]) for number in range(IN_TURN)]
         many = [await started(client, [f"burst-{run}-{number}" for number in range(AT_ONCE)]) for run in range(repeat)]
+        stops = [await stopped(client, f"stop-{number}") for number in range(IN_TURN)]
+        with tempfile.TemporaryDirectory() as folder:
+            os.mkfifo(f"{folder}/end")
+            exits = [await exited(client, f"exit-{number}", folder) for number in range(IN_TURN)]
     finally:
         await client.close()
     return [
         Row("pod-start", "s", one, note="create to Ready seen by a watcher, in turn"),
         Row("pod-start-50", "s", many, note="50 pods at once"),
+        Row("pod-stop", "s", stops, note="delete to gone, a container that ends on SIGTERM"),
+        Row("pod-exit", "s", exits, note="a container's own end to Succeeded seen by a watcher"),
     ]
 
 
 async def started(client: Client, names: list[str]) -> float:
     """Seconds from the first create to the last pod Ready; the pods are deleted and gone afterwards."""
-    import asyncio
-
     waiting, alive = set(names), set(names)
     ready, gone = asyncio.Event(), asyncio.Event()
     listed = await client.list(PODS, "default")
@@ -131,6 +136,54 @@ async def started(client: Client, names: list[str]) -> float:
     await asyncio.gather(*(client.delete(PODS, name, "default", grace_period_seconds=1) for name in names))
     await asyncio.wait_for(gone.wait(), 120)
     watcher.cancel()
+    return elapsed
+
+
+async def _seen(client: Client, name: str, version: str, what: Callable[[str, dict[str, Any]], bool]) -> dict[str, Any]:
+    """The first event after a version that shows it."""
+    async with asyncio.timeout(60):
+        async for kind, pod in client.watch(PODS, "default", resource_version=version, field_selector=f"metadata.name={name}"):
+            if what(kind, pod):
+                return pod
+    raise RuntimeError("the watch ended")
+
+
+def _ready(_: str, pod: dict[str, Any]) -> bool:
+    return any(item["type"] == "Ready" and item["status"] == "True" for item in pod.get("status", {}).get("conditions", ()))
+
+
+async def stopped(client: Client, name: str) -> float:
+    """Seconds from the delete to the end of a pod whose container ends as soon as it is told to."""
+    pod = _pod(name)
+    pod["spec"]["containers"][0]["command"] = ["/bin/busybox", "sh", "-c", "trap 'exit 0' TERM; /bin/busybox sleep 100000 & wait"]
+    made = await client.create(PODS, pod)
+    running = await _seen(client, name, made["metadata"]["resourceVersion"], _ready)
+    watching = asyncio.ensure_future(_seen(client, name, running["metadata"]["resourceVersion"], lambda kind, _: kind == "DELETED"))
+    await asyncio.sleep(0.2)
+    start = time.monotonic()
+    await client.delete(PODS, name, "default")
+    await watching
+    return time.monotonic() - start
+
+
+async def exited(client: Client, name: str, folder: str) -> float:
+    """Seconds from a container's end, which a byte in a pipe brings about, to the pod's Succeeded."""
+    pod = _pod(name)
+    main = {"command": ["/bin/busybox", "sh", "-c", "read x </d/end"], "volumeMounts": [{"name": "d", "mountPath": "/d"}]}
+    pod["spec"] |= {"restartPolicy": "Never", "volumes": [{"name": "d", "hostPath": {"path": folder}}]}
+    pod["spec"]["containers"][0] |= main
+    made = await client.create(PODS, pod)
+    running = await _seen(client, name, made["metadata"]["resourceVersion"], _ready)
+    done = _seen(client, name, running["metadata"]["resourceVersion"], lambda _, pod: pod["status"].get("phase") == "Succeeded")
+    watching = asyncio.ensure_future(done)
+    await asyncio.sleep(0.2)
+    pipe = await asyncio.to_thread(os.open, f"{folder}/end", os.O_WRONLY)
+    start = time.monotonic()
+    os.write(pipe, b"x\n")
+    os.close(pipe)
+    await watching
+    elapsed = time.monotonic() - start
+    await client.delete(PODS, name, "default", grace_period_seconds=0)
     return elapsed
 
 

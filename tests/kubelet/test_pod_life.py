@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from knarr.api.resources import EVENTS, PODS
+from knarr.kubelet import pod_sync
+from knarr.runtime.cri import RuntimeFault
 from tests.kubelet.conftest import Bench, condition, container_state
 
 
@@ -16,6 +20,27 @@ async def test_a_pod_becomes_ready_and_goes_away(bench: Bench) -> None:
     assert "running" in container_state(pod)
     await bench.client.delete(PODS, "p", bench.namespace)
     await bench.until_gone("p")
+
+
+async def test_a_pod_that_came_before_the_pod_network_goes_on_as_soon_as_that_is_there(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def not_yet(sandbox: object = None) -> str:
+        if sandbox is not None:
+            raise RuntimeFault("no addresses yet")
+        return "the node has no pod CIDR yet"
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(bench.network, "setup", not_yet)
+        meanwhile.setattr(bench.network, "ready", not_yet)
+        meanwhile.setattr(pod_sync, "_NETWORK_RETRY_SECONDS", 1000.0)
+        await bench.run("early", "sleep 1000")
+        async with asyncio.timeout(10):
+            while not (told := [e for e in (await bench.client.list(EVENTS, bench.namespace))["items"] if "Network" in e["reason"]]):
+                await asyncio.sleep(0.05)
+    why = "NetworkReady=false reason:NetworkPluginNotReady message:the node has no pod CIDR yet"
+    assert told[0]["message"] == f"network is not ready: container runtime network not ready: {why}"
+    assert bench.kubelet is not None
+    bench.kubelet.network_changed()
+    await bench.until_ready("early")
 
 
 async def test_a_pod_that_exits_zero_succeeds(bench: Bench) -> None:

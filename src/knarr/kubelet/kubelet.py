@@ -310,6 +310,10 @@ class Kubelet:
     def host_changed(self) -> None:
         """The node has other addresses (`current_ips`), and perhaps another serving certificate for them: use and tell them."""
         self.serving_renewed()
+        self.network_changed()
+
+    def network_changed(self) -> None:
+        """The pod network came, or is another: the node's condition follows, and pods that wait for it go on at once."""
         self.reporter.changed()
         for worker in self.workers.workers():
             self.workers.wake(worker.uid)

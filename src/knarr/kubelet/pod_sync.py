@@ -8,6 +8,7 @@ kuberuntime_manager.go SyncPod.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 
@@ -32,6 +33,8 @@ log = get_logger(__name__)
 
 DEADLINE_MESSAGE = "Pod was active on the node longer than the specified deadline"
 _FAILED_RETRY_SECONDS = 10.0
+_NETWORK_RETRY_SECONDS = 1.0
+"""Only for a network that comes without being told of (`Kubelet.network_changed`), such as the file of a CNI plugin."""
 
 
 async def look(worker: PodWorker) -> Observed:
@@ -313,13 +316,28 @@ async def _create_sandbox(worker: PodWorker, plan: Plan) -> str | None:
             node.meters.observe("kubelet_run_podsandbox_duration_seconds", time.monotonic() - begun, f'runtime_handler="{handler}"')
     except (RuntimeFault, OSError, identity.IdentityError, NoRangeLeft, LookupError) as e:
         if not worker.ending:
-            node.count("kubelet_started_pods_errors_total")
-            if pod["spec"].get("hostUsers") is False:
-                node.count("kubelet_started_user_namespaced_pods_errors_total")
-            node.event(pod, "Warning", "FailedCreatePodSandBox", f"Failed to create pod sandbox: {e}")
-            log.warning("pod sandbox not made", pod=worker.key, error=str(e))
-            worker.wake_after(_FAILED_RETRY_SECONDS)
+            await _sandbox_failed(worker, e)
         return None
+
+
+async def _sandbox_failed(worker: PodWorker, error: Exception) -> None:
+    """Tell why there is no sandbox. A pod network that is still to come is no fault of the pod: it is waited for."""
+    node, pod = worker.node, worker.pod
+    node.count("kubelet_started_pods_errors_total")
+    if pod["spec"].get("hostUsers") is False:
+        node.count("kubelet_started_user_namespaced_pods_errors_total")
+    log.warning("pod sandbox not made", pod=worker.key, error=str(error))
+    missing = None
+    if not podutil.host_network(pod):
+        with contextlib.suppress(RuntimeFault):
+            missing = next((c for c in await node.runtime.status() if c.type == "NetworkReady" and not c.status), None)
+    if missing is None:
+        node.event(pod, "Warning", "FailedCreatePodSandBox", f"Failed to create pod sandbox: {error}")
+        worker.wake_after(_FAILED_RETRY_SECONDS)
+    else:
+        why = f"NetworkReady=false reason:{missing.reason} message:{missing.message}"
+        node.event(pod, "Warning", "NetworkNotReady", f"network is not ready: container runtime network not ready: {why}")
+        worker.wake_after(_NETWORK_RETRY_SECONDS)
 
 
 def _runtime_handler(worker: PodWorker) -> str:

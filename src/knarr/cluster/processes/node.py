@@ -202,7 +202,7 @@ class Node:
                     group.create_task(self.renew_certificates(kubelet, network_client), name="certificates")
                 group.create_task(kubelet.run(), name="kubelet")
                 group.create_task(self.go_down_in_order(kubelet), name="orderly-shutdown")
-                group.create_task(self.follow_own_node(informers, network, runtime, kubelet.reporter.changed), name="own-node")
+                group.create_task(self.follow_own_node(informers, network, runtime, kubelet.network_changed), name="own-node")
                 group.create_task(proxy.run(), name="proxy")
                 group.create_task(policy.run(), name="policy")
                 group.create_task(self.serve_dns(network_client, informers, network), name="dns")
