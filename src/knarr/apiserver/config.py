@@ -73,7 +73,16 @@ class APIServerConfig:
     audit_policy: str = ""
     """Path of an audit Policy; "" switches auditing off."""
     audit_log_path: str = ""
-    """File for audit events, "-" for standard output."""
+    """File for audit events, "-" for standard output, "" for none."""
+    audit_log_max_megabytes: int = 0
+    """The audit log is put aside when it grows beyond; 0 means never."""
+    audit_log_backups: int = 0
+    """So many of the files put aside are kept; 0 means all."""
+    audit_webhook_config: str = ""
+    """Kubeconfig of a server that audit events are sent to; "" means none."""
+    audit_webhook_batch_events: int = 400
+    audit_webhook_batch_seconds: float = 30.0
+    """A batch of events is sent when it is so large, or so old."""
     event_ttl_seconds: int = 3600
     min_request_timeout_seconds: int = 1800
     """Watches without timeoutSeconds last between this and twice as long."""

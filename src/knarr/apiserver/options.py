@@ -18,7 +18,7 @@ from knarr.apiserver.config import APIServerConfig
 _FILES = {
     "token-auth-file": "token_file", "authorization-webhook-config-file": "authorization_webhook_config",
     "authentication-token-webhook-config-file": "authentication_webhook_config", "encryption-provider-config": "encryption_config",
-    "audit-policy-file": "audit_policy",
+    "audit-policy-file": "audit_policy", "audit-webhook-config-file": "audit_webhook_config",
 }  # fmt: skip
 _TEXTS = {"service-account-issuer": "service_account_issuer", "audit-log-path": "audit_log_path"}
 _LISTS = {
@@ -27,10 +27,12 @@ _LISTS = {
 }  # fmt: skip
 _NUMBERS = {
     "max-requests-inflight": "max_requests_inflight", "max-mutating-requests-inflight": "max_mutating_requests_inflight",
-    "min-request-timeout": "min_request_timeout_seconds",
+    "min-request-timeout": "min_request_timeout_seconds", "audit-log-maxsize": "audit_log_max_megabytes", "audit-log-maxbackup": "audit_log_backups",
+    "audit-webhook-batch-max-size": "audit_webhook_batch_events",
 }  # fmt: skip
 _DURATIONS = {
-    "event-ttl": "event_ttl_seconds", "shutdown-delay-duration": "shutdown_delay_seconds", "service-account-max-token-expiration": "service_account_max_token_seconds",
+    "event-ttl": "event_ttl_seconds", "audit-webhook-batch-max-wait": "audit_webhook_batch_seconds",
+    "shutdown-delay-duration": "shutdown_delay_seconds", "service-account-max-token-expiration": "service_account_max_token_seconds",
 }  # fmt: skip
 _OIDC = frozenset(
     "issuer-url client-id username-claim username-prefix groups-claim groups-prefix required-claim ca-file signing-algs".split()

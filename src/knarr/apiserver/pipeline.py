@@ -184,6 +184,8 @@ class Pipeline:
                 decision, reason = server.auth.authorizer.authorize(attributes)
                 if decision is Decision.ASK:
                     decision, reason = await server.auth.authorizer.authorize_async(attributes)
+                if trace is not None:
+                    trace.authorized(decision, reason)
                 if decision is not Decision.ALLOW:
                     if user.name == ANONYMOUS.name and user is ANONYMOUS and not server.anonymous_everywhere:
                         raise errors.unauthorized()

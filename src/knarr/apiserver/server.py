@@ -133,6 +133,8 @@ class APIServer:
 
         self.admission = chain = build_admission(self)
         self.metrics.sources.append(chain.measures.lines)
+        if self.audit is not None:
+            self.metrics.sources.append(self.audit.metrics)
         self.registration = Registration(self)
         self._starters += [self.flow.start, self.registration.start, CustomResources(self).start, Extensions(self).start]
         self.connects.update(build_connect(self))
@@ -165,7 +167,7 @@ class APIServer:
         if self.auth is not None:
             await self.auth.close()
         if self.audit is not None:
-            self.audit.close()
+            await self.audit.close()
         await self.storage.close()
 
     def _tls(self) -> ssl.SSLContext | None:
@@ -266,8 +268,15 @@ class APIServer:
         self.metrics.watching(call.info, 1)
 
     def watch_ended(self, call: Call) -> Callable[[], None]:
-        info, metrics = call.info, self.metrics
-        return lambda: metrics.watching(info, -1)
+        info, metrics, audit, request = call.info, self.metrics, self.audit, call.request
+        if audit is None:
+            return lambda: metrics.watching(info, -1)
+
+        def ended() -> None:
+            metrics.watching(info, -1)
+            audit.watch_ended(request)
+
+        return ended
 
     def _bookmarks(self) -> None:
         """Once a minute every watcher that wants them learns how far it has seen."""
