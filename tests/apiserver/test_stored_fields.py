@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
 import pytest
 
 from knarr.api.errors import StatusError
@@ -57,3 +58,30 @@ async def test_specs_that_may_not_change_are_judged_whole_when_they_do(apiserver
     with pytest.raises(StatusError) as error:
         await client.update(RESOURCE_CLAIM_TEMPLATES, {**made, "spec": {"spec": {"devices": {"requests": requests * 2}}}})
     assert fields(error) == ["spec.spec.devices.requests[1].name", "spec"]
+
+
+async def test_fields_behind_gates_are_checked_and_owned_but_not_kept(apiserver: RunningAPIServer) -> None:
+    """As kube-apiserver answers: their types count, and who set them is noted before they are dropped."""
+    http, headers = apiserver.client.http, [*await apiserver.client.headers(), ("Content-Type", "application/json")]
+    templates, autoscalers = "/api/v1/namespaces/default/podtemplates", "/apis/autoscaling/v2/namespaces/default/horizontalpodautoscalers"
+    spec: dict[str, Any] = {"hostnameOverride": "x", "containers": [{"name": "c", "image": "i"}]}
+    body = {"metadata": {"name": "p"}, "template": {"spec": spec}}
+    made = orjson.loads((await http.request("POST", templates, headers, orjson.dumps(body))).body)
+    assert "hostnameOverride" not in made["template"]["spec"]
+    assert "f:hostnameOverride" in made["metadata"]["managedFields"][0]["fieldsV1"]["f:template"]["f:spec"]
+    spec["hostnameOverride"] = 5
+    wrong = await http.request("POST", templates, headers, orjson.dumps(body))
+    words = b"cannot unmarshal number into Go struct field PodSpec.template.spec.hostnameOverride of type string"
+    assert (wrong.status, words in wrong.body) == (400, True)
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "d"}
+    scaler = {"metadata": {"name": "h"}, "spec": {"scaleTargetRef": target, "maxReplicas": 3, "behavior": {"scaleUp": {"tolerance": "0.1"}}}}
+    made = orjson.loads((await http.request("POST", autoscalers, headers, orjson.dumps(scaler))).body)
+    assert "tolerance" not in made["spec"]["behavior"]["scaleUp"]
+
+
+async def test_an_empty_list_is_owned_though_it_is_stored_as_none(apiserver: RunningAPIServer) -> None:
+    http, headers = apiserver.client.http, [*await apiserver.client.headers(), ("Content-Type", "application/json")]
+    path = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices"
+    for name, given, owned in (("a", {"endpoints": []}, True), ("b", {"endpoints": None}, False), ("c", {}, False)):
+        made = orjson.loads((await http.request("POST", path, headers, orjson.dumps({"metadata": {"name": name}, "addressType": "IPv4", **given}))).body)
+        assert (made["endpoints"], "f:endpoints" in made["metadata"]["managedFields"][0]["fieldsV1"]) == (None, owned)

@@ -42,6 +42,7 @@ def media_type(content_type: str) -> str:
 
 def decode(
     resource: "Resource | tuple[str, str]", body: bytes, content_type: str = JSON, field_validation: str = WARN,
+    later: typeinfo.Later | None = None,
 ) -> tuple[Object, list[str]]:
     """Decode a body for a resource.
 
@@ -50,6 +51,7 @@ def decode(
         ("v1", "DeleteOptions"). A body without apiVersion and kind gets these.
       content_type: The header; empty means JSON.
       field_validation: IGNORE, WARN or STRICT; what to do about unknown and duplicate fields.
+      later: Takes what `typeinfo.settle` has to do once the owners of the fields are known; without it that is done here.
 
     Returns:
       (object, warnings); apiVersion and kind are those of the resource. A custom resource is returned as it is, but for
@@ -80,7 +82,7 @@ def decode(
         _refuse_kind(given_version, given_kind, api_version, kind)
     if kind_of_body == PROTOBUF:
         return obj, []
-    warnings = _check(obj, message_name, body, kind_of_body, given_version, given_kind, strict, duplicates)
+    warnings = _check(obj, message_name, body, kind_of_body, given_version, given_kind, strict, duplicates, later)
     if warnings and field_validation == STRICT:
         raise bad_request(_cannot_handle(given_kind, given_version, kind, f"strict decoding error: {', '.join(warnings)}"))
     return obj, warnings
@@ -88,6 +90,7 @@ def decode(
 
 def _check(
     obj: Object, message_name: str, body: bytes, kind_of_body: str, given_version: str, given_kind: str, strict: bool, duplicates: str,
+    later: typeinfo.Later | None,
 ) -> list[str]:
     """Prune in place; the strict errors, if asked for."""
     info = typeinfo.message(message_name)
@@ -105,6 +108,11 @@ def _check(
         raise bad_request(_cannot_handle(given_kind, given_version, given_kind, text)) from None
     if meta:
         obj.update(meta)
+    if state.later:
+        if later is None:
+            typeinfo.settle(state.later)
+        else:
+            later += state.later
     if not strict:
         return []
     if kind_of_body == YAML:
@@ -275,6 +283,7 @@ def check_object(api_version: str, kind: str, obj: Object) -> list[str]:
         findings = explain.explain(orjson.loads(copy), name)
         raise bad_request(_cannot_handle(kind, api_version, kind, findings.type_error)) from None
     obj.update(meta)
+    typeinfo.settle(state.later)
     return explain.explain(orjson.loads(copy), name).strict if state.unknown else []
 
 

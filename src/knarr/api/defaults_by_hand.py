@@ -140,7 +140,11 @@ def _stateful_set(obj: Object) -> None:
 
 
 def _scaling_rules(given: Object | None, defaults: Object) -> Object:
-    return {**defaults, **(given or {})}
+    # In place: who decoded the object may still have to take something out of it.
+    rules = {} if given is None else given
+    for key, value in defaults.items():
+        rules.setdefault(key, value)
+    return rules
 
 
 def _autoscaler(obj: Object) -> None:

@@ -582,7 +582,7 @@ def decode_message(api_version: str, kind: str, raw: bytes) -> Object:
         raise ProtobufError(f'no kind "{kind}" is registered for version "{api_version}"') from None
     try:
         obj: Object = decoder(name)(raw, 0, len(raw))
-        typeinfo.pruner(name)(obj, typeinfo.State())
+        typeinfo.normalize_message(name, obj)
     except (IndexError, struct.error) as error:
         raise ProtobufError("unexpected EOF") from error
     except (RecursionError, ValueError, typeinfo.Mismatch) as error:

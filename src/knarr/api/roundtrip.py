@@ -22,8 +22,8 @@ def _pod_spec(spec: Object | None) -> None:
         for container in spec.get(group) or ():
             if "restartPolicy" in container and (group != "initContainers" or container["restartPolicy"] != "Always"):
                 del container["restartPolicy"]
-            # What is left when the signal, behind a gate that is off, was all.
-            if not container.get("lifecycle", True):
+            # The signal is behind a gate that is off: without it there is nothing left.
+            if "lifecycle" in container and not container["lifecycle"].keys() - {"stopSignal"}:
                 del container["lifecycle"]
 
 

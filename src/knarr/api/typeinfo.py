@@ -66,13 +66,31 @@ class Mismatch(Exception):
 
 
 class State:
-    """What a prune walk found: keys counts the keys of all known objects, unknown whether a field was dropped."""
+    """What a prune walk found: keys counts the keys of all known objects, unknown whether a field was dropped.
 
-    __slots__ = ("keys", "unknown")
+    `later` holds what upstream keeps until the owners of fields have been worked out, as (object, key, what stands there then): fields
+    behind gates that are off go, empty lists become null.
+    """
+
+    __slots__ = ("keys", "later", "unknown")
 
     def __init__(self) -> None:
         self.keys = 0
         self.unknown = False
+        self.later: Later = []
+
+
+Later = list[tuple[Object, str, Any]]
+
+
+def settle(later: Later) -> None:
+    """Do what was put off; the list is empty then."""
+    for holder, key, value in later:
+        if value is DROP:
+            holder.pop(key, None)
+        elif key in holder:
+            holder[key] = value
+    later.clear()
 
 
 Handler = Callable[[Any, State], Any]
@@ -91,6 +109,22 @@ class _Drop:
 
 
 DROP = _Drop()
+
+
+class _NullLater:
+    """Returned by a handler: the value, an empty list or map, stays for now and is null later."""
+
+
+NULL_LATER = _NullLater()
+
+
+class _DropLater:
+    """Returned by a handler: the value goes later."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,9 +385,14 @@ def _raw_kept(value: Any, state: State) -> Any:
     return value
 
 
-def _gated_off(value: Any, state: State) -> Any:
-    _count_keys(value, state)
-    return DROP
+def _gated_off(inner: Handler) -> Handler:
+    """A field behind a gate that is off: its type is checked and its owner noted, then it goes."""
+
+    def handle(value: Any, state: State) -> Any:
+        result = inner(value, state)
+        return result if result is DROP else _DropLater(value if result is KEEP_EMPTY or result is NULL_LATER else result)
+
+    return handle
 
 
 def _string_list(empty: Any) -> Handler:
@@ -525,7 +564,7 @@ def _field_handler(one: Field, in_json_storage: bool) -> Handler:
     if one.label == "optional":
         return _element_handler(one.type, kept)
     # What Go keeps of an empty list or map is lost on the way through protobuf storage, except where storage is JSON.
-    empty: Any = DROP if not one.keep else KEEP_EMPTY if in_json_storage else None
+    empty: Any = DROP if not one.keep else KEEP_EMPTY if in_json_storage else NULL_LATER
     if one.type == "string":
         return _string_map(empty) if one.label == "map" else _string_list(empty)
     element = _element_handler(one.type, True)
@@ -569,7 +608,7 @@ def _compile(info: Message) -> Handler:
         handlers["policies"] = _list(pruner("k8s.io.api.autoscaling.v2.HPAScalingPolicy"), dict, KEEP_EMPTY)
     for key in GATED_OFF.get(info.name, ()):
         if key in handlers:
-            handlers[key] = _gated_off
+            handlers[key] = _gated_off(handlers[key])
     if info.type_meta:
         handlers["apiVersion"] = handlers["kind"] = _string
     always = _always(info)
@@ -599,6 +638,11 @@ def _compile(info: Message) -> Handler:
                         dropped = [key]
                     else:
                         dropped.append(key)
+                elif result is NULL_LATER:
+                    state.later.append((obj, key, None))
+                elif result.__class__ is _DropLater:
+                    obj[key] = result.value
+                    state.later.append((obj, key, DROP))
                 elif result is not KEEP_EMPTY:
                     obj[key] = result
         if dropped is not None:
@@ -612,6 +656,14 @@ def _compile(info: Message) -> Handler:
     return prune
 
 
+def normalize_message(name: str, obj: Object) -> State:
+    """Bring a message into canonical form in place. Raises Mismatch."""
+    state = State()
+    pruner(name)(obj, state)
+    settle(state.later)
+    return state
+
+
 def normalize(api_version: str, kind: str, obj: Object) -> State:
     """Bring an object into canonical form in place, after a patch or a webhook changed it.
 
@@ -619,6 +671,4 @@ def normalize(api_version: str, kind: str, obj: Object) -> State:
       KeyError: not a built-in kind.
       Mismatch: wrong type; `decode.check_object` says it in upstream's words.
     """
-    state = State()
-    pruner(message_name(api_version, kind))(obj, state)
-    return state
+    return normalize_message(message_name(api_version, kind), obj)

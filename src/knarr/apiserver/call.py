@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from knarr.api import errors
+from knarr.api import errors, typeinfo
 from knarr.api.errors import StatusError
 from knarr.api.types import Object
 from knarr.apiserver.attributes import UserInfo
@@ -37,7 +37,7 @@ class Call:
     """See the module's docstring."""
 
     __slots__ = (
-        "_form", "annotations", "audit_id", "dry_run", "endpoint", "field_manager", "field_validation", "info", "log_object", "namespace",
+        "_form", "annotations", "audit_id", "dry_run", "endpoint", "field_manager", "field_validation", "info", "later", "log_object", "namespace",
         "query", "request", "response_body", "server", "user", "warnings",
     )  # fmt: skip
 
@@ -55,11 +55,18 @@ class Call:
         self.field_validation = "Warn"
         self.audit_id = audit_id(request)
         self.annotations: dict[str, str] = {}
+        self.later: typeinfo.Later = []
+        """What is done to the object being written once the owners of its fields are known."""
         self._form: tuple[Form, bool, bool] | None = None
         self.response_body = b""
         """Kept for the audit log, when there is one."""
         self.log_object: Object | None = None
         """The decoded request body, for the audit log."""
+
+    def start_over(self) -> typeinfo.Later:
+        """Return `later`, empty: the object is about to be read anew."""
+        self.later.clear()
+        return self.later
 
     # -- parameters ----------------------------------------------------------------------------------------------------------
     def parameter(self, name: str) -> str:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from knarr.apiserver.endpoint import Endpoint
 
 
-def decode(endpoint: Endpoint, body: bytes, content_type: str, field_validation: str) -> tuple[Object, list[str]]:
-    """Decode and default a body for an endpoint; (object, warnings). Raises StatusError."""
+def decode(endpoint: Endpoint, body: bytes, content_type: str, field_validation: str, later: typeinfo.Later) -> tuple[Object, list[str]]:
+    """Decode and default a body for an endpoint; (object, warnings). `later` is as in knarr.api.decode. Raises StatusError."""
     schema = endpoint.schema
-    obj, warnings = decoding.decode(endpoint.resource, body, content_type, field_validation or "Warn")
+    obj, warnings = decoding.decode(endpoint.resource, body, content_type, field_validation or "Warn", later)
     if schema is not None:
         warnings += schema.prune(obj, field_validation)
         # JSON that has no null spares the search for them.

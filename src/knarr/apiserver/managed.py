@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from knarr.api.apply import FieldManager, manager_for
+from knarr.api.typeinfo import settle
 from knarr.api.types import Object
 
 if TYPE_CHECKING:
@@ -26,3 +27,5 @@ def field_manager(endpoint: Endpoint, subresource: str = "") -> FieldManager:
 def track_update(call: Call, obj: Object, old: Object | None, subresource: str = "") -> None:
     """Record a create, update or patch in the object's managedFields."""
     field_manager(call.endpoint, subresource).update(old, obj, call.manager)
+    if call.later:
+        settle(call.later)

@@ -59,6 +59,7 @@ def rejected_by_patch() -> StatusError:
 
 def apply_patch(
     resource: "Resource | tuple[str, str]", current: Object, body: bytes, content_type: str, field_validation: str = decode.WARN,
+    later: typeinfo.Later | None = None,
 ) -> tuple[Object, list[str]]:
     """Apply a patch to an object.
 
@@ -66,6 +67,7 @@ def apply_patch(
       resource: The Resource, or (api_version, kind) for a subresource's kind such as Scale.
       current: The object in the resource's version, in canonical form.
       content_type: One of the three patch types.
+      later: As for decode.decode.
 
     Returns:
       (new object, warnings). A custom object comes back unpruned, but with typed metadata.
@@ -83,12 +85,12 @@ def apply_patch(
         case "application/merge-patch+json":
             patched, warnings = _merge(current, body, strict)
         case "application/strategic-merge-patch+json":
-            return _strategic(api_version, kind, current, body, field_validation)
+            return _strategic(api_version, kind, current, body, field_validation, later)
         case other:
             raise unsupported_media_type([other])
     merged = orjson.dumps(patched)
     try:
-        warnings += _check(api_version, kind, patched, custom, merged)
+        warnings += _check(api_version, kind, patched, custom, merged, later)
         if warnings and field_validation == decode.STRICT:
             raise _Unfit(f"strict decoding error: {', '.join(warnings)}")
     except _Unfit as error:
@@ -183,7 +185,9 @@ def _duplicates(body: bytes, parsed: Any) -> list[str]:
     return findings.strict
 
 
-def _strategic(api_version: str, kind: str, current: Object, body: bytes, field_validation: str) -> tuple[Object, list[str]]:
+def _strategic(
+    api_version: str, kind: str, current: Object, body: bytes, field_validation: str, later: typeinfo.Later | None,
+) -> tuple[Object, list[str]]:
     try:
         patch = decode.parse_json(body)
     except ValueError as error:
@@ -200,7 +204,7 @@ def _strategic(api_version: str, kind: str, current: Object, body: bytes, field_
             raise rejected_by_patch() from None
         raise StatusError(error.code, "BadRequest" if error.code == 400 else "", str(error)) from None
     merged = orjson.dumps(patched)
-    type_error, unknown = _problems(api_version, kind, patched, merged)
+    type_error, unknown = _problems(api_version, kind, patched, merged, later)
     if type_error:
         before = orjson.loads(merged)
         wrong = [before[key] for key in ("apiVersion", "kind") if not isinstance(before.get(key, ""), str)]
@@ -217,7 +221,7 @@ def _strategic(api_version: str, kind: str, current: Object, body: bytes, field_
     return patched, warnings
 
 
-def _check(api_version: str, kind: str, patched: Object, custom: bool, merged: bytes) -> list[str]:
+def _check(api_version: str, kind: str, patched: Object, custom: bool, merged: bytes, later: typeinfo.Later | None) -> list[str]:
     """Prune a patched object (whose JSON is `merged`) in place; its unknown fields.
 
     Raises:
@@ -234,12 +238,12 @@ def _check(api_version: str, kind: str, patched: Object, custom: bool, merged: b
         # Upstream then reads it as an empty object: nothing in it is known.
         unknown = sorted(set(patched) - {"apiVersion", "kind"})
         patched.clear()
-        _problems(api_version, kind, patched, b"{}")
+        _problems(api_version, kind, patched, b"{}", None)
         return [f"unknown field {go_quote(key)}" for key in unknown]
     if given_kind != kind or given_version != api_version:
         raise _Unfit(_other_kind(given_version, given_kind, api_version, kind))
     patched["kind"] = kind
-    type_error, unknown = _problems(api_version, kind, patched, merged)
+    type_error, unknown = _problems(api_version, kind, patched, merged, later)
     if type_error:
         raise _Unfit(type_error)
     return unknown
@@ -270,7 +274,7 @@ def _other_kind(given_version: Any, given_kind: Any, api_version: str, kind: str
     return f"unable to decode {given_version}, Kind={given_kind} into {kind}"
 
 
-def _problems(api_version: str, kind: str, obj: Object, merged: bytes) -> tuple[str, list[str]]:
+def _problems(api_version: str, kind: str, obj: Object, merged: bytes, later: typeinfo.Later | None) -> tuple[str, list[str]]:
     """(type error or "", unknown fields); obj is pruned in place, merged is its JSON from before."""
     name = typeinfo.message_name(api_version, kind)
     info = typeinfo.message(name)
@@ -280,6 +284,10 @@ def _problems(api_version: str, kind: str, obj: Object, merged: bytes) -> tuple[
         typeinfo.pruner(name)(obj, state)
     except typeinfo.Mismatch:
         return explain.explain(orjson.loads(merged), name).type_error or "wrong type", []
+    if later is None:
+        typeinfo.settle(state.later)
+    else:
+        later += state.later
     obj.update(meta)
     obj.setdefault("apiVersion", api_version)
     obj.setdefault("kind", kind)

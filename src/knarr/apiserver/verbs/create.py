@@ -50,7 +50,7 @@ async def create(call: Call) -> None:
     body = read_body(call)
     call.write_options("CreateOptions")
     content_type = call.request.headers.get("content-type", "")
-    obj, warnings = machinery.decode(call.endpoint, body, content_type, call.field_validation)
+    obj, warnings = machinery.decode(call.endpoint, body, content_type, call.field_validation, call.start_over())
     call.warnings += warnings
     call.log_object = obj
     result = await create_object(call, obj)

@@ -38,7 +38,7 @@ async def patch(call: Call, mode: UpdateMode) -> None:
         if old is None:
             # Where an update may create, an apply may, too, but not a patch, which changes something.
             raise errors.not_found(endpoint.resource, call.info.name)
-        new, warnings = apply_patch(endpoint.resource, old, body, content_type, call.field_validation or "Warn")
+        new, warnings = apply_patch(endpoint.resource, old, body, content_type, call.field_validation or "Warn", call.start_over())
         call.warnings += warnings
         _complete(call, new)
         call.log_object = new

@@ -68,7 +68,7 @@ async def update(call: Call, mode: UpdateMode) -> None:
     endpoint = call.endpoint
 
     def decoded() -> Object:
-        obj, warnings = machinery.decode(endpoint, body, content_type, call.field_validation)
+        obj, warnings = machinery.decode(endpoint, body, content_type, call.field_validation, call.start_over())
         call.warnings += warnings
         return obj
 
