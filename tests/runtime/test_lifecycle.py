@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from knarr.runtime.cri import ContainerState, NotFound, RuntimeFault, SandboxState
+from knarr.runtime.cri import ContainerState, Mount, NotFound, RuntimeFault, SandboxState
 from tests.runtime.conftest import Bench, processes_naming
 
 
@@ -46,6 +46,28 @@ async def test_a_stop_signal_is_honoured_before_the_timeout(bench: Bench) -> Non
     await bench.runtime.stop_container(container_id, 10)
     assert time.monotonic() - begin < 2
     assert (await bench.runtime.container_status(container_id)).exit_code == 7
+
+
+async def test_a_stop_right_after_the_start_reaches_the_containers_program_and_not_the_runtimes(bench: Bench) -> None:
+    sandbox_id = await bench.runtime.run_pod_sandbox(bench.sandbox())
+    codes = []
+    for number in range(12):
+        container_id = await bench.run("false", sandbox_id=sandbox_id, name=f"c{number}")
+        await bench.runtime.stop_container(container_id, 5)
+        codes.append((await bench.runtime.container_status(container_id)).exit_code)
+        await bench.runtime.remove_container(container_id)
+    # The first process of a container takes no signal that it does not handle.
+    assert codes == [1] * 12
+
+
+async def test_a_directory_of_the_host_that_is_missing_is_made_for_its_mount(bench: Bench, tmp_path: Path) -> None:
+    missing = tmp_path / "not" / "there"
+    code, log = await bench.output("sh", "-c", "echo x > /m/f; stat -c %a /m", mounts=[Mount("/m", str(missing))])
+    assert (code, log) == (0, "755\n")
+    assert (missing / "f").read_text() == "x\n"
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "else")
+    with pytest.raises(RuntimeFault, match="failed to mkdir"):
+        await bench.run("true", mounts=[Mount("/m", str(tmp_path / "link"))])
 
 
 async def test_an_own_stop_signal_is_sent(bench: Bench) -> None:

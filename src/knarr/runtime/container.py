@@ -48,6 +48,7 @@ from knarr.runtime.workers import Workers
 
 log = get_logger(__name__)
 _KILL_SECONDS = 30.0
+_EXECUTE_SECONDS = 2.0
 _EXIT_CANNOT_START, _EXIT_UNKNOWN = 128, 255
 
 
@@ -331,6 +332,7 @@ class Containers:
             return
         pid, started = container.held.container.pid, container.held.container.started
         if timeout_seconds > 0:
+            await _until_executed(pid, min(timeout_seconds, _EXECUTE_SECONDS))
             process.kill(pid, started, signal_number(signal_name or container.stop_signal))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_seconds):
@@ -523,3 +525,19 @@ class Containers:
 
     def _publish(self, kind: Any, container: Container) -> None:
         self._events.publish(ContainerEvent(kind, container.id, container.sandbox_id, time.time_ns()))
+
+
+async def _until_executed(pid: int, seconds: float) -> None:
+    """Wait for the moment in which a process just started becomes the container's program.
+
+    Until then it is the OCI runtime's own, which would take a stop signal for itself and end with a code of its own. The kernel tells
+    nobody of an execve without tracing, so it is looked for; it comes within a few milliseconds.
+    """
+    for _ in range(int(seconds / 0.002)):
+        try:
+            with open(f"/proc/{pid}/comm") as file:
+                if not file.read().startswith("runc:["):
+                    return
+        except OSError:
+            return
+        await asyncio.sleep(0.002)

@@ -221,6 +221,7 @@ def _mount(item: Mount, given: SpecInput) -> dict[str, Any]:
     destination = item.container_path if item.container_path.startswith("/") else "/" + item.container_path
     if item.image:
         return _bind(destination, given.image_mounts[item.container_path], ["rbind", "rprivate", "ro", "nosuid", "nodev"])
+    _ensure_source(item.host_path)
     options = ["rbind"]
     if item.propagation == "PRIVATE":
         options.append("rprivate")
@@ -237,6 +238,19 @@ def _mount(item: Mount, given: SpecInput) -> dict[str, Any]:
     else:
         options.append("ro" if item.readonly else "rw")
     return _bind(destination, given.mapped_mounts.get(item.container_path, item.host_path), options)
+
+
+def _ensure_source(path: str) -> None:
+    """Make a directory of the host that is to be mounted and is not there, as containerd and CRI-O do. Raises RuntimeFault."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        try:
+            os.makedirs(path, 0o755, exist_ok=True)
+        except OSError as error:
+            raise RuntimeFault(f'failed to mkdir "{path}": {error.strerror}') from error
+    except OSError as error:
+        raise RuntimeFault(f'failed to stat "{path}": {error.strerror}') from error
 
 
 def _check_propagation(path: str, wanted: tuple[str, ...], name: str) -> None:
