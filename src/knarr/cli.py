@@ -122,6 +122,8 @@ def _add_network(up: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     up.add_argument("--cni-conf-dir", default=None, metavar="FOLDER", help="where a CNI configuration is looked for, which then replaces the built-in pod network (default: /etc/cni/net.d)")
     up.add_argument("--cni-bin-dir", default=None, metavar="FOLDER[,FOLDER]", help="where its plugins are (default: /opt/cni/bin,/usr/lib/cni)")
+    up.add_argument("--dns-upstream", default=None, metavar="SERVER[,SERVER]", help="servers for names outside the cluster (default: those of this machine, as they change); an empty text takes it back")
+    up.add_argument("--dns-stub-domain", action="append", default=[], metavar="DOMAIN=SERVER[,SERVER]", help="servers for the names of one domain")
     up.add_argument("--dns-autopath", action=argparse.BooleanOptionalAction, default=None, help="walk through search paths in the DNS server instead of the pods")
 
 

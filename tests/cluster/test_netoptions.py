@@ -41,9 +41,21 @@ def test_ranges_of_two_families_are_kept_and_decide_what_follows_from_them(confi
     assert config.announce == ""
 
 
+def test_dns_servers_are_kept_and_taken_back(config: ClusterConfig) -> None:
+    assert netoptions.apply(config, NetworkOptions(dns_upstreams="192.0.2.53, fd00::53", stub_domains=("Corp.Example.=10.0.0.53,10.0.0.54",)), fresh=False)
+    assert (config.dns_upstreams, config.stub_domains) == (["192.0.2.53", "fd00::53"], {"corp.example": ["10.0.0.53", "10.0.0.54"]})
+    config.save()
+    assert cluster_config.load("default", config.data_dir) == config
+    assert not netoptions.apply(config, NetworkOptions(), fresh=False)
+    assert netoptions.apply(config, NetworkOptions(dns_upstreams="", stub_domains=("",)), fresh=False)
+    assert (config.dns_upstreams, config.stub_domains) == ([], {})
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
+        (NetworkOptions(dns_upstreams="resolver"), "--dns-upstream"),
+        (NetworkOptions(stub_domains=("corp.example",)), "DOMAIN=SERVER"),
         (NetworkOptions(service_cidr="fd30::/112"), "expected one IPv4 range"),
         (NetworkOptions(service_cidr="10.30.0.0/30"), "too small"),
         (NetworkOptions(service_cidr="10.30.0.1/20"), "host bits"),

@@ -1,4 +1,4 @@
-"""Search paths walked in the DNS server: one question, the answer that the pod's own search would have found."""
+"""Search paths walked in the DNS server, and domains that have servers of their own."""
 
 from __future__ import annotations
 
@@ -78,3 +78,26 @@ def test_the_last_line_of_search_domains_counts(tmp_path: Path) -> None:
     assert read_search(path) == []
     path.write_text("domain one.test\nsearch Two.test. three.test\nnameserver 192.0.2.1\n")
     assert read_search(path) == ["two.test", "three.test"]
+
+
+async def test_a_stub_domain_has_servers_of_its_own() -> None:
+    general, own = Upstream(), Upstream()
+    loop = asyncio.get_running_loop()
+    first, _protocol = await loop.create_datagram_endpoint(lambda: general, local_addr=("127.0.0.1", 0))
+    port = first.get_extra_info("sockname")[1]
+    second, _protocol = await loop.create_datagram_endpoint(lambda: own, local_addr=("127.0.0.2", port))
+    informers = FedInformers()
+    server = DNSServer(
+        informers, listen=["127.0.0.1"], port=0, upstreams=["127.0.0.1"], upstream_port=port, metrics_port=0, stub_domains={"Corp.Test.": ["127.0.0.2"]}
+    )  # fmt: skip
+    await server.start()
+    try:
+        asker = Asker(informers, server, general)
+        for name in ("a.corp.test", "corp.test", "xcorp.test", "example.com"):
+            await asker.ask(name)
+        assert own.asked == ["a.corp.test.", "corp.test."]
+        assert general.asked == ["xcorp.test.", "example.com."]
+    finally:
+        await server.close()
+        first.close()
+        second.close()

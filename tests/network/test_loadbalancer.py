@@ -86,5 +86,12 @@ async def test_a_port_is_published_and_a_busy_one_names_its_holder(client):
         sock.listen()
         with pytest.raises(publishing.PortBusy, match=r"process .* \(pid \d+\)"):
             await publishing.publish(client, "default", "web", host_port=sock.getsockname()[1], port="80")
+    await client.create(SERVICES, balancer("names", ports=[{"name": "dns", "port": 53, "protocol": "UDP"}]), "default")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        number = sock.getsockname()[1]
+        with pytest.raises(publishing.PortBusy, match=r"process .* \(pid \d+\)"):
+            await publishing.publish(client, "default", "names", host_port=number, port="dns")
+    await publishing.publish(client, "default", "names", host_port=number, port="dns")
     assert await publishing.withdraw(client, "default", "web", host_port=18080)
     assert not await publishing.withdraw(client, "default", "web", host_port=18080)

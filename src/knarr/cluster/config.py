@@ -80,6 +80,10 @@ class ClusterConfig:
     """Networks and ranges for LoadBalancer Services, separated by commas; "" decides by the slot."""
     announce: str = ""
     """Interface to whose network LoadBalancer addresses are announced, "auto" for the one that leads there, "" for none."""
+    dns_upstreams: list[str] = field(default_factory=list)
+    """Servers for names outside the cluster; none means those of the host."""
+    stub_domains: dict[str, list[str]] = field(default_factory=dict)
+    """Domains with DNS servers of their own."""
     cni_conf_dir: str = "/etc/cni/net.d"
     """Where another network's configuration is looked for, which then makes the pods' network."""
     cni_bin_dirs: list[str] = field(default_factory=lambda: ["/opt/cni/bin", "/usr/lib/cni"])

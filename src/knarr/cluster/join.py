@@ -185,6 +185,8 @@ def _write(options: JoinOptions, node_name: str, authority: bytes, settings: dic
     config.balancer_range = settings["loadBalancerCIDR"]
     config.announce = "auto" if settings.get("announce") else ""
     config.autopath = bool(settings.get("autopath"))
+    config.dns_upstreams = list(settings.get("dnsUpstreams") or ())
+    config.stub_domains = dict(settings.get("stubDomains") or {})
     low, high = settings["nodePorts"]
     config.node_ports = (low, high)
     config.cluster_domain = settings["clusterDomain"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 
 from knarr.cluster.config import ClusterConfig, ConfigError
 from knarr.network import pool
@@ -32,12 +32,15 @@ class NetworkOptions:
     autopath: bool | None = None
     cni_conf_dir: str | None = None
     cni_bin_dirs: str | None = None
+    dns_upstreams: str | None = None
+    stub_domains: tuple[str, ...] = ()
+    """DOMAIN=SERVER[,SERVER] each; an empty text takes all of them back."""
 
 def read(options: argparse.Namespace) -> NetworkOptions:
     """The parsed options."""
     return NetworkOptions(
         options.service_cidr, options.pod_cidr, options.node_port_range, options.load_balancer_pool, options.announce, options.dns_autopath,
-        options.cni_conf_dir, options.cni_bin_dir,
+        options.cni_conf_dir, options.cni_bin_dir, options.dns_upstream, tuple(options.dns_stub_domain),
     )  # fmt: skip
 
 
@@ -71,12 +74,31 @@ def apply(config: ClusterConfig, options: NetworkOptions, *, fresh: bool) -> boo
         config.cni_conf_dir = os.path.abspath(options.cni_conf_dir)
     if options.cni_bin_dirs is not None:
         config.cni_bin_dirs = [os.path.abspath(part) for part in options.cni_bin_dirs.split(",")]
+    if options.dns_upstreams is not None:
+        config.dns_upstreams = _servers("--dns-upstream", options.dns_upstreams) if options.dns_upstreams else []
+    if options.stub_domains:
+        config.stub_domains = dict(_stub_domain(text) for text in options.stub_domains if text)
     _check_together(config)
     return fresh or others != _changeable(config)
 
 
 def _changeable(config: ClusterConfig) -> tuple[object, ...]:
-    return config.balancer_range, config.announce, config.autopath, config.cni_conf_dir, list(config.cni_bin_dirs)
+    dns = config.autopath, tuple(config.dns_upstreams), tuple((name, tuple(servers)) for name, servers in config.stub_domains.items())
+    return config.balancer_range, config.announce, config.cni_conf_dir, tuple(config.cni_bin_dirs), dns
+
+
+def _servers(name: str, text: str) -> list[str]:
+    try:
+        return [str(ip_address(part.strip())) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def _stub_domain(text: str) -> tuple[str, list[str]]:
+    domain, equals, servers = text.partition("=")
+    if not equals or not domain.strip("."):
+        raise ConfigError(f"--dns-stub-domain {text!r}: expected DOMAIN=SERVER[,SERVER], for example corp.example=10.0.0.53")
+    return domain.strip(".").lower(), _servers("--dns-stub-domain", servers)
 
 
 def _ranges(name: str, text: str, longest: dict[int, int]) -> str:

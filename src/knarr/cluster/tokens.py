@@ -54,6 +54,8 @@ def settings(config: ClusterConfig) -> dict[str, Any]:
         "loadBalancerCIDR": ",".join(config.balancer_pool),
         "announce": config.announce,
         "autopath": config.autopath,
+        "dnsUpstreams": config.dns_upstreams,
+        "stubDomains": config.stub_domains,
         "nodePorts": list(config.node_ports),
         "clusterDomain": config.cluster_domain,
         "tunnelID": config.tunnel,

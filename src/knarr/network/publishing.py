@@ -33,17 +33,19 @@ class Published:
     port: str
 
 
-def listening_process(port: int) -> str | None:
-    """Who listens on a TCP port of this machine: "name (pid N)", or None. Reads /proc; a process of another user counts as "unknown"."""
+def listening_process(port: int, protocol: str = "TCP") -> str | None:
+    """Who listens on a TCP or UDP port of this machine: "name (pid N)", or None. Reads /proc; a process of another user counts as "unknown"."""
     inodes = set()
-    for table in ("tcp", "tcp6"):
+    kind = protocol.lower()
+    listening = "0A" if kind == "tcp" else "07"
+    for table in (kind, f"{kind}6"):
         try:
             lines = Path(f"/proc/net/{table}").read_text().splitlines()[1:]
         except OSError:
             continue
         for line in lines:
             words = line.split()
-            if words[3] == "0A" and int(words[1].rpartition(":")[2], 16) == port:
+            if words[3] == listening and int(words[1].rpartition(":")[2], 16) == port:
                 inodes.add(words[9])
     if not inodes:
         return None
@@ -70,7 +72,7 @@ def published(services: list[Object]) -> list[Published]:
     return sorted(found, key=lambda item: item.host_port)
 
 
-def holder(services: list[Object], port: int, *, besides: str = "") -> str | None:
+def holder(services: list[Object], port: int, *, besides: str = "", protocol: str = "TCP") -> str | None:
     """Which Service ("namespace/name") or process holds a host port; `besides` is one that does not count."""
     for obj in services:
         key = object_key(obj)
@@ -78,7 +80,7 @@ def holder(services: list[Object], port: int, *, besides: str = "") -> str | Non
             return f"service {key} (node port)"
         if key != besides and any(number == port for number, _wanted in host_ports(obj)):
             return f"service {key}"
-    process = listening_process(port)
+    process = listening_process(port, protocol)
     return f"process {process}" if process else None
 
 
@@ -93,11 +95,13 @@ async def publish(client: Client, namespace: str, name: str, *, host_port: int, 
     services = (await client.list(SERVICES)).get("items") or []
     service = await client.get(SERVICES, name, namespace)
     ports = (service.get("spec") or {}).get("ports") or ()
-    if not any(port in (item.get("name"), str(item.get("port"))) for item in ports):
+    wanted = [item.get("protocol") or "TCP" for item in ports if port in (item.get("name"), str(item.get("port")))]
+    if not wanted:
         raise ValueError(f"service {namespace}/{name} has no port {port}")
-    taken = holder(services, host_port, besides=f"{namespace}/{name}")
-    if taken is not None:
-        raise PortBusy(f"port {host_port} is held by {taken}")
+    for protocol in wanted:
+        taken = holder(services, host_port, besides=f"{namespace}/{name}", protocol=protocol)
+        if taken is not None:
+            raise PortBusy(f"port {host_port} is held by {taken}")
     kept = [(number, wanted) for number, wanted in host_ports(service) if number != host_port]
     await _write(client, namespace, name, [*kept, (host_port, port)])
 
