@@ -30,6 +30,7 @@ from bench.network_world import (
     gigabits,
     in_turn,
     least_tracked,
+    tracked_vxlan,
     web_server,
 )
 from bench.row import Row
@@ -42,14 +43,14 @@ from knarr.network.proxy.topology import NodeView
 _ONE_NODE = ("network-pod-pod", "network-pod-service", "network-host-nodeport")
 _CONNECT = tuple(name.replace("network-", "network-connect-") for name in _ONE_NODE)
 _TRACKED = tuple(f"{name}-tracked" for name in _CONNECT)
-ROWS = (*_ONE_NODE, *_CONNECT, *_TRACKED, "network-vxlan", "network-connect-vxlan", *network_scale.ROWS)
+ROWS = (*_ONE_NODE, *_CONNECT, *_TRACKED, "network-vxlan", "network-connect-vxlan", "network-connect-vxlan-tracked", *network_scale.ROWS)
 CLUSTER_IP = "10.96.0.70"
 
 
 def measure(names: list[str], options: argparse.Namespace) -> Iterator[Row]:
     if any(name in (*_ONE_NODE, *_CONNECT, *_TRACKED) for name in names):
         yield from asyncio.run(_in_world(lambda world: _one_node(world, names, options)))
-    if any(name.endswith("vxlan") for name in names):
+    if any("vxlan" in name for name in names):
         yield from asyncio.run(_two_nodes(names, options))
     yield from network_scale.measure([name for name in names if name in network_scale.ROWS], options)
 
@@ -115,7 +116,7 @@ def _compare(
         note = "connection, request, answer, end; reference:"
         rows.append(Row(name, "1/CPU s", measured[0], measured[1], note=f"{note} {against}"))
         if tracked:
-            rows.append(Row(f"{name}-tracked", "1/CPU s", measured[0], measured[2], note=f"{note} a router with one rule by hand, which tracks as well"))
+            rows.append(Row(f"{name}-tracked", "1/CPU s", measured[0], measured[2], note=f"{note} routers by hand, which track as well, with one rule at most"))
     return rows
 
 
@@ -136,6 +137,9 @@ async def _two_nodes(names: list[str], options: argparse.Namespace) -> list[Row]
 
 
 def _against_vxlan(nodes: Sequence[Place], ours: Pair, names: list[str], options: argparse.Namespace) -> list[Row]:
-    with bare_vxlan() as (a, b), web_server(ours.server) as mine, web_server(b) as theirs:
+    with (
+        bare_vxlan() as (a, b), tracked_vxlan() as (c, d), web_server(ours.server) as mine, web_server(b) as theirs, web_server(d) as third
+    ):  # fmt: skip
         ours = replace(ours, server_pid=mine)
-        return _compare("vxlan", ours, Pair(a, b, b.ip, server_pid=theirs), nodes, names, options, "bridges joined by a bare VXLAN")
+        bare, least = Pair(a, b, b.ip, server_pid=theirs), Pair(c, d, d.ip, server_pid=third)
+        return _compare("vxlan", ours, bare, nodes, names, options, "bridges joined by a bare VXLAN", least)

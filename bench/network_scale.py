@@ -13,7 +13,7 @@ from tests.network.test_service_proxy import Recorder
 from tests.network.world import Place, World, endpoint_slice, ready, service
 
 from bench import dns_load
-from bench.network_world import PORT, WEB_PORT, Pair, alternately, connections, forget_connections, gigabits, web_server
+from bench.network_world import PORT, WEB_PORT, Pair, alternately, connections_per_cpu, forget_connections, gigabits, web_server
 from bench.row import Row
 from knarr.aiokits.tasks import Tasks
 from knarr.api.resources import ENDPOINT_SLICES, SERVICES
@@ -90,7 +90,7 @@ async def _services(names: list[str], options: argparse.Namespace) -> list[Row]:
         if "network-services-lookup" in names:
             async with _proxied(world, "knt", objects[:10]):
                 few = await asyncio.to_thread(_lookups, world, client, server, options)
-            rows.append(Row("network-services-lookup", "1/s", full, few, note="new connections through one of all Services; reference: of ten"))
+            rows.append(Row("network-services-lookup", "1/CPU s", full, few, note="new connections through one of all Services; reference: of ten"))
         return rows
 
 
@@ -106,11 +106,12 @@ async def _one_change(proxy: ServiceProxy, informers: FedInformers, number: int)
 
 
 def _lookups(world: World, client: Place, server: Place, options: argparse.Namespace) -> list[float]:
-    with web_server(server):
+    with web_server(server) as process:
         values = []
         for _ in range(max(3, options.repeat)):
             forget_connections(world.node)
-            values.append(connections(Pair(client, server, "10.100.0.8"), max(1, int(options.seconds / 2))))
+            pair = Pair(client, server, "10.100.0.8", server_pid=process)
+            values.append(connections_per_cpu(pair, max(1, int(options.seconds / 2)), process))
         return values
 
 
@@ -168,10 +169,10 @@ def _policy_rows(world: World, pair: Pair, state: PolicyState, table: PolicyTabl
         return work()  # type: ignore[operator, no-any-return]
 
     note = f"{POLICY_COUNT:,} policies on {POLICY_COUNT:,} pods; reference: none"
-    with web_server(pair.server):
+    with web_server(pair.server) as process:
         for name, unit, work in (
             ("network-policies", "Gbit/s", lambda: gigabits(pair, seconds)),
-            ("network-policies-connect", "1/s", lambda: connections(pair, seconds)),
+            ("network-policies-connect", "1/CPU s", lambda: connections_per_cpu(pair, seconds, process)),
         ):
             if name in names:
                 mine, theirs = alternately(lambda: under(full, work), lambda: under(empty, work), repeat)  # noqa: B023

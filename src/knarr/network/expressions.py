@@ -15,7 +15,7 @@ from knarr.network.nftables import ElementBatch
 R = 8
 """Number of the first 32-bit register."""
 NEWTABLE, DELTABLE, NEWCHAIN, DELCHAIN, NEWRULE, DELRULE, NEWSET, DELSET = ((10 << 8) | number for number in (0, 2, 3, 5, 6, 8, 9, 11))
-EQUAL, LESS_EQUAL, GREATER_EQUAL = 0, 3, 5
+EQUAL, NOT_EQUAL, LESS_EQUAL, GREATER_EQUAL = 0, 1, 3, 5
 META_MARK, META_NFPROTO, META_L4PROTO = 3, 15, 16
 CT_STATE, CT_DIRECTION, CT_STATUS, CT_PROTO_DESTINATION = 0, 1, 2, 12
 CT_SOURCE, CT_DESTINATION = {4: 19, 6: 21}, {4: 20, 6: 22}
@@ -104,9 +104,10 @@ def dnat(family: int, address: int, port: int) -> bytes:
     return expression("nat", be32(1, 1), be32(2, 2 if family == 4 else 10), be32(3, address), be32(5, port))
 
 
-def destination_is_local(*, source: bool = False) -> bytes:
-    """End the rule unless the packet's destination (or source) is an address of this host."""
-    return expression("fib", be32(1, R), be32(2, 3), be32(3, 1 if source else 2)) + compare(R, struct.pack("=I", 2))
+def destination_is_local(*, source: bool = False, opposite: bool = False) -> bytes:
+    """End the rule unless the packet's destination (or source) is an address of this host; `opposite` unless it is none."""
+    kind = expression("fib", be32(1, R), be32(2, 3), be32(3, 1 if source else 2))
+    return kind + compare(R, struct.pack("=I", 2), NOT_EQUAL if opposite else EQUAL)
 
 
 def verdict(code: int, chain: str = "") -> bytes:

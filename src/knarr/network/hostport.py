@@ -9,10 +9,11 @@ Source: cni-plugins portmap (behaviour), kube-proxy nftables masquerading.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import ip_address, ip_network
 
 from knarr.network import conntrack
+from knarr.network.ipam import gateway_of
 from knarr.network.netlink import NETLINK_NETFILTER, NetlinkSocket
 from knarr.network.nftables import Element, ElementBatch, join, packed_address, port_key, protocol_key, run_script, value
 
@@ -52,6 +53,7 @@ def render(table: str, cluster_cidrs: Sequence[str], pod_cidrs: Sequence[str], l
  }
  # After the Services: what they have translated needs no look here.
  chain host_ports {
+PASS
   dnat ip to ip daddr . meta l4proto . th dport map @address_port4
   dnat ip6 to ip6 daddr . meta l4proto . th dport map @address_port6
   fib daddr type local jump node_ports
@@ -77,9 +79,17 @@ def render(table: str, cluster_cidrs: Sequence[str], pod_cidrs: Sequence[str], l
   ip saddr @own4 ip daddr != @cluster4 ip daddr != 224.0.0.0/4 masquerade
   ip6 saddr @own6 ip6 daddr != @cluster6 ip6 daddr != ff00::/8 masquerade
  }
-}""".replace("LINKS", link_prefix)
+}""".replace("LINKS", link_prefix).replace("PASS", "\n".join(_no_host_port(cluster_cidrs, pod_cidrs)))
     )
     return "\n".join(lines) + "\n"
+
+
+def _no_host_port(cluster_cidrs: Sequence[str], pod_cidrs: Sequence[str]) -> Iterator[str]:
+    """Rules that let pass what is for a pod: of the pod network only the gateways are the node's own."""
+    for version, ip in ((4, "ip"), (6, "ip6")):
+        gateways = sorted(str(gateway_of(network)) for network in map(ip_network, pod_cidrs) if network.version == version)
+        if gateways:
+            yield f"  {ip} daddr @cluster{version} {ip} daddr != {{ {', '.join(gateways)} }} return"
 
 
 Port = Sequence[str | int]

@@ -31,6 +31,7 @@ from knarr.network.expressions import (
     DROP,
     GOTO,
     META_L4PROTO,
+    RETURN,
     Family,
     R,
     add_chain,
@@ -51,7 +52,7 @@ from knarr.network.nftables import ElementBatch
 
 MASQUERADE_MARK = 0x4000
 AFFINITY_MARK = 0x2000
-SKELETON_VERSION = 4
+SKELETON_VERSION = 5
 _FAMILIES = ((4, "ip", "ipv4_addr", "0.0.0.0"), (6, "ip6", "ipv6_addr", "::"))
 
 
@@ -114,8 +115,9 @@ def skeleton(table: str, pod_cidrs: Sequence[str], node_port_addresses: Sequence
             f" map sticky{version} {{ type {frontend} : verdict; }}",
             f" map port_sticky{version} {{ type {port} : verdict; }}",
         ]
-    out.append(" chain refuse { reject; }")
-    out.append(" chain lose { drop; }")
+    for name, end in (("refuse", "reject"), ("lose", "drop")):
+        out.append(f" chain {name} {{ {end}; }}")
+        out.append(f" chain {name}_port {{ fib daddr type != local return; {end}; }}")
     out.append(" chain services {")
     for version, ip, _kind, _zero in _FAMILIES:
         frontend = f"{ip} daddr . meta l4proto . th dport"
@@ -129,7 +131,8 @@ def skeleton(table: str, pod_cidrs: Sequence[str], node_port_addresses: Sequence
         cidrs = [cidr for cidr in node_port_addresses if ip_network(cidr).version == version]
         restriction = f" {ip} daddr {{ {', '.join(cidrs)} }}" if cidrs else ""
         family = "ipv4" if version == 4 else "ipv6"
-        out.append(f"  meta nfproto {family}{restriction} fib daddr type local meta l4proto . th dport vmap @port{version}")
+        # Whether the address is the node's own is asked behind the map: few connections are to a port that is in it.
+        out.append(f"  meta nfproto {family}{restriction} meta l4proto . th dport vmap @port{version}")
     out.append(" }")
     out.append(_BASE_CHAINS)
     out.append("}")
@@ -277,5 +280,7 @@ def needed(pick: Pick) -> list[Pick]:
 def add_pick_chain(batch: ElementBatch, table: str, pick: Pick) -> None:
     """Add a pick's chain with its rules to a batch."""
     add_chain(batch, table, pick.name)
+    if pick.node_port:
+        add_rule(batch, table, pick.name, destination_is_local(opposite=True) + verdict(RETURN))
     for rule in _rules(pick):
         add_rule(batch, table, pick.name, rule)

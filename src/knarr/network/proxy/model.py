@@ -31,6 +31,7 @@ HEADLESS = "service.kubernetes.io/headless"
 HOST_PORTS = "knarr.dev/host-ports"
 """Annotation of a Service: "8080:80,8443:https" publishes its ports 80 and https on every node's 8080 and 8443."""
 REFUSE, LOSE = goto("refuse"), goto("lose")
+REFUSE_PORT, LOSE_PORT = goto("refuse_port"), goto("lose_port")
 
 
 @dataclass(slots=True)
@@ -233,7 +234,8 @@ def _external(out: Rendered, port: _Port, address: str, number: int) -> None:
     everywhere, here = port.backends.cluster, port.backends.local
     _watch_flows(out, port, address, number, key, {*everywhere, *(here if port.external_local else ())})
     if not (everywhere or (here if port.external_local else ())):
-        out.elements[table, key] = LOSE if port.backends.any_endpoints else REFUSE
+        refuse, lose = (REFUSE_PORT, LOSE_PORT) if node_port else (REFUSE, LOSE)
+        out.elements[table, key] = lose if port.backends.any_endpoints else refuse
         return
     if port.external_local:
         verdict, picks = _way(port.version, node_port, len(everywhere), len(here), False, port.affinity_seconds)
