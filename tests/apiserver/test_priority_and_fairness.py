@@ -9,7 +9,7 @@ import pytest
 from knarr.api import errors
 from knarr.api.resources import FLOW_SCHEMAS
 from knarr.apiserver.attributes import Attributes, UserInfo
-from knarr.apiserver.flow import PriorityLevel
+from knarr.apiserver.flowlevels import Claim, PriorityLevel, adjust, share_out
 from knarr.testing.apiserver import RunningAPIServer
 
 
@@ -72,7 +72,8 @@ async def test_requests_are_classified_by_the_default_schemas(apiserver: Running
     admin = UserInfo("root", groups=("system:masters", "system:authenticated"))
     assert flow.classify(Attributes(node, "update", "", "v1", "nodes", "status", "", "n1")).level.name == "node-high"
     assert flow.classify(Attributes(node, "list", "", "v1", "pods")).level.name == "system"
-    assert flow.classify(Attributes(person, "list", "", "v1", "pods", namespace="x")) [:2] == (flow._levels["global-default"], "global-default/jane")
+    found = flow.classify(Attributes(person, "list", "", "v1", "pods", namespace="x"))
+    assert (found.level, found.flow) == (flow._levels["global-default"], "global-default/jane")
     assert flow.classify(Attributes(admin, "list", "", "v1", "pods")).level.exempt
     assert flow.classify(Attributes(person, "get", path="/healthz", is_resource=False)).level.exempt
 
@@ -91,3 +92,82 @@ async def test_answers_name_their_schema_and_a_dangling_schema_says_so(apiserver
                 break
             await asyncio.sleep(0.01)
     assert (found[0]["type"], found[0]["status"], found[0]["reason"]) == ("Dangling", "True", "NotFound")
+
+
+def lending(name: str, shares: int, now: list[float], *, lendable: int = 0, borrows: int | None = None) -> PriorityLevel:
+    made = PriorityLevel(name, lambda: now[0])
+    limited = {"nominalConcurrencyShares": shares, "lendablePercent": lendable, "limitResponse": {"type": "Queue", "queuing": {}}}
+    if borrows is not None:
+        limited["borrowingLimitPercent"] = borrows
+    made.configure({"metadata": {}, "spec": {"type": "Limited", "limited": limited}}, 100, 100)
+    return made
+
+
+async def test_a_busy_level_borrows_what_an_idle_one_lends_and_gives_it_back() -> None:
+    now = [0.0]
+    busy, idle = lending("busy", 40, now), lending("idle", 60, now, lendable=50)
+    assert (busy.nominal, idle.nominal, idle.least) == (40, 60, 30)
+    for _ in range(40):
+        assert busy.enter_nowait()
+    assert not busy.enter_nowait()
+    waiting = [asyncio.ensure_future(busy.enter("a")) for _ in range(30)]
+    await asyncio.sleep(0)
+    now[0] = 10.0
+    adjust([busy, idle])
+    # All that is lendable has moved, and those who waited sit.
+    assert (busy.seats, idle.seats) == (70, 30)
+    await asyncio.gather(*waiting)
+    assert (busy.inside, busy.waiting) == (70, 0)
+    for _ in range(70):
+        busy.leave()
+    # Whoever lent gets up to its nominal seats back with the next adjustment after it wants them.
+    returning = [asyncio.ensure_future(idle.enter("b")) for _ in range(60)]
+    await asyncio.sleep(0)
+    assert (idle.inside, idle.waiting) == (30, 30)
+    now[0] = 20.0
+    adjust([busy, idle])
+    assert (busy.seats, idle.seats) == (40, 60)
+    await asyncio.gather(*returning)
+    assert idle.inside == 60
+
+
+async def test_nobody_borrows_more_than_allowed() -> None:
+    now = [0.0]
+    busy, idle = lending("busy", 40, now, borrows=25), lending("idle", 60, now, lendable=100)
+    for _ in range(40):
+        busy.enter_nowait()
+    waiting = [asyncio.ensure_future(busy.enter("a")) for _ in range(30)]
+    await asyncio.sleep(0)
+    now[0] = 10.0
+    adjust([busy, idle])
+    assert busy.seats == 50
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+@pytest.mark.parametrize(("total", "claims", "expected"), [
+    (100, [(0, 100, 10), (0, 100, 30)], [25, 75]),
+    (100, [(50, 100, 50), (0, 100, 10)], [83.333, 16.667]),
+    (100, [(0, 20, 50), (0, 100, 10)], [20, 80]),
+    (10, [(10, 10, 10), (0, 5, 0)], [10, 0]),
+])  # fmt: skip
+def test_seats_are_shared_in_proportion_within_bounds(total: int, claims: list[tuple[float, float, float]], expected: list[float]) -> None:
+    given, _ = share_out(total, [Claim(*claim) for claim in claims])
+    assert given == pytest.approx(expected, abs=0.01)
+
+
+async def test_dumps_show_levels_and_the_request_that_asks(apiserver: RunningAPIServer) -> None:
+    async def dump(name: str) -> list[list[str]]:
+        response = await apiserver.client.request("GET", f"/debug/api_priority_and_fairness/{name}")
+        return [[cell.strip() for cell in line.split(",")] for line in response.body.decode().splitlines()]
+
+    levels = await dump("dump_priority_levels")
+    assert levels[0][:3] == ["PriorityLevelName", "ActiveQueues", "IsIdle"]
+    assert {row[0] for row in levels[1:]} >= {"catch-all", "exempt", "workload-low"}
+    assert next(row for row in levels if row[0] == "exempt")[5] == "1"
+    assert (await dump("dump_queues"))[0][1:3] == ["Index", "PendingRequests"]
+    requests = await dump("dump_requests?includeRequestDetails=1")
+    assert [requests[1][0], *requests[1][10:13]] == ["exempt", "kubernetes-admin", "get", "/debug/api_priority_and_fairness/dump_requests"]
+    text = (await apiserver.client.request("GET", "/metrics")).body.decode()
+    assert 'apiserver_flowcontrol_request_wait_duration_seconds_bucket{execute="true",flow_schema="exempt",priority_level="exempt",le="0"}' in text

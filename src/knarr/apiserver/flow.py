@@ -1,7 +1,8 @@
 """Priority and fairness: which requests may run at once, and whose turn it is when not all may.
 
 Requests are classified by the FlowSchemas, lowest matchingPrecedence first, into a priority level and, within it, a flow.
-A level has seats in proportion to its shares; who finds none waits in a bounded queue per flow, and flows take turns.
+A level has seats in proportion to its shares, and lends what it does not use (flowlevels.py); who finds none waits in a bounded
+queue per flow, and flows take turns.
 Reads answered from memory do not wait for anything and are only classified. Long-running requests take no seat.
 
 Owner: APIServer. Input: the FlowSchema and PriorityLevelConfiguration stores. Full: 429 with Retry-After.
@@ -13,16 +14,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
-from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from knarr.aiokits import clock
 from knarr.api import errors
 from knarr.api.apply import manager_for
 from knarr.api.resources import FLOW_SCHEMAS
 from knarr.api.types import Object
+from knarr.apiserver import flowdebug
 from knarr.apiserver.attributes import Attributes, UserInfo
+from knarr.apiserver.flowlevels import ADJUSTMENT_SECONDS, PriorityLevel, adjust, shares_of
+from knarr.apiserver.instruments import Histograms
 from knarr.apiserver.metrics import family
 from knarr.apiserver.requestinfo import RequestInfo
 from knarr.http.server import Request
@@ -34,8 +37,7 @@ GROUP = "flowcontrol.apiserver.k8s.io"
 STATUS_MANAGER = "api-priority-and-fairness-config-consumer-v1"
 LONG_SUBRESOURCES = frozenset({"exec", "attach", "portforward", "log", "proxy"})
 MOST_CLASSIFIED = 4096
-QUEUE_WAIT_SECONDS = 15.0
-FULL = "too many requests, please try again later"
+WAIT_BOUNDS = (0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30)
 
 
 FlowKey = tuple[UserInfo, str, str, str, str, str, str]
@@ -47,109 +49,88 @@ def is_long_running(request: Request, info: RequestInfo) -> bool:
     return info.verb == "watch" or info.subresource in LONG_SUBRESOURCES or request.upgrade_wanted
 
 
-class Classified(NamedTuple):
-    """Where a request belongs."""
+class Classified:
+    """Where a request belongs, and what is counted for all that belong there."""
 
-    level: PriorityLevel
-    flow: str
-    headers: bytes
-    """The two headers by which clients see it."""
+    __slots__ = ("counts", "flow", "headers", "level")
+
+    def __init__(self, level: PriorityLevel, flow: str, headers: bytes, counts: _Counts) -> None:
+        self.level = level
+        self.flow = flow
+        """"schema/distinguisher"."""
+        self.headers = headers
+        """The two headers by which clients see it."""
+        self.counts = counts
 
 
-class PriorityLevel:
-    """Seats, and the queues before them."""
+class _Counts:
+    """Of one FlowSchema in one level."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.uid = ""
-        self.exempt = False
-        self.seats = 0
-        self.inside = 0
-        self.waiting = 0
-        self.rejected = 0
-        self.dispatched = 0
-        self._flow_limit = 0
-        self._total_limit = 0
-        self._queues: dict[str, deque[asyncio.Future[None]]] = {}
-        """Flows with somebody waiting, in the order of their next turn."""
+    __slots__ = ("dispatched", "executing", "rejected", "served", "turned_away", "waiting")
 
-    def configure(self, obj: Object, total_seats: int, total_shares: int) -> None:
-        """Take the settings of a PriorityLevelConfiguration."""
-        spec = obj.get("spec") or {}
-        self.uid = obj["metadata"].get("uid") or ""
-        self.exempt = spec.get("type") == "Exempt"
-        limited = spec.get("limited") or {}
-        shares = limited.get("nominalConcurrencyShares")
-        self.seats = max(1, math.ceil(total_seats * (30 if shares is None else shares) / max(1, total_shares)))
-        response = limited.get("limitResponse") or {}
-        queuing = response.get("queuing") or {}
-        if response.get("type") == "Queue":
-            length = queuing.get("queueLengthLimit") or 50
-            self._flow_limit = length * (queuing.get("handSize") or 8)
-            self._total_limit = length * (queuing.get("queues") or 64)
-        else:
-            self._flow_limit = self._total_limit = 0
-        while self.inside < self.seats and self._queues:
-            self._next()
+    def __init__(self, waits: Histograms, schema: str, level: str) -> None:
+        self.dispatched = self.executing = self.waiting = 0
+        self.rejected: dict[str, int] = {}
+        self.served = waits.at("true", schema, level)
+        self.turned_away = waits.at("false", schema, level)
+
+
+class Seat:
+    """One request's place: enter before, leave in the end."""
+
+    __slots__ = ("_counts", "arrived", "attributes", "classified", "path", "started")
+
+    def __init__(self, classified: Classified, attributes: Attributes, path: str, arrived: float) -> None:
+        self.classified = classified
+        self.attributes = attributes
+        self.path = path
+        self.arrived = arrived
+        self.started = 0.0
+        """By the loop's clock; 0 while it waits."""
+        self._counts = classified.counts
 
     def enter_nowait(self) -> bool:
         """Take a seat if one is free."""
-        if self.exempt or (self.inside < self.seats and not self._queues):
-            self.inside += 1
-            self.dispatched += 1
-            return True
-        return False
+        level = self.classified.level
+        if not level.enter_nowait():
+            return False
+        counts = self._counts
+        counts.dispatched += 1
+        counts.executing += 1
+        served = counts.served
+        served.count += 1
+        served.buckets[0] += 1
+        self.started = self.arrived
+        level.present.add(self)
+        return True
 
-    async def enter(self, flow: str) -> None:
+    async def enter(self) -> None:
         """Take a seat, waiting for it if need be. Raises 429."""
-        if self.enter_nowait():
-            return
-        queue = self._queues.get(flow)
-        if self.waiting >= self._total_limit or (queue is not None and len(queue) >= self._flow_limit):
-            self.rejected += 1
-            raise errors.too_many_requests(FULL, 1)
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queues.setdefault(flow, deque()).append(waiter)
-        self.waiting += 1
+        level, counts, loop = self.classified.level, self._counts, asyncio.get_running_loop()
+        begin = loop.time()
+        full = level.timed_out
+        level.present.add(self)
+        counts.waiting += 1
         try:
-            async with asyncio.timeout(QUEUE_WAIT_SECONDS):
-                await waiter
+            await level.enter(self.classified.flow)
         except BaseException as error:
-            if waiter.done() and not waiter.cancelled():
-                self.leave()
-            else:
-                self._forget(flow, waiter)
-            if isinstance(error, TimeoutError):
-                self.rejected += 1
-                raise errors.too_many_requests(FULL, 1) from None
+            level.present.discard(self)
+            reason = "cancelled" if not isinstance(error, errors.StatusError) else "time-out" if level.timed_out > full else "queue-full"
+            counts.rejected[reason] = counts.rejected.get(reason, 0) + 1
+            counts.turned_away.observe(loop.time() - begin)
             raise
-
-    def _forget(self, flow: str, waiter: asyncio.Future[None]) -> None:
-        queue = self._queues.get(flow)
-        if queue is not None and waiter in queue:
-            queue.remove(waiter)
-            self.waiting -= 1
-            if not queue:
-                del self._queues[flow]
+        finally:
+            counts.waiting -= 1
+        self.started = loop.time()
+        counts.dispatched += 1
+        counts.executing += 1
+        counts.served.observe(self.started - begin)
 
     def leave(self) -> None:
-        """Give a seat back; the next flow's first gets it."""
-        self.inside -= 1
-        if self._queues and self.inside < self.seats:
-            self._next()
-
-    def _next(self) -> None:
-        flow = next(iter(self._queues))
-        queue = self._queues.pop(flow)
-        waiter = queue.popleft()
-        self.waiting -= 1
-        if queue:
-            # Back to the end of the line: each flow one at a time.
-            self._queues[flow] = queue
-        self.inside += 1
-        self.dispatched += 1
-        if not waiter.done():
-            waiter.set_result(None)
+        level = self.classified.level
+        self._counts.executing -= 1
+        level.present.discard(self)
+        level.leave()
 
 
 class FlowControl:
@@ -164,6 +145,14 @@ class FlowControl:
         self._schemas: list[Object] = []
         self._classified: dict[FlowKey, Classified] = {}
         self._dirty = True
+        self._waits = Histograms(
+            "apiserver_flowcontrol_request_wait_duration_seconds", "[BETA] Length of time a request spent waiting in its queue",
+            ("execute", "flow_schema", "priority_level"), WAIT_BOUNDS,
+        )  # fmt: skip
+        self._counts: dict[tuple[str, str], _Counts] = {}
+        """(FlowSchema, level) -> its counts."""
+        self._fair = 0.0
+        self._configured: frozenset[str] = frozenset()
         self._fallback = PriorityLevel("catch-all")
         self._fallback.seats = 5
         self._wakeup = asyncio.Event()
@@ -174,6 +163,15 @@ class FlowControl:
             self._server.store(GROUP, plural).add_handler(self._changed)
         await self._mark_all()
         self._server.tasks.spawn_eternal(self._mark_forever(), "flow-schema-status")
+        if self._enabled:
+            self._server.tasks.spawn_eternal(self._adjust_forever(), "flow-lending")
+
+    async def _adjust_forever(self) -> None:
+        while True:
+            await asyncio.sleep(ADJUSTMENT_SECONDS)
+            if self._dirty:
+                self._reload()
+            self._fair = adjust(list(self._levels.values()))
 
     def _changed(self, type: str, obj: Object, old: Object | None) -> None:
         if old is not None and old.get("spec") == obj.get("spec") and type == "MODIFIED":
@@ -185,15 +183,13 @@ class FlowControl:
         self._dirty = False
         self._classified.clear()
         configured = self._server.store(GROUP, "prioritylevelconfigurations").list_nowait()
-        shares = sum(
-            30 if (share := ((obj["spec"].get("limited") or {}).get("nominalConcurrencyShares"))) is None else share
-            for obj in configured if obj["spec"].get("type") == "Limited"
-        )  # fmt: skip
+        shares = sum(map(shares_of, configured))
         names = set()
         for obj in configured:
             name = obj["metadata"]["name"]
             names.add(name)
             self._levels.setdefault(name, PriorityLevel(name)).configure(obj, self._total, shares)
+        self._configured = frozenset(names)
         for name in self._levels.keys() - names:
             if not self._levels[name].inside:
                 del self._levels[name]
@@ -225,19 +221,26 @@ class FlowControl:
             distinguisher = attributes.user.name if method == "ByUser" else attributes.namespace if method == "ByNamespace" else ""
             uid = schema["metadata"].get("uid") or ""
             headers = f"X-Kubernetes-Pf-Flowschema-Uid: {uid}\r\nX-Kubernetes-Pf-Prioritylevel-Uid: {level.uid}\r\n"
-            return Classified(level, f"{schema['metadata']['name']}/{distinguisher}", headers.encode())
-        return Classified(self._fallback, "", b"")
+            name = schema["metadata"]["name"]
+            return Classified(level, f"{name}/{distinguisher}", headers.encode(), self._counts_of(name, level.name))
+        return Classified(self._fallback, "", b"", self._counts_of("catch-all", "catch-all"))
 
-    def admit(self, request: Request, info: RequestInfo, attributes: Attributes) -> Classified | None:
+    def _counts_of(self, schema: str, level: str) -> _Counts:
+        found = self._counts.get((schema, level))
+        if found is None:
+            found = self._counts[schema, level] = _Counts(self._waits, schema, level)
+        return found
+
+    def admit(self, request: Request, info: RequestInfo, attributes: Attributes) -> Seat | None:
         """Say in whose line a request stands, and put that into its headers; None when it needs no seat.
 
-        The caller enters the level, and leaves it in the end. Plain calls instead of a context manager: every write comes this way.
+        The caller enters, and leaves in the end. Plain calls instead of a context manager: every write comes this way.
         """
         if not self._enabled:
             return None
         classified = self.classify(attributes)
         request.answer_headers = classified.headers
-        return None if is_long_running(request, info) else classified
+        return None if is_long_running(request, info) else Seat(classified, attributes, request.path, request.received_at)
 
     def headers_for(self, attributes: Attributes) -> bytes:
         """Return the headers of a read that takes no seat."""
@@ -264,31 +267,51 @@ class FlowControl:
                 waiting.append(schemas.update("", schema["metadata"]["name"], lambda obj, n=name, e=exists: _with_dangling(obj, n, e)))  # type: ignore[misc]
         await asyncio.gather(*waiting)
 
+    # -- for people and machines that look on --------------------------------------------------------------------------------
+    def debug(self, name: str, *, details: bool) -> bytes | None:
+        """Return one of the dumps below flowdebug.PATH, None if there is none of this name."""
+        levels = list(self._levels.values())
+        if name == "dump_priority_levels":
+            return flowdebug.levels(levels, frozenset(self._levels) - self._configured)
+        if name == "dump_queues":
+            return flowdebug.queues(levels)
+        return flowdebug.requests(levels, details=details) if name == "dump_requests" else None
+
     def metrics(self) -> list[str]:
         """Return lines of the exposition format."""
-        levels = list(self._levels.values())
-        by_level = [(f'priority_level="{level.name}"', level) for level in levels]
-        by_flow = [(f'flow_schema="",priority_level="{level.name}"', level) for level in levels]
         prefix = "apiserver_flowcontrol_"
-        return [
+        flows = [(f'flow_schema="{schema}",priority_level="{level}"', counts) for (schema, level), counts in self._counts.items()]
+        in_system = "in the API Priority and Fairness subsystem"
+        lines = [
             *family(prefix + "current_executing_requests", "gauge",
-                    "[BETA] Number of requests in initial (for a WATCH) or any (for a non-WATCH) execution stage in the API Priority and Fairness "
-                    "subsystem", [(labels, level.inside) for labels, level in by_flow]),
+                    f"[BETA] Number of requests in initial (for a WATCH) or any (for a non-WATCH) execution stage {in_system}",
+                    [(labels, counts.executing) for labels, counts in flows]),
             *family(prefix + "current_executing_seats", "gauge",
-                    "[BETA] Concurrency (number of seats) occupied by the currently executing requests in the API Priority and Fairness subsystem",
-                    [(labels, level.inside) for labels, level in by_flow]),
-            *family(prefix + "current_inqueue_requests", "gauge",
-                    "[BETA] Number of requests currently pending in queues of the API Priority and Fairness subsystem",
-                    [(labels, level.waiting) for labels, level in by_flow]),
-            *family(prefix + "nominal_limit_seats", "gauge", "[BETA] Nominal number of execution seats configured for each priority level",
-                    [(labels, level.seats) for labels, level in by_level]),
-            *family(prefix + "current_limit_seats", "gauge", "[ALPHA] current derived number of execution seats available to each priority level",
-                    [(labels, level.seats) for labels, level in by_level]),
+                    "[BETA] Concurrency (number of seats) occupied by the currently executing (initial stage for a WATCH, any stage otherwise) "
+                    f"requests {in_system}", [(labels, counts.executing) for labels, counts in flows]),
+            *family(prefix + "current_inqueue_requests", "gauge", f"[BETA] Number of requests currently pending in queues of {in_system[3:]}",
+                    [(labels, counts.waiting) for labels, counts in flows]),
             *family(prefix + "dispatched_requests_total", "counter",
-                    "[BETA] Number of requests executed by API Priority and Fairness subsystem", [(labels, level.dispatched) for labels, level in by_flow]),
+                    "[BETA] Number of requests executed by API Priority and Fairness subsystem", [(labels, counts.dispatched) for labels, counts in flows]),
             *family(prefix + "rejected_requests_total", "counter", "[BETA] Number of requests rejected by API Priority and Fairness subsystem",
-                    [(f'{labels},reason="queue-full"', level.rejected) for labels, level in by_flow if level.rejected]),
+                    [(f'{labels},reason="{reason}"', count) for labels, counts in flows for reason, count in counts.rejected.items()]),
+            *self._waits.lines(),
         ]  # fmt: skip
+        levels = [(f'priority_level="{level.name}"', level) for level in self._levels.values()]
+        by_level: tuple[tuple[str, str, Callable[[PriorityLevel], float]], ...] = (
+            ("nominal_limit_seats", "[BETA] Nominal number of execution seats configured for each priority level", lambda one: one.nominal),
+            ("lower_limit_seats", "[ALPHA] Configured lower bound on number of execution seats available to each priority level", lambda one: one.least),
+            ("upper_limit_seats", "[ALPHA] Configured upper bound on number of execution seats available to each priority level", lambda one: one.most),
+            ("current_limit_seats", "[ALPHA] current derived number of execution seats available to each priority level", lambda one: one.seats),
+            ("demand_seats_high_watermark", "[ALPHA] High watermark, over last adjustment period, of demand_seats", lambda one: one.demand.high_watermark),
+            ("demand_seats_average", "[ALPHA] Time-weighted average, over last adjustment period, of demand_seats", lambda one: one.demand.average),
+            ("demand_seats_stdev", "[ALPHA] Time-weighted standard deviation, over last adjustment period, of demand_seats", lambda one: one.demand.deviation),
+            ("demand_seats_smoothed", "[ALPHA] Smoothed seat demands", lambda one: one.demand.smoothed),
+        )
+        for name, text, value in by_level:
+            lines += family(prefix + name, "gauge", text, [(labels, value(level)) for labels, level in levels])
+        text = "[ALPHA] Fair fraction of server's concurrency to allocate to each priority level that can use it"
+        return [*lines, *family(prefix + "seat_fair_frac", "gauge", text, [("", self._fair)])]
 
 
 def _with_dangling(schema: Object, level: str, exists: bool) -> Object:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from knarr.api import errors
-from knarr.apiserver import discovery, negotiation
+from knarr.apiserver import discovery, flowdebug, negotiation
 from knarr.apiserver.attributes import PathHandler, UserInfo
 from knarr.apiserver.call import audit_id, respond_no_such_path, to_pretty, to_yaml, wants_pretty
 from knarr.apiserver.metrics import family
@@ -76,6 +76,13 @@ class Paths:
         elif stripped in ("/metrics", "/metrics/slis"):
             body = self._server.metrics.render() if stripped == "/metrics" else "\n".join([*self._health_metrics(), ""]).encode()
             request.respond(200, [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")], body)
+        elif stripped.startswith(flowdebug.PATH):
+            dump = self._server.flow.debug(stripped.removeprefix(flowdebug.PATH), details="includeRequestDetails" in request.query)
+            if dump is None:
+                raise errors.route_not_found()
+            request.respond(200, [
+                ("Audit-Id", audit_id(request)), ("Cache-Control", "no-cache, private"), ("Content-Type", "text/plain; charset=utf-8"),
+            ], dump)
         elif first == "openapi":
             await self._server.openapi.handle(request)
         elif stripped == "/":

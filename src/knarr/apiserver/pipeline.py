@@ -178,8 +178,8 @@ class Pipeline:
         trace = server.audit.begin(request, info, original, user) if server.audit is not None else None
         try:
             seat = server.flow.admit(request, info, attributes)
-            if seat is not None and not seat.level.enter_nowait():
-                await seat.level.enter(seat.flow)
+            if seat is not None and not seat.enter_nowait():
+                await seat.enter()
             try:
                 decision, reason = server.auth.authorizer.authorize(attributes)
                 if decision is Decision.ASK:
@@ -193,7 +193,7 @@ class Pipeline:
                 await self._route(request, info, attributes, user)
             finally:
                 if seat is not None:
-                    seat.level.leave()
+                    seat.leave()
         except StatusError as error:
             if trace is not None:
                 trace.failed(error)
