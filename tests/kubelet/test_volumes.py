@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from knarr.api.resources import CONFIG_MAPS, PODS
-from knarr.kubelet.volumes import atomic_writer, host, subpath
+from knarr.kubelet.volumes import atomic_writer, host, mounts, subpath
 from knarr.kubelet.volumes.atomic_writer import FileProjection
 from knarr.kubelet.volumes.model import VolumeError
 from tests.kubelet.conftest import Bench, container_state
@@ -112,3 +113,40 @@ async def test_a_sub_path_that_a_container_turned_into_a_link_stays_inside(bench
 def container_state_reason(pod: dict) -> str | None:  # type: ignore[type-arg]
     statuses = pod["status"].get("containerStatuses") or [{}]
     return ((statuses[0].get("state") or {}).get("waiting") or {}).get("reason")
+
+
+async def test_mounts_propagate_as_each_container_asks_and_no_further(bench: Bench) -> None:
+    shared = bench.folder / "shared"
+    shared.mkdir()
+    mounts.tmpfs(str(shared), size_bytes=1 << 20)
+    subprocess.run(["mount", "--make-shared", str(shared)], check=True)
+    names = {"master": "Bidirectional", "slave": "HostToContainer", "private": "None", "default": None}
+    for name, propagation in names.items():
+        mount = {"name": "h", "mountPath": "/mnt", **({"mountPropagation": propagation} if propagation else {})}
+        container = {"volumeMounts": [mount], "securityContext": {"privileged": True}}
+        await bench.run(name, f"mkdir -p /mnt/{name}; sleep 1000", container=container, volumes=[{"name": "h", "hostPath": {"path": str(shared)}}])
+    ids = {}
+    for name in names:
+        pod = await bench.until_ready(name)
+        ids[name] = pod["status"]["containerStatuses"][0]["containerID"].partition("://")[2]
+
+    async def run(name: str, command: str) -> int:
+        return (await bench.runtime.exec_sync(ids[name], ["sh", "-c", command], 10)).exit_code
+
+    async with asyncio.timeout(10):
+        while not all((shared / name).is_dir() for name in names):
+            await asyncio.sleep(0.02)
+    try:
+        for name in names:
+            assert await run(name, f"mount -t tmpfs t /mnt/{name} && echo {name} > /mnt/{name}/file") == 0
+        (shared / "host").mkdir()
+        mounts.tmpfs(str(shared / "host"), size_bytes=1 << 16)
+        (shared / "host" / "file").write_text("host\n")
+        seen = {name: {other for other in (*names, "host") if await run(name, f"test -e /mnt/{other}/file") == 0} for name in names}
+        assert seen == {"master": {"master", "host"}, "slave": {"master", "slave", "host"}, "private": {"private"}, "default": {"default"}}
+        assert {other for other in (*names, "host") if (shared / other / "file").exists()} == {"master", "host"}
+    finally:
+        for name in names:
+            await run(name, f"umount /mnt/{name}")
+        for point in mounts.mount_points(str(shared)):
+            mounts.unmount(point)
