@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from knarr.api.resources import CSI_DRIVERS, EVENTS, PERSISTENT_VOLUME_CLAIMS, PERSISTENT_VOLUMES, PODS
+from knarr.api.resources import CSI_DRIVERS, EVENTS, PERSISTENT_VOLUME_CLAIMS, PERSISTENT_VOLUMES, PODS, SECRETS
 from knarr.api.types import Object
-from knarr.kubelet.volumes import devices, mounts
+from knarr.kubelet.volumes import devices, iscsi, mounts
 from knarr.kubelet.volumes.model import VolumeError
 from tests.kubelet.conftest import Bench
 from tests.kubelet.test_plugins import CSIDriver, registered
@@ -212,3 +212,58 @@ async def test_a_pod_waits_with_an_event_for_a_program_that_the_host_lacks(bench
             await asyncio.sleep(0.05)
     assert told[0]["message"] == 'MountVolume.SetUp failed for volume "v" : mount failed: exec: "mount": executable file not found in $PATH'
     monkeypatch.undo()
+
+
+ISCSIADM = """#!/bin/sh
+echo "$*" >>{folder}/calls
+case "$*" in
+*--login*) mkdir -p {folder}/links; ln -s {disk} "{folder}/links/ip-192.0.2.7:3260-iscsi-iqn.2003-01.test:store-lun-3" ;;
+*--logout*) rm {folder}/links/* ;;
+esac
+"""
+
+
+async def test_an_iscsi_disk_is_logged_in_to_and_left_with_its_last_pod(bench: Bench, disk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = bench.folder / "iscsi"
+    folder.mkdir()
+    (folder / "iscsiadm").write_text(ISCSIADM.format(folder=folder, disk=disk))
+    (folder / "iscsiadm").chmod(0o755)
+    monkeypatch.setattr(iscsi, "_LINKS", str(folder / "links"))
+    source = {"targetPortal": "192.0.2.7", "iqn": "iqn.2003-01.test:store", "lun": 3, "chapAuthSession": True, "secretRef": {"name": "chap", "namespace": bench.namespace}}
+    await claim(bench, {"iscsi": source})
+    data = {"node.session.auth.username": "us", "node.session.auth.password": "pw"}
+    await bench.client.create(SECRETS, {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "chap", "namespace": bench.namespace}, "stringData": data}, bench.namespace)
+    with monkeypatch.context() as without:
+        without.setenv("PATH", "/nonexistent")
+        await bench.run("first", "echo kept >/v/f; sleep 1000", **USES)
+        async with asyncio.timeout(10):
+            while not (told := [e for e in (await bench.client.list(EVENTS, bench.namespace))["items"] if e["reason"] == "FailedMount"]):
+                await asyncio.sleep(0.02)
+        assert told[0]["message"] == 'MountVolume.WaitForAttach failed for volume "v" : exec: "iscsiadm": executable file not found in $PATH'
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    await bench.until_ready("first", 40)
+    await bench.run("second", "until grep kept /v/f; do sleep 0.05; done", **USES)
+    await bench.until_phase("second", "Succeeded", 40)
+    node = "-m node -p 192.0.2.7:3260 -T iqn.2003-01.test:store"
+    find = "-m discoverydb -t sendtargets -p 192.0.2.7:3260 -I default"
+    logged_in = [
+        "-m iface -I default -o show", f"{find} -o new", f"{find} --discover",
+        *(f"{node} -I default -o update -n node.session.auth.{key} -v {value}" for key, value in (("authmethod", "CHAP"), ("username", "us"), ("password", "pw"))),
+        f"{node} -I default --login", f"{node} -I default -o update -n node.startup -v manual",
+    ]  # fmt: skip
+    assert (folder / "calls").read_text().splitlines() == [*logged_in, "-m iface -I default -o show"]
+    await left(bench, "second", 1)
+    assert "--logout" not in (folder / "calls").read_text()
+    await left(bench, "first", 0)
+    async with asyncio.timeout(10):
+        while f"{node} -o delete" not in (folder / "calls").read_text().splitlines():
+            await asyncio.sleep(0.02)
+    assert f"{node} --logout" in (folder / "calls").read_text().splitlines()
+
+
+async def left(bench: Bench, name: str, mounted: int) -> None:
+    """Delete a pod, and wait until so many mounts of iSCSI disks are left."""
+    await bench.client.delete(PODS, name, bench.namespace, grace_period_seconds=0)
+    async with asyncio.timeout(20):
+        while len([m for m in mounts.mount_points(str(bench.folder / "kubelet")) if "~iscsi" in m]) != mounted:
+            await asyncio.sleep(0.05)

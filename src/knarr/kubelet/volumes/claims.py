@@ -6,15 +6,16 @@ through mount(8); CSI volumes through the driver's socket (csi.py). Source: pkg/
 
 from __future__ import annotations
 
+import base64
 import os
 import stat
 
 from knarr.aiokits.log import get_logger
 from knarr.api import errors
-from knarr.api.resources import PERSISTENT_VOLUME_CLAIMS, PERSISTENT_VOLUMES
+from knarr.api.resources import PERSISTENT_VOLUME_CLAIMS, PERSISTENT_VOLUMES, SECRETS
 from knarr.api.types import Object
 from knarr.client.rest import Client
-from knarr.kubelet.volumes import devices, host, local, mounts
+from knarr.kubelet.volumes import devices, host, iscsi, local, mounts
 from knarr.kubelet.volumes.csi import CSIVolumes
 from knarr.kubelet.volumes.model import MountedVolume, VolumeError
 
@@ -118,9 +119,23 @@ class Claims:
             device = f"{source['nfs']['server']}:{source['nfs']['path']}"
             await devices.mount_program(device, target, "nfs", options + (["ro"] if read_only else []))
             return MountedVolume(name, target, read_only=read_only)
+        if kind == "iscsi":
+            target = os.path.join(pod_dir, "volumes", iscsi.FOLDER, inner)
+            await iscsi.mount(source["iscsi"], await self._iscsi_secret(pod, source["iscsi"]), target, options, read_only=read_only)
+            return MountedVolume(name, target, read_only=read_only)
         if kind == "flexVolume":
             raise VolumeError("flexVolume drivers are not supported by this kubelet; use a CSI driver")
         raise VolumeError(f"no volume plugin matched for {kind}; its CSI driver is needed")
+
+    async def _iscsi_secret(self, pod: Object, source: Object) -> dict[str, str]:
+        reference = source.get("secretRef")
+        if not reference or not (source.get("chapAuthDiscovery") or source.get("chapAuthSession")):
+            return {}
+        try:
+            found = await self._client.get(SECRETS, reference["name"], reference.get("namespace") or pod["metadata"].get("namespace", ""))
+        except errors.StatusError as e:
+            raise VolumeError(f"failed to get secret: {e.message}", step="MountVolume.NewMounter") from e
+        return {key: base64.b64decode(value).decode(errors="replace") for key, value in (found.get("data") or {}).items()}
 
     async def _mount_local(self, name: str, inner: str, source: Object, pod_dir: str, *, read_only: bool, options: list[str]) -> MountedVolume:
         path = source["path"]
@@ -140,7 +155,8 @@ class Claims:
         return MountedVolume(name, target, read_only=read_only)
 
     async def unmount(self, pod_uid: str, pod_dir: str) -> None:
-        """Tell CSI drivers that the pod is gone; plain mounts are undone by the caller."""
+        """Tell CSI drivers and iSCSI targets that the pod is gone; plain mounts are undone by the caller."""
+        await iscsi.release(pod_dir)
         await self._csi.unmount(pod_uid, pod_dir)
 
 

@@ -79,7 +79,7 @@ async def format_and_mount(device: str, target: str, kind: str, options: list[st
         if not held:
             log.info("making a file system", device=device, kind=kind)
             await _format(device, target, kind, options)
-        elif not read_only and not _is_mounted(real):
+        elif not read_only and not is_mounted(real):
             await _check(device)
         try:
             await mount_program(device, target, kind, options)
@@ -119,6 +119,7 @@ async def _check(device: str) -> None:
         log.info("file system repaired", device=device)
 
 
-def _is_mounted(device: str) -> bool:
+def is_mounted(device: str) -> bool:
+    """Whether a device's file system is mounted anywhere in sight."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         return any(line.partition(" - ")[2].split()[1:2] == [device] for line in file)

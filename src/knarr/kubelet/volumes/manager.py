@@ -125,8 +125,8 @@ class Volumes:
         for volume, result in zip(wanted, results, strict=True):
             if isinstance(result, (VolumeError, OSError, atomic_writer.PayloadPathError)):
                 failed.append(volume["name"])
-                reason = result.reason if isinstance(result, VolumeError) else "FailedMount"
-                self._event(pod, "Warning", reason, f'MountVolume.SetUp failed for volume "{volume["name"]}" : {result}')
+                fault = result if isinstance(result, VolumeError) else VolumeError(str(result))
+                self._event(pod, "Warning", fault.reason, f'{fault.step} failed for volume "{volume["name"]}" : {result}')
             elif isinstance(result, BaseException):
                 raise result
         if failed:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 class VolumeError(Exception):
     """A volume cannot be set up now; the text is what the FailedMount event says after the volume's name.
 
-    `retry` False means that only a change of the pod or of what it refers to helps.
+    `step` is the part of the work that failed, in upstream's words.
     """
 
-    def __init__(self, message: str, *, reason: str = "FailedMount") -> None:
+    def __init__(self, message: str, *, reason: str = "FailedMount", step: str = "MountVolume.SetUp") -> None:
         super().__init__(message)
         self.reason = reason
+        self.step = step
 
 
 @dataclass(slots=True)

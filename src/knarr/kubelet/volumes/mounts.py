@@ -75,6 +75,16 @@ def mount_points(below: str) -> list[str]:
     return found[::-1]
 
 
+def source_of(path: str) -> str:
+    """The device of the newest mount at a path, "" when nothing is mounted there."""
+    found = ""
+    with open("/proc/self/mountinfo", "rb") as file:
+        for line in file:
+            if _unescape(line.split(b" ", 5)[4]) == path:
+                found = _unescape(line.partition(b" - ")[2].split(b" ")[1])
+    return found
+
+
 def is_mount_point(path: str) -> bool:
     return path in mount_points(path)
 
