@@ -245,6 +245,7 @@ _TRACKED_INSIDE = """table inet least {
  }
  chain nat {
   type nat hook prerouting priority dstnat
+  ct state new accept
  }
 }
 """
