@@ -118,9 +118,13 @@ class PodWorkers:
         if worker is None:
             self.add(pod)
             return
-        if worker.pod["spec"] != pod["spec"]:
+        before = worker.pod["spec"]
+        if before != pod["spec"]:
             self._node.pods_changed.set()
         worker.update(self._allocated(pod))
+        if before != worker.pod["spec"]:
+            # It may have been made smaller.
+            self._retry_resizes()
         self._node.status.on_api_update(pod)
 
     def _allocated(self, pod: Object) -> Object:
@@ -132,6 +136,10 @@ class PodWorkers:
     def _room_made(self) -> None:
         """A pod ended: a resize that waits may fit now."""
         self._node.pods_changed.set()
+        self._retry_resizes()
+
+    def _retry_resizes(self) -> None:
+        """Look again at the resizes that wait for room."""
         if self._node.resize is None:
             return
         for pod in self._node.resize.deferred():

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 _RETRY_SECONDS = 10.0
+_QOS_ORDER = ("Guaranteed", "Burstable", "BestEffort")
 RESOURCES_ANNOTATION = "io.kubernetes.container.resources"
 """What a container asked for when it was made."""
 
@@ -140,8 +141,10 @@ class Resizes:
         return len(self._running)
 
     def deferred(self) -> list[Object]:
-        """Pods whose resize waits for room; look at them again when room was made."""
-        return [pod for reason, _, pod in self._waiting.values() if reason == "Deferred"]
+        """Pods whose resize waits for room, in the order in which room is to be given; look at them again when there is some."""
+        waiting = [pod for reason, _, pod in self._waiting.values() if reason == "Deferred"]
+        # Of equal ones the first to wait is first: the order of the entries.
+        return sorted(waiting, key=lambda pod: (-(pod["spec"].get("priority") or 0), _QOS_ORDER.index(podutil.qos_class(pod))))
 
     def forget(self, uid: str) -> None:
         """The pod is gone."""
