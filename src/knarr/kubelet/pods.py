@@ -124,7 +124,7 @@ class PodWorkers:
         worker.update(self._allocated(pod))
         if before != worker.pod["spec"]:
             # It may have been made smaller.
-            self._retry_resizes()
+            self._retry_resizes("pod_resized")
         self._node.status.on_api_update(pod)
 
     def _allocated(self, pod: Object) -> Object:
@@ -136,12 +136,13 @@ class PodWorkers:
     def _room_made(self) -> None:
         """A pod ended: a resize that waits may fit now."""
         self._node.pods_changed.set()
-        self._retry_resizes()
+        self._retry_resizes("pods_removed")
 
-    def _retry_resizes(self) -> None:
+    def _retry_resizes(self, why: str) -> None:
         """Look again at the resizes that wait for room."""
         if self._node.resize is None:
             return
+        self._node.resize.trigger = why
         for pod in self._node.resize.deferred():
             worker = self._workers.get(podutil.uid(pod))
             if worker is not None:

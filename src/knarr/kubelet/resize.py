@@ -45,6 +45,8 @@ class Resizes:
         """Pod uid to container name to the resources in force."""
         self._waiting: dict[str, tuple[str, str, Object]] = {}
         """Pod uid to (reason, message, pod) of a resize that was not granted."""
+        self.trigger = ""
+        """Why resizes that wait are looked at again, for the metrics."""
         self._given: dict[str, Object] = {}
         """Container id to the resources that it was given since it was made."""
 
@@ -103,7 +105,7 @@ class Resizes:
         node, waited = self._node, self._waiting.get(uid)
         if waited is not None:
             if refusal is None and waited[0] == "Deferred":
-                node.count('kubelet_pod_deferred_accepted_resizes_total{retry_trigger="periodic_retry"}')
+                node.count(f'kubelet_pod_deferred_accepted_resizes_total{{retry_trigger="{self.trigger}"}}')
             return
         if refusal is not None and refusal[0] == "Infeasible":
             node.count('kubelet_pod_infeasible_resizes_total{reason_detail="insufficient_node_allocatable"}')
