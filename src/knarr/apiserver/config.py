@@ -54,6 +54,9 @@ class APIServerConfig:
     """Entries `jwt` of an AuthenticationConfiguration."""
     authorizers: tuple[Object, ...] = ()
     """Entries of an AuthorizationConfiguration; empty means authorization_modes."""
+    authentication_config: str = ""
+    authorization_config: str = ""
+    """Files that jwt_issuers and authorizers come from; they are read again when they change."""
     oidc: dict[str, str] = field(default_factory=dict)
     """OIDC options by upstream's flag names without the prefix: issuer-url, client-id, username-claim, ..."""
     service_cidrs: tuple[str, ...] = ("10.96.0.0/16",)

@@ -100,6 +100,7 @@ class APIServer:
             self.flow.metrics, self.storage.metrics, build_info, feature_metrics, celtimes.lines, lambda: self.metrics.deprecated(self._is_deprecated),
         ]  # fmt: skip
         self.auth = auth = build_auth(self)
+        self.metrics.sources += [one.metrics for one in auth.reloads]
         self.paths.handlers.update(auth.paths)
         self._build_optional()
         # The socket is bound first, so that the port is known to the objects written below; nobody is answered before them.

@@ -1,4 +1,5 @@
-"""Plugins about certificate signing requests: CertificateApproval, CertificateSigning, CertificateSubjectRestriction.
+"""Plugins about certificate signing requests: CertificateApproval, CertificateSigning, CertificateSubjectRestriction;
+and ClusterTrustBundleAttest.
 
 Source: kubernetes plugin/pkg/admission/certificates.
 """
@@ -10,10 +11,12 @@ import binascii
 
 from knarr.api.errors import go_quote
 from knarr.api.scheme import Resource
+from knarr.api.types import Object
 from knarr.apiserver.admission.plugin import CREATE, UPDATE, Plugin, is_resource, refuse
 from knarr.apiserver.attributes import AdmissionRequest, Attributes, Authorizer, Decision, UserInfo
 
 GROUP = "certificates.k8s.io"
+_COLLECTED = frozenset({"ownerReferences", "finalizers", "managedFields", "resourceVersion"})
 _CLIENT_SIGNER = "kubernetes.io/kube-apiserver-client"
 
 
@@ -64,6 +67,35 @@ class CertificateSigning(Plugin):
         signer = (old.get("spec") or {}).get("signerName") or ""
         if not await may_use_signer(self._authorizer, request.user, "sign", signer):
             raise refuse(request, f"user not permitted to sign requests with signerName {go_quote(signer)}")
+
+
+class ClusterTrustBundleAttest(Plugin):
+    """Whoever writes a ClusterTrustBundle of a signer must hold "attest" on it. The kind is off by default in 1.35, and then not served."""
+
+    name = "ClusterTrustBundleAttest"
+
+    def __init__(self, authorizer: Authorizer) -> None:
+        self._authorizer = authorizer
+
+    def handles(self, operation: str, resource: Resource, subresource: str) -> bool:
+        return is_resource(resource, GROUP, "clustertrustbundles") and operation in (CREATE, UPDATE)
+
+    async def validate(self, request: AdmissionRequest) -> None:
+        signer = ((request.object or {}).get("spec") or {}).get("signerName") or ""
+        if not signer or (request.operation == UPDATE and _only_collected(request.object or {}, request.old_object or {})):
+            return
+        if not await may_use_signer(self._authorizer, request.user, "attest", signer):
+            raise refuse(request, f"user not permitted to attest for signerName {go_quote(signer)}")
+
+
+def _only_collected(new: Object, old: Object) -> bool:
+    """Whether nothing but what garbage collection and migration write has changed."""
+
+    def rest(obj: Object) -> Object:
+        kept = {key: value for key, value in (obj.get("metadata") or {}).items() if key not in _COLLECTED}
+        return {**obj, "metadata": kept}
+
+    return rest(new) == rest(old)
 
 
 class CertificateSubjectRestriction(Plugin):

@@ -16,12 +16,18 @@ from knarr.api.meta import deep_copy
 from knarr.api.scheme import Resource
 from knarr.api.types import Object
 from knarr.apiserver.admission.always_pull_images import AlwaysPullImages
-from knarr.apiserver.admission.certificates import CertificateApproval, CertificateSigning, CertificateSubjectRestriction
+from knarr.apiserver.admission.certificates import (
+    CertificateApproval,
+    CertificateSigning,
+    CertificateSubjectRestriction,
+    ClusterTrustBundleAttest,
+)
 from knarr.apiserver.admission.conditions import Conditions
 from knarr.apiserver.admission.default_toleration_seconds import DefaultTolerationSeconds
 from knarr.apiserver.admission.event_rate_limit import EventRateLimit
 from knarr.apiserver.admission.extended_resource_toleration import ExtendedResourceToleration
 from knarr.apiserver.admission.external_ips import DenyServiceExternalIPs
+from knarr.apiserver.admission.image_policy import ImagePolicyWebhook
 from knarr.apiserver.admission.ingress_class import DefaultIngressClass
 from knarr.apiserver.admission.limit_ranger import LimitRanger
 from knarr.apiserver.admission.matching import GROUP, Equivalent, NamespaceMatcher
@@ -272,6 +278,7 @@ def _plugins(services: Services) -> list[Plugin]:
     plugins += [
         TaintNodesByCondition(),
         AlwaysPullImages(),
+        ImagePolicyWebhook(configured.get("ImagePolicyWebhook")),
         PodSecurity(namespaces, pods, pod_security if isinstance(pod_security, dict) else None),
         PodNodeSelector(namespaces, configured.get("PodNodeSelector")),
         Priority(store("scheduling.k8s.io", "priorityclasses")),
@@ -289,7 +296,7 @@ def _plugins(services: Services) -> list[Plugin]:
         PodTopologyLabels(nodes),
     ]
     if auth is not None:
-        plugins += [CertificateApproval(auth.authorizer), CertificateSigning(auth.authorizer)]
+        plugins += [CertificateApproval(auth.authorizer), CertificateSigning(auth.authorizer), ClusterTrustBundleAttest(auth.authorizer)]
     plugins.append(CertificateSubjectRestriction())
     validating: list[Plugin] = []
     if auth is not None:

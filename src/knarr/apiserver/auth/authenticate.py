@@ -55,6 +55,11 @@ class RequestAuthenticator:
         self._api_audiences = api_audiences
         self._cache: dict[tuple[str, tuple[str, ...]], tuple[float, TokenUser]] = {}
 
+    def replace_tokens(self, tokens: Sequence[TokenAuthenticator]) -> None:
+        """Ask these about tokens from now on; what others said is forgotten."""
+        self._tokens = tuple(tokens)
+        self._cache.clear()
+
     # -- requests ----------------------------------------------------------------------------------------------------
     def authenticate_nowait(self, request: Request) -> UserInfo | None:
         known = self._certificate_user(request)

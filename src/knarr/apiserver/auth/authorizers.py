@@ -44,6 +44,10 @@ class UnionAuthorizer:
     def __init__(self, authorizers: Sequence[SyncAuthorizer | AsyncAuthorizer]) -> None:
         self._authorizers = tuple(authorizers)
 
+    def replace(self, authorizers: Sequence[SyncAuthorizer | AsyncAuthorizer]) -> None:
+        """Ask these from now on."""
+        self._authorizers = tuple(authorizers)
+
     def authorize(self, attributes: Attributes) -> tuple[Decision, str]:
         if users.MASTERS in attributes.user.groups:
             return Decision.ALLOW, ""

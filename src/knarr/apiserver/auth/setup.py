@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -20,6 +22,7 @@ from knarr.apiserver.auth.node import NodeAuthorizer
 from knarr.apiserver.auth.openid import DISCOVERY_PATH, KEYS_PATH, OpenIDMetadata
 from knarr.apiserver.auth.podrefs import NodeReferences
 from knarr.apiserver.auth.rbac import RBAC
+from knarr.apiserver.auth.reload import Reloads
 from knarr.apiserver.auth.requestheader import RequestHeader
 from knarr.apiserver.auth.reviews import AccessReviews, IdentityReviews
 from knarr.apiserver.auth.serviceaccounts import Issuer, ServiceAccountTokens, TokenStores
@@ -27,6 +30,9 @@ from knarr.apiserver.auth.tokenrequest import TokenRequests
 from knarr.apiserver.auth.tokens import BootstrapTokens, TokenAuthenticator, TokenFile
 from knarr.apiserver.auth.x509 import CABundle
 from knarr.http.server import Request
+
+if TYPE_CHECKING:
+    from knarr.apiserver.auth.webhooks import WebhookAuthorizer
 
 RBAC_GROUP = "rbac.authorization.k8s.io"
 
@@ -48,12 +54,16 @@ class APIServerAuth:
         config = services.config
         self._services = services
         self._closing: list[Callable[[], Awaitable[None]]] = []
+        self._webhooks: list[WebhookAuthorizer] = []
+        """Of the authorization configuration."""
         store = services.store
         audiences = tuple(config.api_audiences) or (config.service_account_issuer,)
         stores = TokenStores(store("", "serviceaccounts"), store("", "secrets"), store("", "pods"), store("", "nodes"))
         issuer = _issuer(services)
         self._legacy_use = LegacyTokenUse(stores.secrets, store("", "configmaps"), services.tasks)
-        tokens: list[TokenAuthenticator] = []
+        self._other_tokens: list[TokenAuthenticator] = []
+        """All but those of the structured configuration."""
+        tokens = self._other_tokens
         if config.token_file:
             tokens.append(TokenFile(config.token_file))
         tokens.append(BootstrapTokens(stores.secrets))
@@ -61,10 +71,6 @@ class APIServerAuth:
             from knarr.apiserver.auth.oidc import OIDC, OIDCConfig
 
             tokens.append(OIDC(OIDCConfig.from_options(config.oidc)))
-        if config.jwt_issuers:
-            from knarr.apiserver.auth.structured import StructuredJWT
-
-            tokens += [StructuredJWT(issuer, index) for index, issuer in enumerate(config.jwt_issuers)]
         if config.authentication_webhook_config:
             from knarr.apiserver.auth.webhooks import WebhookTokens
 
@@ -76,7 +82,7 @@ class APIServerAuth:
             request_header = RequestHeader(CABundle(config.requestheader_client_ca), tuple(config.requestheader_allowed_names))
         self.authenticator = RequestAuthenticator(
             client_ca=CABundle(config.client_ca) if config.client_ca else None, request_header=request_header,
-            service_accounts=ServiceAccountTokens(issuer, audiences, stores, self._legacy_use.note), tokens=tokens,
+            service_accounts=ServiceAccountTokens(issuer, audiences, stores, self._legacy_use.note), tokens=[*tokens, *_structured(config.jwt_issuers)],
             anonymous_paths=config.anonymous_paths, api_audiences=audiences,
         )  # fmt: skip
         roles, role_bindings = store(RBAC_GROUP, "roles"), store(RBAC_GROUP, "rolebindings")
@@ -105,6 +111,37 @@ class APIServerAuth:
         metadata = OpenIDMetadata(issuer, f"{config.service_account_issuer.rstrip('/')}{KEYS_PATH}")
         self.paths: Mapping[str, PathHandler] = {DISCOVERY_PATH: metadata.configuration, KEYS_PATH: metadata.keys}
 
+        self.reloads = [
+            Reloads(kind, path, apply, config.identity or socket.gethostname())
+            for kind, path, apply in (
+                ("authentication", config.authentication_config, self._reload_authentication),
+                ("authorization", config.authorization_config, self._reload_authorization),
+            ) if path
+        ]  # fmt: skip
+
+    async def _reload_authentication(self, path: str) -> None:
+        from knarr.apiserver.auth.structured import authentication_settings
+
+        self.authenticator.replace_tokens([*self._other_tokens, *_structured(authentication_settings(path)["jwt_issuers"])])
+
+    async def _reload_authorization(self, path: str) -> None:
+        from knarr.apiserver.auth.structured import authorization_settings
+
+        entries = authorization_settings(path)["authorizers"]
+        # What is built in cannot come or go while the server runs: other parts were built for it.
+        before, after = ({one["type"] for one in found} - {"Webhook"} for found in (self._services.config.authorizers, entries))
+        if before != after:
+            raise ValueError(f"authorizers other than webhooks cannot change: {', '.join(sorted(before))} at start, now {', '.join(sorted(after))}")
+        old, self._webhooks = self._webhooks, []
+        try:
+            made = [self._configured(one) for one in entries]
+        except BaseException:
+            self._webhooks = old
+            raise
+        self.authorizer.replace(made)
+        for one in old:
+            await one.close()
+
     def _configured(self, entry: Object) -> SyncAuthorizer | AsyncAuthorizer:
         """Make the authorizer of an entry of an AuthorizationConfiguration."""
         if entry["type"] != "Webhook":
@@ -112,7 +149,7 @@ class APIServerAuth:
         from knarr.apiserver.auth.structured import webhook_authorizer
 
         asked = webhook_authorizer(entry)
-        self._closing.append(asked.close)
+        self._webhooks.append(asked)
         return asked
 
     def _mode(self, mode: str) -> SyncAuthorizer | AsyncAuthorizer:
@@ -152,10 +189,20 @@ class APIServerAuth:
         await self._legacy_use.start()
         if self._policy is not None:
             await self._policy.start()
+        for one in self.reloads:
+            self._services.tasks.spawn_eternal(one.follow(), "configuration-reload")
 
     async def close(self) -> None:
-        for close in self._closing:
+        for close in (*self._closing, *(one.close for one in self._webhooks)):
             await close()
+
+
+def _structured(issuers: Sequence[Object]) -> list[TokenAuthenticator]:
+    if not issuers:
+        return []
+    from knarr.apiserver.auth.structured import StructuredJWT
+
+    return [StructuredJWT(issuer, index) for index, issuer in enumerate(issuers)]
 
 
 def build_auth(services: Services) -> APIServerAuth:

@@ -1,7 +1,8 @@
 """AuthenticationConfiguration and AuthorizationConfiguration: token issuers, anonymous paths and authorizers from files.
 
 `authentication_settings` and `authorization_settings` read and check a file and give settings of APIServerConfig; `StructuredJWT` and
-`webhook_authorizer` make of them what asks and checks. The files are read when the server starts.
+`webhook_authorizer` make of them what asks and checks. The files are read when the server starts,
+and again when they change (reload.py).
 
 Source: apiserver pkg/apis/apiserver/{types.go,validation}, plugin/pkg/authenticator/token/oidc, plugin/pkg/authorizer/webhook.
 """
@@ -50,7 +51,7 @@ def authentication_settings(path: str) -> dict[str, Any]:
     urls = [StructuredJWT(issuer, index).url for index, issuer in enumerate(issuers)]
     if len(set(urls)) < len(urls):
         raise ValueError("jwt: Duplicate value: an issuer URL is given twice")
-    changes: dict[str, Any] = {"jwt_issuers": issuers}
+    changes: dict[str, Any] = {"jwt_issuers": issuers, "authentication_config": path}
     anonymous = document.get("anonymous")
     if anonymous is not None:
         paths = tuple(_required(condition.get("path"), "anonymous.conditions.path") for condition in anonymous.get("conditions") or ())
@@ -184,7 +185,8 @@ def authorization_settings(path: str) -> dict[str, Any]:
         names.add((kind, name))
         if kind == "Webhook":
             webhook_settings(one, own)
-    return {"authorizers": authorizers, "authorization_modes": tuple(one["type"] for one in authorizers)}
+    modes = tuple(one["type"] for one in authorizers)
+    return {"authorizers": authorizers, "authorization_modes": modes, "authorization_config": path}
 
 
 def webhook_settings(given: Object, path: str = "webhook") -> dict[str, Any]:

@@ -30,7 +30,7 @@ ALLOWED_SECONDS, REFUSED_SECONDS = 300.0, 30.0
 _MOST_CACHED = 8192
 
 
-class _Caller:
+class ReviewCaller:
     """Posts reviews to the server of a kubeconfig's current context."""
 
     def __init__(self, kubeconfig: str) -> None:
@@ -58,7 +58,7 @@ class WebhookTokens:
     """TokenAuthenticator that asks with TokenReviews."""
 
     def __init__(self, kubeconfig: str) -> None:
-        self._caller = _Caller(kubeconfig)
+        self._caller = ReviewCaller(kubeconfig)
 
     async def authenticate_token(self, token: str, audiences: tuple[str, ...]) -> TokenUser | None:
         spec: Object = {"token": token, "audiences": list(audiences)}
@@ -86,7 +86,7 @@ class WebhookAuthorizer:
         timeout_seconds: float = 30.0, denies_on_failure: bool = False, conditions: Sequence[Callable[[Object], object]] = (),
     ) -> None:  # fmt: skip
         """Args: conditions: say of a review's spec whether the server is asked at all; TokenRefused when that cannot be told."""
-        self._caller = _Caller(kubeconfig)
+        self._caller = ReviewCaller(kubeconfig)
         self._allowed_seconds, self._refused_seconds = allowed_seconds, refused_seconds
         self._timeout_seconds = timeout_seconds
         self._failure = Decision.DENY if denies_on_failure else Decision.NO_OPINION
