@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from knarr.aiokits.log import get_logger
 from knarr.client.events import EventRecorder
 from knarr.client.rest import Client
-from knarr.network.netlink import NETLINK_NETFILTER, NetlinkSocket, attributes, cstring
+from knarr.network.netlink import NETLINK_NETFILTER, NetlinkSocket, attributes, cstring, text
 from knarr.network.netns import entered, open_netlink
 from knarr.network.tablewatch import RulesetWatch
 
@@ -80,7 +80,9 @@ def forward_drops(own: tuple[str, ...] = OWN, netns: str | None = None) -> list[
 
 def _ends_in_refusal(netlink: NetlinkSocket, family: int, table: str, chain: str) -> bool:
     last: list[tuple[str, memoryview]] = []
-    for body in netlink.dump(_GETRULE, struct.pack("=BBH", family, 0, 0), "listing rules"):
+    # The kernel lists this chain only: others, ours first of all, may have thousands of rules.
+    wanted = struct.pack("=BBH", family, 0, 0) + text(1, table) + text(2, chain)
+    for body in netlink.dump(_GETRULE, wanted, "listing rules"):
         fields = dict(attributes(body, 4))
         if body[0] == family and 4 in fields and cstring(fields[1]) == table and cstring(fields[2]) == chain:
             last = [_expression(item) for _kind, item in attributes(fields[4])]
@@ -122,11 +124,11 @@ def _old_policies(family: int) -> list[Blocker]:
         log.debug("rules of ip_tables cannot be read", family=name, error=str(error))
         return []
     found = []
-    for hook, text in _HOOKS.items():
+    for hook, title in _HOOKS.items():
         start = underflows[hook]
         target = start + struct.unpack_from("=H", entries, start + target_field)[0]
         if struct.unpack_from("=i", entries, target + 32)[0] == -1:
-            found.append(Blocker(text, f"{name} filter {text.upper()}"))
+            found.append(Blocker(title, f"{name} filter {title.upper()}"))
     return found
 
 
