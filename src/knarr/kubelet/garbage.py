@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable
 
-from knarr.aiokits import clock
+from knarr.aiokits import clock, collector
 from knarr.aiokits.log import get_logger
 from knarr.api.types import Object
 from knarr.kubelet import logs, machine, podutil
@@ -25,6 +25,8 @@ log = get_logger(__name__)
 _PERIOD_SECONDS = 60.0
 _IMAGE_ROUNDS = 5
 LOG_PERIOD_SECONDS = 10.0
+_MANY_PODS = 20
+"""So many pods leave enough behind in memory to be worth collecting."""
 
 
 class GarbageCollector:
@@ -36,6 +38,8 @@ class GarbageCollector:
         self._reference = reference
         self._first_seen: dict[str, float] = {}
         self._started = clock.now()
+        self._given_back = 0
+        """How many pods had been removed when memory was last given back."""
 
     async def run(self) -> None:
         """Collect for ever."""
@@ -44,6 +48,9 @@ class GarbageCollector:
             for _ in range(int(_PERIOD_SECONDS / LOG_PERIOD_SECONDS)):
                 await asyncio.sleep(LOG_PERIOD_SECONDS)
                 await self._guard("log rotation", self.rotate_logs())
+                if self._workers.removed - self._given_back >= _MANY_PODS:
+                    self._given_back = self._workers.removed
+                    collector.give_back()
             round_number += 1
             await self._guard("container garbage", self.collect_containers())
             if round_number % _IMAGE_ROUNDS == 0:

@@ -33,6 +33,8 @@ class PodWorkers:
         self._rejected: set[str] = set()
         self._after: dict[str, Object] = {}
         """Static pods waiting for the end of their predecessor, by namespace/name."""
+        self.removed = 0
+        """How many pods were here and are gone."""
 
     def get(self, uid: str) -> PodWorker | None:
         return self._workers.get(uid)
@@ -185,6 +187,7 @@ class PodWorkers:
             self._node.resize.forget(worker.uid)
         if self._workers.get(worker.uid) is worker:
             del self._workers[worker.uid]
+        self.removed += 1
 
     def wake(self, uid: str) -> None:
         """Something about a pod changed in the runtime or by a probe."""

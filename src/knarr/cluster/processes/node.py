@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from knarr.aiokits import collector
 from knarr.aiokits.log import get_logger
 from knarr.api.resources import NODES, PODS
 from knarr.api.types import Object
@@ -47,6 +48,7 @@ def main(config: ClusterConfig, node: NodeConfig, announce: Announce) -> None:
     """Run one node until stopped; its containers outlive it."""
     nodes.ensure_host(config, node)
     nodes.enter(node)
+    collector.keep_one_heap()
     common.run(lambda: Node(config, node, announce).run())
 
 
