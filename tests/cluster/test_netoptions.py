@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from knarr.cluster import config as cluster_config
-from knarr.cluster import netoptions
+from knarr.cluster import netoptions, nodes
 from knarr.cluster.config import ClusterConfig, ConfigError
 from knarr.cluster.netoptions import NetworkOptions
 from knarr.network import pool
@@ -77,3 +77,18 @@ def test_pools_of_networks_and_ranges() -> None:
     assert ip_address("192.0.2.0") not in made
     assert ip_address("192.0.2.241") in made
     assert pool.networks(["192.0.2.240-192.0.2.242", "fd00::/120"]) == ["192.0.2.240/31", "192.0.2.242/32", "fd00::/120"]
+
+
+def test_nodes_have_addresses_of_both_families_only_where_the_cluster_has(config: ClusterConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, further = config.nodes[0], cluster_config.further_node(config, "node-2", "172.29.0.7")
+    monkeypatch.setattr(nodes.addresses, "primary_address6", lambda: "fd00::2")
+    assert (nodes.second_address(config, own), nodes.second_address(config, further)) == ("", "")
+    netoptions.apply(config, NetworkOptions(service_cidr="10.30.0.0/20,fd30::/112", pod_cidr="10.40.0.0/16,fd40::/56"), fresh=True)
+    assert nodes.second_address(config, own) == "fd00::2"
+    assert nodes.second_address(config, further) == "fd4b:6e61:7272:100::7"
+    # A machine without a way out by IPv6 has an address for its further nodes at least.
+    monkeypatch.setattr(nodes.addresses, "primary_address6", lambda: "")
+    monkeypatch.setattr(nodes.addresses, "primary_address", lambda: "192.0.2.2")
+    assert nodes.second_address(config, own) == ""
+    config.nodes.append(further)
+    assert nodes.second_address(config, own) == nodes.gateway6(config) == "fd4b:6e61:7272:100:ffff:ffff:ffff:fffe"

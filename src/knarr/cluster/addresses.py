@@ -26,6 +26,17 @@ def primary_address() -> str:
     return ""
 
 
+def primary_address6() -> str:
+    """The IPv6 address from which this machine reaches others; "" without a way out by IPv6."""
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("2001:db8::1", 9))  # documentation range: routes are looked up, nothing is sent
+            address = str(probe.getsockname()[0])
+        except OSError:
+            return ""
+    return "" if address == "::1" or address.startswith("fe80:") else address
+
+
 def interface_address(name: str) -> str:
     """First IPv4 address of an interface, "" when it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

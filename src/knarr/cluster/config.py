@@ -139,6 +139,15 @@ class ClusterConfig:
         return (f"172.29.{128 + self.slot}.0/24", *second)
 
     @property
+    def dual_stack(self) -> bool:
+        return len(self.pod_cidrs) > 1
+
+    @property
+    def node_cidr6(self) -> str:
+        """IPv6 addresses of further nodes on this machine, when there are two families."""
+        return f"fd4b:6e61:7272:{0x100 + self.slot:x}::/64"
+
+    @property
     def tunnel(self) -> int:
         """VXLAN id, the same on all machines of a cluster."""
         return self.tunnel_id or 4040 + self.slot

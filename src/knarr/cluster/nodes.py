@@ -28,6 +28,25 @@ def node_address(config: ClusterConfig, node: NodeConfig) -> str:
     return node.ip or addresses.primary_address() or gateway(config)
 
 
+def second_address(config: ClusterConfig, node: NodeConfig) -> str:
+    """The node's IPv6 address; "" in a cluster of one family, and for a machine that has none."""
+    if not config.dual_stack:
+        return ""
+    if node.netns:
+        return str(ipaddress.ip_network(config.node_cidr6)[_index(config, node)])
+    return addresses.primary_address6() or (gateway6(config) if needs_bridge(config) else "")
+
+
+def _index(config: ClusterConfig, node: NodeConfig) -> int:
+    """Which of the addresses of further nodes is this one's."""
+    return int(ipaddress.ip_address(node.ip)) - int(ipaddress.ip_network(config.node_cidr)[0])
+
+
+def gateway6(config: ClusterConfig) -> str:
+    """As `gateway`, of the second family."""
+    return str(ipaddress.ip_network(config.node_cidr6)[-2])
+
+
 def gateway(config: ClusterConfig) -> str:
     """This machine's address on the bridge between further nodes."""
     return str(ipaddress.ip_network(config.node_cidr)[-2])
@@ -59,6 +78,8 @@ def ensure_bridge(config: ClusterConfig) -> None:
         _ip("address", "add", f"{gateway(config)}/{network.prefixlen}", "dev", name, "noprefixroute")
         _ip("link", "set", name, "up")
         _ip("route", "add", str(network), "dev", name, "src", gateway(config), "metric", "10")
+        if config.dual_stack:
+            _ip("address", "add", f"{gateway6(config)}/64", "dev", name, "nodad")
         prefer_primary(config)
     SysctlRecord(config.data / "sysctls.json").ensure("net/ipv4/ip_forward", "1")
     table = f"knarr{config.suffix}-nodes"
@@ -68,6 +89,14 @@ delete table ip {table}
 add table ip {table}
 add chain ip {table} leave {{ type nat hook postrouting priority 100; policy accept; }}
 add rule ip {table} leave ip saddr {network} ip daddr != {network} ip daddr != {config.pod_cidrs[0]} oifname != "{name}" masquerade
+"""
+    if config.dual_stack:
+        rules += f"""
+add table ip6 {table}
+delete table ip6 {table}
+add table ip6 {table}
+add chain ip6 {table} leave {{ type nat hook postrouting priority 100; policy accept; }}
+add rule ip6 {table} leave ip6 saddr {config.node_cidr6} ip6 daddr != {config.node_cidr6} ip6 daddr != {config.pod_cidrs[1]} oifname != "{name}" masquerade
 """
     subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True, capture_output=True)
 
@@ -94,8 +123,7 @@ def ensure_host(config: ClusterConfig, node: NodeConfig) -> None:
     path = NETNS_FOLDER / node.netns
     if not path.exists():
         netns.create_named(node.netns)
-    index = int(ipaddress.ip_address(node.ip)) - int(ipaddress.ip_network(config.node_cidr)[0])
-    outer = f"knn{config.slot}-{index}"
+    outer = f"knn{config.slot}-{_index(config, node)}"
     inside = ["-n", node.netns]
     if not Path("/sys/class/net", outer).exists():
         _ip("link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", node.netns)
@@ -109,6 +137,9 @@ def ensure_host(config: ClusterConfig, node: NodeConfig) -> None:
         _ip(*inside, "address", "add", f"{node.ip}/{prefix}", "dev", "eth0")
         _ip(*inside, "link", "set", "eth0", "up")
         _ip(*inside, "route", "add", "default", "via", gateway(config))
+        if config.dual_stack:
+            _ip(*inside, "address", "add", f"{second_address(config, node)}/64", "dev", "eth0", "nodad")
+            _ip(*inside, "route", "add", "default", "via", gateway6(config))
 
 
 def enter(node: NodeConfig) -> None:

@@ -192,7 +192,8 @@ class NodeReporter:
         now = clock.now()
         if comparable == self._reported and now - self._reported_at < self._config.node_status_report_seconds:
             return
-        patch = {"status": status}
+        # A node with two families has two addresses of one type, which a strategic merge by type would make one of.
+        patch = {"status": {**status, "addresses": [*status["addresses"], {"$patch": "replace"}]}}
         self.node = await self._client.patch(NODES, self._config.node_name, None, patch, type="strategic", subresource="status")
         self._reported, self._reported_at = comparable, now
         self._tell(status["conditions"])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
@@ -93,7 +93,7 @@ class NodeRoutes:
     Args:
       network: This node's pod network (its CIDRs, gateways, namespace).
       mode: "routes" never tunnels, "vxlan" always, "auto" tunnels to peers that are not on a directly attached network.
-      next_hops: Node name to the neighbour that leads there without a tunnel, for nodes that share this machine.
+      next_hops: Node name to the neighbour (one, or one of each family) that leads there without a tunnel, for nodes that share this machine.
       device: Name of the tunnel device, and of the nf_tables table beside it.
       behind: Name of the node through whose tunnel a peer is reached that has no address of its own out there; "" for all others.
     """
@@ -105,7 +105,7 @@ class NodeRoutes:
         *,
         node_name: str,
         mode: Mode = "auto",
-        next_hops: Mapping[str, str] | None = None,
+        next_hops: Mapping[str, str | Sequence[str]] | None = None,
         device: str = "knp-vx",
         vni: int = 4040,
         port: int = 8472,
@@ -116,7 +116,7 @@ class NodeRoutes:
         self._network = network
         self._node_name = node_name
         self._mode: Mode = mode
-        self._next_hops = dict(next_hops or {})
+        self._next_hops = {name: (hop,) if isinstance(hop, str) else tuple(hop) for name, hop in (next_hops or {}).items()}
         self._device, self._vni, self._port = device, vni, port
         self._behind = behind
         self._peers: dict[str, Peer] = {}
@@ -207,7 +207,8 @@ class NodeRoutes:
 
     def _next_hop(self, netlink: NetlinkSocket, peer: Peer, version: int) -> tuple[int, rtnl.Address] | None:
         """(link, neighbour) that leads to a peer without a tunnel; None when there is no such way."""
-        address = self._next_hops.get(peer.name) or peer.address_of(version)
+        known = (hop for hop in self._next_hops.get(peer.name, ()) if (":" in hop) == (version == 6))
+        address = next(known, None) or peer.address_of(version)
         if self._mode == "vxlan" or address is None or (":" in address) != (version == 6):
             return None
         target = ip_address(address)

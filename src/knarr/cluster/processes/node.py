@@ -69,6 +69,7 @@ class Node:
         self.node = node
         self.announce = announce
         self.address = nodes.node_address(config, node)
+        self.second = nodes.second_address(config, node)
         self.data = config.data / "nodes" / node.name
         self.state = config.state / node.name
         self.network_started = asyncio.Event()
@@ -226,6 +227,7 @@ class Node:
     async def move(self, address: str, kubelet: Kubelet) -> None:
         """The machine has another address, so this node has."""
         old, self.address = self.address, address
+        self.second = nodes.second_address(self.config, self.node)
         if not self.config.joined:
             self.serving()
         kubelet.host_changed()
@@ -270,7 +272,7 @@ class Node:
         settings = KubeletConfig(
             node_name=self.node.name,
             node_ip=self.address,
-            current_ips=lambda: (self.address,),
+            current_ips=lambda: (self.address, self.second) if self.second else (self.address,),
             root_dir=str(self.data / "kubelet"),
             pod_logs_dir=str(self.data / "pod-logs"),
             static_pod_path=str(self.data / "manifests"),
@@ -355,7 +357,8 @@ class Node:
         await self.network_started.wait()
         if not isinstance(network, BridgeNetwork):
             return
-        hops = {node.name: nodes.gateway(self.config) for node in self.config.nodes if not node.netns} if self.node.netns else {}
+        machine = (nodes.gateway(self.config), nodes.gateway6(self.config))
+        hops = {node.name: machine for node in self.config.nodes if not node.netns} if self.node.netns else {}
         device = f"kp{self.config.slot}-vx"
 
         def behind(peer: Peer) -> str:
