@@ -86,6 +86,8 @@ class APIServerConfig:
     audit_webhook_batch_events: int = 400
     audit_webhook_batch_seconds: float = 30.0
     """A batch of events is sent when it is so large, or so old."""
+    tracing_config: str = ""
+    """Path of a TracingConfiguration; "" makes no traces."""
     event_ttl_seconds: int = 3600
     min_request_timeout_seconds: int = 1800
     """Watches without timeoutSeconds last between this and twice as long."""

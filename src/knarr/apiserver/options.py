@@ -18,7 +18,7 @@ from knarr.apiserver.config import APIServerConfig
 _FILES = {
     "token-auth-file": "token_file", "authorization-webhook-config-file": "authorization_webhook_config",
     "authentication-token-webhook-config-file": "authentication_webhook_config", "encryption-provider-config": "encryption_config",
-    "audit-policy-file": "audit_policy", "audit-webhook-config-file": "audit_webhook_config",
+    "audit-policy-file": "audit_policy", "audit-webhook-config-file": "audit_webhook_config", "tracing-config-file": "tracing_config",
 }  # fmt: skip
 _TEXTS = {"service-account-issuer": "service_account_issuer", "audit-log-path": "audit_log_path"}
 _LISTS = {

@@ -29,6 +29,7 @@ from knarr.apiserver.call import Call, respond_error, respond_no_such_path
 from knarr.apiserver.flow import is_long_running
 from knarr.apiserver.metrics import VERBS
 from knarr.apiserver.requestinfo import RequestInfo, parse
+from knarr.apiserver.tracing import CURRENT, inside
 from knarr.apiserver.verbs import componentstatus, create, delete, patch, read, subresources, update
 from knarr.http.errors import HTTPError
 from knarr.http.server import Request
@@ -41,6 +42,7 @@ log = get_logger(__name__)
 BUILTIN_GROUPS = frozenset(group.name for group in SCHEME.groups())
 SLOW_SECONDS = 0.5
 """Requests that take longer are told in the log, as upstream's traces are."""
+SPANS = {"create": "Create", "update": "Update", "patch": "Patch", "delete": "Delete", "deletecollection": "Delete", "get": "Get", "list": "List"}
 READS = {"get": read.get, "list": read.list_, "watch": read.watch}
 
 
@@ -56,7 +58,7 @@ class Pipeline:
         if request.method != "GET" or request.upgrade_wanted:
             return False
         server = self.server
-        if server.auth is None or server.auditing:
+        if server.auth is None or server.auditing or server.tracing is not None:
             return False
         info = parse("GET", request.path, request.raw_path, request.query_string)
         if not info.is_resource or info.subresource or info.verb not in READS:
@@ -176,6 +178,8 @@ class Pipeline:
             user = await server.auth.impersonate(request, user)
         attributes = attributes_of(request, info, user)
         trace = server.audit.begin(request, info, original, user) if server.audit is not None else None
+        span = server.tracing.begin(request, info, original) if server.tracing is not None else None
+        token = CURRENT.set(span) if span is not None else None
         try:
             seat = server.flow.admit(request, info, attributes)
             if seat is not None and not seat.enter_nowait():
@@ -197,8 +201,14 @@ class Pipeline:
         except StatusError as error:
             if trace is not None:
                 trace.failed(error)
+            if span is not None:
+                span.attributes["http.status_code"] = error.code
             raise
         finally:
+            if token is not None and span is not None:
+                CURRENT.reset(token)
+                span.attributes.setdefault("http.status_code", request.status)
+                span.end()
             if trace is not None:
                 trace.finish(request)
 
@@ -230,7 +240,11 @@ class Pipeline:
         call = Call(server, request, info, endpoint, user)
         request.context = call
         try:
-            await self._verb(call, info)
+            if server.tracing is None:
+                await self._verb(call, info)
+            else:
+                with inside(SPANS.get(info.verb, info.verb), {"resource": info.resource, "audit-id": call.audit_id}):
+                    await self._verb(call, info)
         except StatusError as error:
             if request.done:
                 raise

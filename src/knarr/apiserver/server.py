@@ -39,6 +39,7 @@ from knarr.apiserver.requestinfo import RequestInfo
 from knarr.apiserver.storage import Storage
 from knarr.apiserver.store import ResourceStore, new_uid
 from knarr.apiserver.tables import table_of
+from knarr.apiserver.tracing import Tracing
 from knarr.apiserver.watching import Watcher, close_watchers
 from knarr.http.server import HTTPServer, Request
 from knarr.storage.factory import open_store
@@ -69,6 +70,7 @@ class APIServer:
         self.metrics = Metrics(self.loop.time)
         self.flow = FlowControl(self)
         self.audit: Audit | None = Audit(config) if config.audit_policy else None
+        self.tracing: Tracing | None = Tracing(config.tracing_config, self.instance_id) if config.tracing_config else None
         self.discovery = Discovery(self)
         self.openapi = OpenAPI(self)
         self.paths = Paths(self)
@@ -169,6 +171,8 @@ class APIServer:
             await self.auth.close()
         if self.audit is not None:
             await self.audit.close()
+        if self.tracing is not None:
+            await self.tracing.close()
         await self.storage.close()
 
     def _tls(self) -> ssl.SSLContext | None:

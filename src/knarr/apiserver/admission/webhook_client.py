@@ -21,6 +21,7 @@ import orjson
 from knarr.api.types import Object
 from knarr.apiserver.attributes import Store
 from knarr.apiserver.proxy.locations import endpoint_of
+from knarr.apiserver.tracing import CURRENT
 from knarr.http.client import HTTPClient, Response
 from knarr.http.errors import ConnectFailed, ConnectionLost, HTTPError, TimeoutExpired
 
@@ -131,6 +132,9 @@ class WebhookClient:
         shown = f"{target.shown}{'&' if '?' in target.shown else '?'}timeout={timeout_seconds}s"
         path = f"{target.path}{'&' if '?' in target.path else '?'}timeout={timeout_seconds}s"
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "kube-apiserver-admission"}
+        span = CURRENT.get()
+        if span is not None:
+            headers["traceparent"] = span.traceparent
         try:
             response = await self._exchange(target, config.get("caBundle") or "", path, headers, body, timeout_seconds)
         except TimeoutExpired as error:

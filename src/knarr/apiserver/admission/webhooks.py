@@ -29,6 +29,7 @@ from knarr.apiserver.admission.plugin import Plugin, object_name
 from knarr.apiserver.admission.webhook_client import Answer, CallFailed, WebhookClient, review_answer
 from knarr.apiserver.attributes import AdmissionRequest, Store
 from knarr.apiserver.store import new_uid
+from knarr.apiserver.tracing import CLIENT, inside
 
 log = get_logger(__name__)
 
@@ -152,8 +153,13 @@ class _Webhooks(Plugin):
         uid = new_uid()
         body = orjson.dumps(review_request(uid, version, match, request))
         timeout = spec.get("timeoutSeconds") or DEFAULT_TIMEOUT_SECONDS
+        told = {
+            "configuration": hook.configuration, "webhook": spec.get("name", ""), "resource": request.resource.plural, "subresource": request.subresource,
+            "operation": request.operation, "UID": uid,
+        }  # fmt: skip
         try:
-            answered = await self._client.post(spec.get("clientConfig") or {}, body, timeout_seconds=timeout)
+            with inside(f"Call {'mutating' if self.mutating else 'validating'} webhook", told, CLIENT):
+                answered = await self._client.post(spec.get("clientConfig") or {}, body, timeout_seconds=timeout)
         except CallFailed as error:
             raise CallFailed(f"failed to call webhook: {error}") from error
         return self._judged(spec, request, uid, version, answered)
