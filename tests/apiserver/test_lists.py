@@ -93,3 +93,32 @@ async def test_a_large_object_that_was_written_is_answered_packed(apiserver: Run
     answer = await apiserver.client.http.request("POST", "/api/v1/namespaces/default/configmaps", headers, orjson.dumps(body))
     assert answer.status == 201
     assert len(orjson.loads(answer.body)["data"]["text"]) == 700_000
+
+
+async def test_wrong_parameters_are_told_in_upstreams_turn_and_words(apiserver: RunningAPIServer) -> None:
+    """Numbers first, then selectors, then the token; what nobody could read comes before all of them."""
+    http, headers = apiserver.client.http, [pair for pair in await apiserver.client.headers() if pair[0].lower() != "accept"]
+    path = "/api/v1/namespaces/default/configmaps"
+    for query, accept, status, words in (
+        ("limit=x&fieldSelector=foo%3Dbar", "application/json", 400, 'strconv.ParseInt: parsing "x": invalid syntax'),
+        ("limit=", "application/json", 400, 'strconv.ParseInt: parsing "": invalid syntax'),
+        ("limit=9223372036854775808", "application/json", 400, "value out of range"),
+        ("continue=x&resourceVersion=x", "application/json", 400, "continue key is not valid: illegal base64 data at input byte 0"),
+        ("resourceVersion=18446744073709551616", "application/json", 400, "value out of range"),
+        ("fieldSelector=metadata.name%3D%5C", "application/json", 400, "invalid field selector: invalid escape sequence: \\"),
+        ("fieldSelector=%3D", "application/json", 200, "ConfigMapList"),
+        ("resourceVersion=x", "application/json;as=Foo;v=v1;g=meta.k8s.io", 406, "only the following media types are accepted"),
+    ):
+        answer = await http.request("GET", f"{path}?{query}", [*headers, ("Accept", accept)])
+        told = orjson.loads(answer.body)
+        assert (answer.status, words in (told.get("message") or told["kind"])) == (status, True), (query, answer.body)
+
+
+async def test_yaml_is_written_as_gos(apiserver: RunningAPIServer) -> None:
+    http, headers = apiserver.client.http, [pair for pair in await apiserver.client.headers() if pair[0].lower() != "accept"]
+    data = {"a": "1", "b": "yes", "c": "one\ntwo\n", "d": "x: y", "e": "y", "f": "1e3", "g": "plain"}
+    await apiserver.client.create(CONFIG_MAPS, {"metadata": {"name": "n"}, "data": data}, "default")
+    answer = await http.request("GET", "/api/v1/namespaces/default/configmaps/n", [*headers, ("Accept", "application/yaml")])
+    text = answer.body.decode()
+    lines = ['  a: "1"\n', '  b: "yes"\n', "  c: |\n    one\n    two\n", "  d: 'x: y'\n", '  e: "y"\n', '  f: "1e3"\n', "  g: plain\n", '  name: "n"\n']
+    assert [line for line in lines if line not in text] == []

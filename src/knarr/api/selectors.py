@@ -454,7 +454,11 @@ def parse_field_selector(text: str) -> FieldSelector:
     terms: list[FieldTerm] = []
     for part in sorted(re.findall(r"(?:\\.|[^,\\])+|\\$", text)):
         match = re.match(r"(.*?)(!=|==|=)(.*)", part, re.DOTALL)
+        if part.endswith("\\") and not part.endswith("\\\\"):
+            raise SelectorError("invalid field selector: invalid escape sequence: \\")
         if match is None:
             raise SelectorError(f"invalid selector: '{text}'; can't understand '{part}'")
-        terms.append(FieldTerm(match[1], _unescape(match[3]), match[2] == "!="))
+        term = FieldTerm(match[1], _unescape(match[3]), match[2] == "!=")
+        if term.field or term.value or term.negated:
+            terms.append(term)
     return FieldSelector(terms)

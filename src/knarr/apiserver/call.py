@@ -6,8 +6,10 @@ Made by the pipeline after authorization. The rendering functions here are the o
 from __future__ import annotations
 
 import asyncio
+import re
 import zlib
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -30,6 +32,9 @@ GZIP_THREAD_BYTES = 512 * 1024
 TRUE = frozenset({"1", "t", "T", "true", "TRUE", "True"})
 FALSE = frozenset({"0", "f", "F", "false", "FALSE", "False"})
 INCLUDE_OBJECT = ("", "None", "Metadata", "Object")
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_LOOKS_OTHER = re.compile(r"[yYnN]|[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+"""What Go's YAML puts quotes around, and Python's does not."""
 FIELD_VALIDATION = ("", "Ignore", "Strict", "Warn")
 
 
@@ -81,18 +86,21 @@ class Call:
         return values[0].lower() not in ("false", "0")
 
     def integer(self, name: str) -> int | None:
-        """Return an integer parameter, None if absent or empty.
+        """Return an integer parameter, None if absent.
 
         Raises:
           StatusError: 400 with Go's words.
         """
-        text = self.parameter(name)
-        if not text:
+        values = self.query.get(name)
+        if not values:
             return None
-        try:
-            return int(text)
-        except ValueError:
-            raise errors.bad_request(f"strconv.ParseInt: parsing {errors.go_quote(text)}: invalid syntax") from None
+        text = values[0]
+        if _INTEGER.fullmatch(text) is None:
+            raise errors.bad_request(f"strconv.ParseInt: parsing {errors.go_quote(text)}: invalid syntax")
+        number = int(text)
+        if not -(1 << 63) <= number < 1 << 63:
+            raise errors.bad_request(f"strconv.ParseInt: parsing {errors.go_quote(text)}: value out of range")
+        return number
 
     def write_options(self, kind: str) -> None:
         """Read dryRun, fieldManager and fieldValidation from the query.
@@ -234,11 +242,28 @@ def to_pretty(body: bytes) -> bytes:
     return orjson.dumps(orjson.loads(body), option=orjson.OPT_INDENT_2)
 
 
+@cache
+def _dumper() -> Any:
+    """A dumper that writes texts as Go's does: double quotes around what would be read as something else, lines as lines."""
+    import yaml
+
+    tag = "tag:yaml.org,2002:str"
+
+    def represent(dumper: Any, text: str) -> Any:
+        if "\n" in text:
+            return dumper.represent_scalar(tag, text, style="|")
+        other = dumper.resolve(yaml.ScalarNode, text, (True, False)) != tag or _LOOKS_OTHER.fullmatch(text) is not None
+        return dumper.represent_scalar(tag, text, style='"' if other else None)
+
+    made: Any = type("Dumper", (getattr(yaml, "CSafeDumper", yaml.SafeDumper),), {})
+    made.add_representer(str, represent)
+    return made
+
+
 def to_yaml(body: bytes) -> bytes:
     import yaml
 
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    text: str = yaml.dump(orjson.loads(body), Dumper=dumper, default_flow_style=False, allow_unicode=True, sort_keys=True, width=1 << 30)
+    text: str = yaml.dump(orjson.loads(body), Dumper=_dumper(), default_flow_style=False, allow_unicode=True, sort_keys=True)
     return text.encode()
 
 

@@ -6,6 +6,7 @@ Source: apiserver storage (GetList), storage/continue.go, apis/meta/internalvers
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -66,6 +67,10 @@ def decode_continue(token: str) -> tuple[str, int]:
     Raises:
       StatusError: 400, not a token of ours.
     """
+    wrong = re.search(r"[^A-Za-z0-9_-]", token)
+    at = wrong.start() if wrong is not None else len(token) - 1 if len(token) % 4 == 1 else -1
+    if at >= 0:
+        raise errors.bad_request(f"invalid continue token: continue key is not valid: illegal base64 data at input byte {at}")
     try:
         data = orjson.loads(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)))
         version, revision, start = data["v"], data["rv"], data["start"]
@@ -126,7 +131,8 @@ def parse_revision(text: str, *, for_list: bool = False) -> int | None:
     if not text:
         return None
     if not text.isdecimal() or int(text) >= 1 << 64:
-        detail = f"resourceVersion: Invalid value: {errors.go_quote(text)}: strconv.ParseUint: parsing {errors.go_quote(text)}: invalid syntax"
+        why = "value out of range" if text.isdecimal() else "invalid syntax"
+        detail = f"resourceVersion: Invalid value: {errors.go_quote(text)}: strconv.ParseUint: parsing {errors.go_quote(text)}: {why}"
         if not for_list:
             # Only lists check it before the storage layer does, whose error has no reason.
             raise StatusError(500, "", detail)

@@ -114,6 +114,8 @@ def create_api_service(obj: Object, errors: Errors) -> None:
             errors.append(invalid_value(f"metadata.{key}", given, f'must be `spec.version+"."+spec.group`: "{wanted}"'))
     if group:
         add(errors, "spec.group", group, dns_subdomain(group))
+    elif version != "v1":
+        errors.append(required("spec.group", "only v1 may have an empty group and it better be legacy kube"))
     add(errors, "spec.version", version, dns_1035_label(version))
     for key, most in (("groupPriorityMinimum", 20000), ("versionPriority", 1000)):
         value = spec.get(key) or 0

@@ -29,7 +29,10 @@ def get(call: Call) -> None:
     store = endpoint.live_store
     cached = store.find(call.namespace, call.info.name)
     if call.request.query_string:
-        version = listing.parse_revision(call.parameter("resourceVersion"))
+        try:
+            version = listing.parse_revision(call.parameter("resourceVersion"))
+        except StatusError as error:
+            raise _known_form(call, error) from None
         if version is not None and version > store.storage.revision:
             raise listing.too_large_version(version, store.storage.revision)
     if cached is None:
@@ -101,9 +104,11 @@ def _with_name(name: str, fields: FieldSelector) -> FieldSelector:
 
 def list_options(call: Call, *, watch: bool) -> ListOptions:
     """Read and check the options of a list or watch. Raises StatusError."""
-    selection = selection_of(call)
     if not call.query:
-        return ListOptions(selection)
+        return ListOptions(selection_of(call))
+    limit = call.integer("limit") or 0
+    call.integer("timeoutSeconds")
+    selection = selection_of(call)
     version = call.parameter("resourceVersion")
     match = call.parameter("resourceVersionMatch")
     token = call.parameter("continue")
@@ -113,7 +118,10 @@ def list_options(call: Call, *, watch: bool) -> ListOptions:
     found = listing.validate_options(watch=watch, version=version, match=match, continue_token=token, send_initial_events=initial)
     if found:
         raise errors.invalid("ListOptions.meta.k8s.io", "", found)
-    limit = call.integer("limit") or 0
+    if token and not watch:
+        listing.decode_continue(token)
+        if version not in ("", "0"):
+            raise errors.bad_request("specifying resource version is not allowed when using continue")
     revision = listing.parse_revision(version, for_list=not watch)
     if revision == 0 and not watch:
         # "Any version will do" is answered from the cache, which upstream's never pages.
@@ -123,9 +131,22 @@ def list_options(call: Call, *, watch: bool) -> ListOptions:
     return ListOptions(selection, max(0, limit), token, revision, match == "Exact", match)
 
 
+def _known_form(call: Call, error: StatusError) -> StatusError:
+    """Return what is told of a request that is wrong in itself: first of all that nobody could read the answer."""
+    try:
+        call.form()
+    except StatusError as refused:
+        if not refused.message.startswith("you requested"):
+            return refused
+    return error
+
+
 def list_(call: Call) -> None:
     """Answer with a list."""
-    options = list_options(call, watch=False)
+    try:
+        options = list_options(call, watch=False)
+    except StatusError as error:
+        raise _known_form(call, error) from None
     store = call.endpoint.live_store
     if call.endpoint.converter is not None:
         call.server.spawn_call(call, _list_converted(call, options))
