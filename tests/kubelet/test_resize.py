@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from knarr.api.resources import PODS, PRIORITY_CLASSES
@@ -54,3 +55,7 @@ async def test_a_resize_that_waits_is_granted_when_another_pod_shrinks_the_impor
     accepted = {name.partition("=")[2]: n for name, n in counters.items() if name.startswith("kubelet_pod_deferred_accepted_resizes_total")}
     assert accepted == {'"pod_resized"}': 1, '"pods_removed"}': 1}
     assert counters['kubelet_container_requested_resizes_total{operation_type="increase",requirement="requests",resource="cpu"}'] == 2
+    took = bench.kubelet.meters.histograms["kubelet_pod_resize_duration_milliseconds"]['success="true"']
+    async with asyncio.timeout(10):
+        while sum(took.counts) < 3:
+            await asyncio.sleep(0.02)

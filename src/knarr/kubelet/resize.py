@@ -8,6 +8,7 @@ middle changes nothing. Source: KEP-1287, pkg/kubelet/allocation, pkg/kubelet/ku
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 _RETRY_SECONDS = 10.0
+_RESIZE_BUCKETS = (10, 50, 100, 500, 1000, 2000, 5000, 10000, 20000, 30000, 60000, 120000, 300000, 600000)
 _QOS_ORDER = ("Guaranteed", "Burstable", "BestEffort")
 RESOURCES_ANNOTATION = "io.kubernetes.container.resources"
 """What a container asked for when it was made."""
@@ -40,7 +42,8 @@ class Resizes:
         self._node = node
         self._errors: dict[str, str] = {}
         """Pod uid to why its last resize could not be carried out."""
-        self._running: set[str] = set()
+        self._running: dict[str, float] = {}
+        """Pod uid to when (monotonic) its resize began to be carried out."""
         self._allocated: dict[str, dict[str, Object]] = {}
         """Pod uid to container name to the resources in force."""
         self._waiting: dict[str, tuple[str, str, Object]] = {}
@@ -152,7 +155,7 @@ class Resizes:
         """The pod is gone."""
         for store in (self._allocated, self._waiting, self._errors):
             store.pop(uid, None)
-        self._running.discard(uid)
+        self._running.pop(uid, None)
 
     def forget_container(self, container_id: str) -> None:
         """The container is gone."""
@@ -206,9 +209,10 @@ class Resizes:
                 out[spec["name"]] = "update"
         uid = podutil.uid(pod)
         if out:
-            self._running.add(uid)
+            self._running.setdefault(uid, time.monotonic())
         elif uid in self._running:
-            self._running.discard(uid)
+            took = (time.monotonic() - self._running.pop(uid)) * 1000
+            self._node.meters.observe("kubelet_pod_resize_duration_milliseconds", took, 'success="true"', _RESIZE_BUCKETS)
             self._errors.pop(uid, None)
             self._node.event(pod, "Normal", "ResizeCompleted", f"Pod resize completed: {_summary(pod)}")
         return out
