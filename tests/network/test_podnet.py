@@ -260,6 +260,15 @@ async def test_a_pod_cannot_reach_what_listens_on_the_nodes_loopback(world):
             listener.recvfrom(16)
 
 
+async def test_half_closed_connections_are_remembered_as_long_as_by_kube_proxy():
+    name = "net/netfilter/nf_conntrack_tcp_timeout_close_wait"
+    async with World() as world:
+        before = netns.run_inside(world.client.path, lambda: sysctl.read(name))
+        assert netns.run_inside(world.node.path, lambda: sysctl.read(name)) == "3600"
+        await world.network.cleanup()
+        assert netns.run_inside(world.node.path, lambda: sysctl.read(name)) == before
+
+
 async def test_udp_flows_to_a_host_port_follow_its_next_pod(world):
     address = world.node.ip
     flow = {"udp": True, "source_port": 4100}

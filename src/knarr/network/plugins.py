@@ -54,6 +54,7 @@ class PluginNetwork:
         # Without the latter, answers and policies between pods on one bridge pass Services and policies by.
         for name in ("net/ipv4/ip_forward", "net/bridge/bridge-nf-call-iptables", "net/bridge/bridge-nf-call-ip6tables"):
             self._sysctls.ensure(name, "1")
+        self._sysctls.ensure_tracking()
 
     async def set_pod_cidrs(self, pod_cidrs: Sequence[str]) -> None:
         """Note the node's pod CIDRs: plugins have addresses of their own configuration."""

@@ -223,6 +223,7 @@ class BridgeNetwork:
             run_inside(self.netns, self._ensure_sysctls)
             held: list[Port] = [port for lease in self._addresses.leases.values() for port in lease.ports]
             self._host_ports.install(self.cluster_cidrs, self.pod_cidrs, held)
+            run_inside(self.netns, self._sysctls.ensure_tracking)
         except Exception as error:
             self._why_not = str(error)
             raise

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path("/proc/sys")
+_TRACKING_SECONDS = {"established": 86400, "close_wait": 3600}
+"""Source: pkg/proxy/apis/config/v1alpha1/defaults.go."""
 REGISTER = Path("/run/knarr-sysctls.json")
 
 
@@ -64,6 +66,11 @@ class SysctlRecord:
             self._remember(name)
         if current != value:
             write(name, value)
+
+    def ensure_tracking(self) -> None:
+        """How long connections that nobody ends are remembered, as kube-proxy has it. The kernel has these once something tracks."""
+        for name, seconds in _TRACKING_SECONDS.items():
+            self.ensure(f"net/netfilter/nf_conntrack_tcp_timeout_{name}", str(seconds))
 
     def restore(self) -> None:
         """Give up what we needed; puts back what nobody needs any more, newest change first. Forgets the record."""
