@@ -78,6 +78,9 @@ class Machine:
 
     def stop(self) -> None:
         """Leave and take the networks away; also what a run that was killed left."""
+        if not (netns.NETNS_DIR / MACHINE).exists():
+            # A cluster that a killed run left is deleted from wherever it can be.
+            netns.create_named(MACHINE)
         self.knarr("delete", check=False)
         _ip("link", "delete", UPLINK, check=False)
         for name in (MACHINE, ROUTER):

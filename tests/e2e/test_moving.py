@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from knarr.network.announcer import LABEL
 from tests import tools
 from tests.dockercoins import images
 from tests.e2e.cluster import Cluster, wait_for
@@ -66,13 +67,15 @@ class Moving(Machine):
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Moving]:
     made = Moving("e2emove", Cluster("e2emove", tmp_path_factory.mktemp("moving")))
-    made.start()
-    made.knarr("up", *OPTIONS)
-    made.knarr("image", "load", str(images.archive()))
-    made.apply(POD, SERVICE, BALANCED)
-    made.kubectl("wait", "--for=condition=Ready", "pod/web", "--timeout=60s")
-    yield made
-    made.stop()
+    try:
+        made.start()
+        made.knarr("up", *OPTIONS)
+        made.knarr("image", "load", str(images.archive()))
+        made.apply(POD, SERVICE, BALANCED)
+        made.kubectl("wait", "--for=condition=Ready", "pod/web", "--timeout=60s")
+        yield made
+    finally:
+        made.stop()
 
 
 def test_ranges_two_families_and_further_service_ranges_are_as_asked_for(machine: Moving) -> None:
@@ -139,10 +142,12 @@ def test_a_foreign_configuration_makes_the_network_and_its_status_and_garbage_co
     bridge = {"type": "wrapped", "bridge": "knarrtestcni", "isGateway": True, "ipMasq": True, "hairpinMode": True, "ipam": ipam}
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "10-test.conflist").write_text(json.dumps({"cniVersion": "1.1.0", "name": "test", "plugins": [bridge]}))
-    machine.knarr("down")
     # Nodes look every ten seconds else.
     (tmp_path / "kubelet.yaml").write_text("apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nnodeStatusUpdateFrequency: 1s\n")
-    machine.knarr("up", "--kubelet-config", str(tmp_path / "kubelet.yaml"), "--cni-conf-dir", str(tmp_path / "conf"), "--cni-bin-dir", f"{tmp_path},/usr/lib/cni")
+    assert LABEL in machine.get("nodes")["items"][0]["metadata"]["labels"]
+    machine.knarr("down")
+    machine.knarr("up", "--announce=off", "--kubelet-config", str(tmp_path / "kubelet.yaml"), "--cni-conf-dir", str(tmp_path / "conf"), "--cni-bin-dir", f"{tmp_path},/usr/lib/cni")
+    wait_for("no mark of announcing", lambda: LABEL not in machine.get("nodes")["items"][0]["metadata"]["labels"], 20)
     wait_for("the pod in the other network", lambda: machine.get("pod", "web")["status"].get("podIP", "").startswith("10.88.0."), 30)
     machine.kubectl("wait", "--for=condition=Ready", "pod/web", "--timeout=30s")
     wait_for("a Service over it", lambda: machine.fetch("http://web/") == "200", 20)

@@ -102,11 +102,12 @@ async def test_who_comes_too_often_is_refused_and_others_are_not(running: Runnin
     await put(running, "often", limit_rps="2")
     await put(running, "exempt", limit_rps="2", limit_whitelist="127.0.0.0/8")
     await put(running, "minute", limit_rpm="3")
-    counted = {host: Counter([(await running.get(f"{host}.test"))[0] for _ in range(20)]) for host in ("often", "exempt", "minute")}
-    assert counted["exempt"] == {200: 20}
-    assert counted["minute"] == {200: 3, 503: 17}
-    # Ten at once; what is given back while they come may let one or two more through.
-    assert 10 <= counted["often"][200] <= 13
+    counted = {host: Counter([(await running.get(f"{host}.test"))[0] for _ in range(40)]) for host in ("often", "exempt", "minute")}
+    assert counted["exempt"] == {200: 40}
+    assert counted["minute"] == {200: 3, 503: 37}
+    # Ten at once, and two more for each second that the others take.
+    assert counted["often"][200] >= 10
+    assert counted["often"][503] > 0
 
 
 async def test_only_so_many_requests_at_a_time(running: Running) -> None:  # noqa: F811

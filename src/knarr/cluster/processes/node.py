@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from knarr.aiokits import collector
 from knarr.aiokits.log import get_logger
+from knarr.api.errors import StatusError
 from knarr.api.resources import NODES, PODS
 from knarr.api.types import Object
 from knarr.client.informer import Informers
@@ -25,6 +26,7 @@ from knarr.cluster import nodes, pki, relocation, renewal, supervisor
 from knarr.cluster.config import ClusterConfig, NodeConfig
 from knarr.cluster.processes import common
 from knarr.cluster.supervisor import Announce
+from knarr.http.errors import HTTPError
 from knarr.kubelet import certificates, configfile
 from knarr.network import conntrack, netns
 from knarr.network.netlink import NETLINK_NETFILTER
@@ -214,8 +216,8 @@ class Node:
                 group.create_task(self.watch_firewalls(network_client), name="firewalls")
                 if not self.node.ip:
                     group.create_task(relocation.follow(self.address, lambda _old, new: self.move(new, kubelet)), name="relocation")
-                if self.announces:
-                    group.create_task(self.announce_balancers(network_client, informers), name="announce")
+                announcing = self.announce_balancers(network_client, informers) if self.announces else self.leave_announcing(kubelet_client)
+                group.create_task(announcing, name="announce")
         finally:
             await informers.close()
             await api.close()
@@ -241,6 +243,18 @@ class Node:
     def announces(self) -> bool:
         """Whether this node tells the local network of LoadBalancer addresses; nodes in namespaces of this machine are not part of it."""
         return bool(self.config.announce) and not self.node.netns
+
+    async def leave_announcing(self, client: Client) -> None:
+        """Take back the mark of a node that announced before its cluster was told not to: others would leave addresses to it."""
+        from knarr.network.announcer import LABEL
+
+        try:
+            node = await client.get(NODES, self.node.name)
+            if LABEL in (node["metadata"].get("labels") or {}):
+                await client.patch(NODES, self.node.name, None, {"metadata": {"labels": {LABEL: None}}}, type="merge")
+        except (StatusError, HTTPError, OSError) as error:
+            # A node that is not known yet has no mark; a mark that stays is taken back at the next start.
+            log.debug("the node's mark of announcing was not looked at", error=str(error))
 
     async def watch_firewalls(self, client: Client) -> None:
         """Tell which firewalls of this machine may stop pods."""
