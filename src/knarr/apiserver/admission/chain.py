@@ -31,7 +31,7 @@ from knarr.apiserver.admission.image_policy import ImagePolicyWebhook
 from knarr.apiserver.admission.ingress_class import DefaultIngressClass
 from knarr.apiserver.admission.limit_ranger import LimitRanger
 from knarr.apiserver.admission.matching import GROUP, Equivalent, NamespaceMatcher
-from knarr.apiserver.admission.measures import ADMIT, VALIDATE, Measures
+from knarr.apiserver.admission.measures import ADMIT, BOUNDS, VALIDATE, Measures
 from knarr.apiserver.admission.namespace_lifecycle import NamespaceLifecycle
 from knarr.apiserver.admission.node_restriction import NodeRestriction
 from knarr.apiserver.admission.owner_references import OwnerReferencesPermissionEnforcement
@@ -63,6 +63,7 @@ from knarr.apiserver.instruments import Histogram
 if TYPE_CHECKING:
     from knarr.apiserver.registry.all import Registry
 
+QUICK_SECONDS = BOUNDS[0]
 Step = Callable[[AdmissionRequest], Awaitable[None] | None]
 
 
@@ -152,8 +153,15 @@ class Chain:
                 if waiting is not None:
                     return self._rest(part, request, waiting, index, begin, before)
                 now = perf_counter()
-                times.observe(now - before)
+                seconds = now - before
                 before = now
+                if seconds <= QUICK_SECONDS:
+                    # Written out: nearly all are so quick, and a call for each would cost as much as the smaller plugins.
+                    times.count += 1
+                    times.total += seconds
+                    times.buckets[0] += 1
+                else:
+                    times.observe(seconds)
         except BaseException:
             self._refused(part, index, begin, before)
             raise
