@@ -103,6 +103,17 @@ async def test_a_pod_that_does_not_fit_is_refused_with_the_numbers(bench: Bench)
     assert pod["status"]["message"].startswith("Pod was rejected: Node didn't have enough resource: cpu, requested: 1000000, used: 0,")
 
 
+async def test_the_room_of_a_pod_that_was_deleted_by_force_is_free_at_once(bench: Bench) -> None:
+    assert bench.kubelet is not None
+    bench.kubelet.capacity.allocatable["cpu"] = "2"
+    most = {"resources": {"requests": {"cpu": "1500m"}}}
+    await bench.run("old", "trap '' TERM; sleep 1000 & wait; wait", container=most)
+    await bench.until_ready("old")
+    await bench.client.delete(PODS, "old", bench.namespace, grace_period_seconds=0)
+    await bench.run("new", "sleep 1000", container=most)
+    await bench.until_ready("new")
+
+
 async def test_resources_that_others_advertise_on_the_node_can_be_allocated_until_they_are_taken_back(bench: Bench) -> None:
     async def patched(value: str | None) -> None:
         patch = {"status": {"capacity": {"example.com/fake": value}}}

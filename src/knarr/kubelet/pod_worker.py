@@ -53,6 +53,8 @@ class PodWorker:
         self.stage = Stage.SYNC
         self.orphan = False
         """Known from the runtime only: the API server has no such pod."""
+        self.removed = False
+        """Its source has no such pod any more: it was deleted without waiting for its end."""
         self.grace_seconds: int | None = None
         self.evict: tuple[str, str] | None = None
         """(reason, message) that the pod fails with when something other than its deletion ended it."""

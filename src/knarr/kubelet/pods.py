@@ -48,8 +48,8 @@ class PodWorkers:
         return list(self._workers.values())
 
     def active_pods(self) -> list[Object]:
-        """Pods that have a claim on the node's resources."""
-        return [w.pod for w in self._workers.values() if w.stage < Stage.TERMINATED and not w.orphan]
+        """Pods that have a claim on the node's resources; one whose object is gone has none, even while it still ends."""
+        return [w.pod for w in self._workers.values() if w.stage < Stage.TERMINATED and not w.orphan and not w.removed]
 
     def add(self, pod: Object) -> None:
         """A pod of this node appeared (also at the kubelet's start)."""
@@ -165,7 +165,7 @@ class PodWorkers:
         grace = pod["metadata"].get("deletionGracePeriodSeconds")
         if grace is None:
             grace = pod["spec"].get("terminationGracePeriodSeconds", 30)
-        worker.pod = pod
+        worker.pod, worker.removed = pod, True
         worker.terminate(int(grace))
         self._node.tasks.spawn(self._remove_when_finished(worker), f"remove-{worker.key}")
 
