@@ -6,7 +6,6 @@ import asyncio
 import socket
 import struct
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -147,20 +146,6 @@ async def test_bandwidth_annotations_limit_what_a_pod_receives_and_sends(world):
     assert "tbf" in show(world.node.path, name)
     assert "rate 10Mbit" in show(world.node.path, name)
     assert "rate 20Mbit" in show(pod.path, "eth0")
-
-
-async def test_a_pod_is_attached_within_milliseconds(world):
-    times = []
-    for number in range(20):
-        path = netns.create_named(f"{world.label}-quick{number}")
-        sandbox = SandboxNetwork(f"{number:08x}{'e' * 56}", str(path), "default", f"q{number}", "uid")
-        started = time.perf_counter()
-        await world.network.setup(sandbox)
-        times.append(time.perf_counter() - started)
-        await world.network.teardown(sandbox)
-        netns.delete_named(path)
-    # A busy machine may be late at times; what the work itself takes shows in the quicker half.
-    assert sorted(times)[4] < 0.008
 
 
 async def test_without_a_pod_cidr_the_network_says_so(tmp_path):
