@@ -8,7 +8,7 @@ import pytest
 from knarr.api import apply, conversion, decode, defaulting, errors, patch
 from knarr.api.apply import fieldset as fs
 from knarr.api.meta import deep_copy
-from knarr.api.resources import CONFIG_MAPS, DEPLOYMENTS, HORIZONTAL_POD_AUTOSCALERS, PODS
+from knarr.api.resources import CONFIG_MAPS, DEPLOYMENTS, HORIZONTAL_POD_AUTOSCALERS
 from tests.api.recorded import body_bytes, differences, load, query, resource_of
 
 CASES = [case for case in load("patches.jsonl") if case["scenario"].startswith(("apply", "managedfields"))]
@@ -194,15 +194,3 @@ def test_sets_obey_their_laws() -> None:
     assert fs.to_json(fs.difference(a, b)) == {"f:a": {".": {}, "f:c": {}}, "f:d": {}}
     assert fs.to_json(fs.recursive_difference(a, fs.from_json({"f:a": {}}))) == {"f:d": {}}
     assert fs.path_text(("f:a", 'k:{"name":"x","port":1}', 'v:"s"', "i:0")) == '.a[name="x",port=1][="s"][0]'
-
-
-def test_tracking_a_pod_costs_little() -> None:
-    import time
-
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": {"containers": [{"name": "c", "image": "i"}]}}
-    manager = apply.manager_for(PODS)
-    manager.update(None, deep_copy(pod), "m")
-    start = time.perf_counter()
-    for _ in range(200):
-        manager.update(None, deep_copy(pod), "m")
-    assert (time.perf_counter() - start) / 200 < 0.002
