@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_left, bisect_right, insort
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -136,7 +136,7 @@ class ResourceCache:
         """Key -> (value, decoded, form) of writes on their way: spares decoding what was just encoded here, and converting it to a form
         that it is in already (None: to none)."""
         self.bytes = 0
-        self._memo: deque[CachedObject] = deque()
+        self._memo: OrderedDict[CachedObject, None] = OrderedDict()
         """Objects that are kept decoded, in the order in which they were."""
         self._memo_bytes = 0
 
@@ -245,8 +245,10 @@ class ResourceCache:
             for handler in self.handlers:
                 handler(event.type, obj, old)
             # The ring keeps what has passed for a while, as bytes; hardly anybody asks for it decoded again.
-            if event.previous is not None:
-                event.previous.obj = None
+            previous = event.previous
+            if previous is not None and previous in self._memo:
+                del self._memo[previous]
+                self._drop(previous)
 
     def _fan_out(self, events: list[Event]) -> None:
         """Give each group that can see something its events; a group renders once for all its watchers."""
@@ -316,12 +318,15 @@ class ResourceCache:
         """Keep an object decoded, at the expense of those that have been for longest."""
         cached.obj = obj
         memo = self._memo
-        memo.append(cached)
+        memo[cached] = None
         self._memo_bytes += len(cached.item)
         while self._memo_bytes > MEMO_BYTES and len(memo) > 1:
-            oldest = memo.popleft()
-            oldest.obj = None
-            self._memo_bytes -= len(oldest.item)
+            self._drop(memo.popitem(last=False)[0])
+
+    def _drop(self, cached: CachedObject) -> None:
+        """Keep an object, which is in the memo no more, as bytes alone."""
+        cached.obj = None
+        self._memo_bytes -= len(cached.item)
 
     def private(self, cached: CachedObject) -> Object:
         """Return the object as a dict of the caller's own, to be changed at will."""
