@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from knarr.api.resources import LEASES, NODES, PODS, PRIORITY_CLASSES
 from tests.kubelet.conftest import Bench, condition, container_state
 
@@ -158,3 +160,29 @@ async def test_the_burstable_group_has_the_cpu_share_of_its_pods_together(bench:
     await until_share(two)
     await bench.client.delete(PODS, "b", bench.namespace, grace_period_seconds=0)
     await until_share(one)
+
+
+async def test_what_changes_while_the_status_is_on_its_way_is_told_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench.kubelet is not None
+    reporter = bench.kubelet.reporter
+    patch, late = bench.client.patch, False
+
+    async def slow(*arguments: object, **options: object) -> object:
+        nonlocal late
+        answer = await patch(*arguments, **options)  # type: ignore[arg-type]
+        if not late and options.get("subresource") == "status" and arguments[1] == bench.node_name:
+            # The network comes just as it was written that there is none.
+            late = True
+            monkeypatch.undo()
+            reporter.changed()
+        return answer
+
+    async def none() -> str:
+        return "still to come"
+
+    monkeypatch.setattr(bench.network, "ready", none)
+    monkeypatch.setattr(bench.client, "patch", slow)
+    reporter.changed()
+    async with asyncio.timeout(8):
+        while not late or condition(await bench.client.get(NODES, bench.node_name), "Ready") != "True":
+            await asyncio.sleep(0.05)

@@ -163,6 +163,8 @@ class NodeReporter:
         """Keep the node's status true. Eternal."""
         await self.registered.wait()
         while True:
+            # Before the look: what changes while the status is on its way is in the next one, at once.
+            self._changed.clear()
             try:
                 # A request that hangs must not outlast the interval: on a new connection the next one may get through.
                 async with asyncio.timeout(max(_LEAST_TIMEOUT_SECONDS, self._config.node_status_interval_seconds)):
@@ -177,7 +179,6 @@ class NodeReporter:
                 log.warning("API server not reached for the node status", error=repr(e))
             except RuntimeFault as e:
                 log.warning("runtime does not answer", error=str(e))
-            self._changed.clear()
             try:
                 async with asyncio.timeout(self._config.node_status_interval_seconds):
                     await self._changed.wait()
