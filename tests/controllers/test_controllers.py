@@ -17,7 +17,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from knarr.aiokits import clock
-from knarr.aiokits.tasks import Tasks
 from knarr.api.errors import StatusError
 from knarr.api.resources import (
     CONFIG_MAPS,
@@ -34,9 +33,8 @@ from knarr.api.resources import (
 from knarr.api.scheme import SCHEME, Resource
 from knarr.api.types import Object
 from knarr.client.rest import Client
-from knarr.controllers.context import ControllersConfig
-from knarr.controllers.manager import ControllerManager
 from knarr.testing.apiserver import RunningAPIServer, running_apiserver
+from knarr.testing.controllers import running_controllers
 
 NS = "default"
 
@@ -55,10 +53,7 @@ async def until(condition: Callable[[], Awaitable[Any]], seconds: float = 10.0) 
 @asynccontextmanager
 async def controllers(server: RunningAPIServer, enabled: str, **settings: Any) -> AsyncIterator[Client]:
     """Run some controllers for the time of a test."""
-    manager = ControllerManager(server.client, ControllersConfig(enabled=enabled, **settings))
-    async with Tasks() as tasks:
-        tasks.spawn(manager.run(), "controllers")
-        await manager.wait_ready()
+    async with running_controllers(server, enabled, **settings):
         yield server.client
 
 

@@ -17,7 +17,7 @@ from knarr.controllers.cronjob.schedule import ScheduleError, load_zone, parse
 from knarr.controllers.hashing import revision_hash, safe_encode, template_hash
 from knarr.controllers.job.indexes import Indexes
 from knarr.controllers.manager import UnknownController, selected
-from knarr.controllers.registry import CONTROLLERS, OFF_BY_DEFAULT
+from knarr.controllers.registry import ALIASES, CONTROLLERS, OFF_BY_DEFAULT, WITHOUT_WORK
 from knarr.controllers.volume import match
 
 # Names and selection
@@ -32,6 +32,8 @@ def test_minus_switches_off_and_aliases_are_names_too() -> None:
     assert "deployment-controller" not in selected("*,-deployment")
     assert selected("deployment,replicaset-controller") == ["deployment-controller", "replicaset-controller"]
     assert selected("-deployment") == []
+    assert selected("*,-service,-selinux-warning-controller,storage-version-migrator-controller") == selected("*")
+    assert set(ALIASES.values()) <= set(CONTROLLERS) | WITHOUT_WORK
 
 
 def test_unknown_controller_is_refused() -> None:

@@ -1,7 +1,7 @@
 """Controllers and scheduler die by SIGKILL at random moments of rollouts, scalings, deletions and Jobs: what is declared comes about.
 
-On the way no Deployment has more pods than its surge allows and no index of a Job runs twice; at the end nothing is left
-of what was deleted. The short form makes few changes; KNARR_COMPONENT_CHANGES=1000 (and KNARR_FAULT_SEED) makes that many.
+On the way no Deployment's sets are told more pods than its surge allows, no set has more pods than it was told, and no index of a
+Job runs twice; at the end nothing is left of what was deleted. The short form makes few changes; KNARR_COMPONENT_CHANGES=1000 (and KNARR_FAULT_SEED) makes that many.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from pathlib import Path
 import pytest
 from bench.servers import TOKEN
 
+from knarr.aiokits import clock
 from knarr.aiokits.tasks import Tasks
 from knarr.api import meta
 from knarr.api.resources import DEPLOYMENTS, JOBS, PODS, REPLICA_SETS
+from knarr.api.scheme import Resource
 from knarr.api.types import Object
 from knarr.client.config import ClientConfig
 from knarr.client.rest import Client
 from knarr.controllers import podutil
 from knarr.simulate.simulator import Simulator, SimulatorConfig
 from knarr.simulate.workload import make_deployment
+from tests.controllers.sizes import Sizes
 from tests.faults.server import Server
 
 CHANGES = int(os.environ.get("KNARR_COMPONENT_CHANGES") or 40)
@@ -37,6 +40,7 @@ MOST_REPLICAS = 6
 INDICES = 4
 SETTLE_SECONDS = 120.0
 IMPATIENT_SECONDS = 10.0
+SEEN_SECONDS = 2.0
 INDEX = "batch.kubernetes.io/job-completion-index"
 
 
@@ -93,6 +97,7 @@ class Ledger:
     pods: dict[str, Object] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     done: dict[tuple[str, str], str] = field(default_factory=dict)
+    sizes: dict[str, Sizes] = field(default_factory=dict)
     impatient: set[str] = field(default_factory=set)
 
     def saw(self, kind: str, pod: Object) -> None:
@@ -105,9 +110,25 @@ class Ledger:
             if INDEX in meta.annotations(pod):
                 self._job_pod(pod, new)
             elif new:
-                app = meta.labels(pod)["app"]
-                if len(self.active(app)) > self.bounds[app]:
-                    self.faults.append(f"{app}: {len(self.active(app))} pods, at most {self.bounds[app]} are allowed")
+                self._set_pod(pod)
+
+    def saw_set(self, kind: str, item: Object) -> None:
+        app = meta.labels(item)["app"]
+        sizes = self.sizes.setdefault(app, Sizes())
+        if sizes.saw(kind, item) > 0 and sizes.total() > self.bounds[app]:
+            self.faults.append(f"{app}: its sets are told {sizes.total()} pods, at most {self.bounds[app]} are allowed")
+
+    def _set_pod(self, pod: Object) -> None:
+        metadata, app, at = pod["metadata"], meta.labels(pod)["app"], clock.now()
+        owner = metadata["ownerReferences"][0]
+        same = [item for item in self.active(app) if item["metadata"]["ownerReferences"][0]["uid"] == owner["uid"]]
+
+        def judge() -> None:
+            told = self.sizes.setdefault(app, Sizes()).told(owner["name"], int(metadata["resourceVersion"]), at)
+            if len(same) > told:
+                self.faults.append(f"{len(same)} pods of {owner['name']}, it was told {told}")
+
+        asyncio.get_running_loop().call_later(SEEN_SECONDS, judge)  # the set's own commit comes by another watch
 
     def _job_pod(self, pod: Object, new: bool) -> None:
         key, uid = (meta.labels(pod)["job-name"], meta.annotations(pod)[INDEX]), pod["metadata"]["uid"]
@@ -123,10 +144,12 @@ class Ledger:
     def active(self, app: str) -> list[Object]:
         return [pod for pod in self.pods.values() if meta.labels(pod).get("app") == app and podutil.is_active(pod)]
 
-    async def follow(self, client: Client) -> None:
-        version = (await client.list(PODS, "default"))["metadata"]["resourceVersion"]
-        async for kind, pod in client.watch(PODS, "default", resource_version=version, allow_bookmarks=False):
-            self.saw(kind, pod)
+    async def follow(self, client: Client, resource: Resource, saw: Callable[[str, Object], None]) -> None:
+        version = (await client.list(resource, "default"))["metadata"]["resourceVersion"]
+        while True:
+            async for kind, item in client.watch(resource, "default", resource_version=version, allow_bookmarks=False):
+                version = item["metadata"]["resourceVersion"]
+                saw(kind, item)
 
 
 class User:
@@ -229,7 +252,8 @@ async def test_what_is_declared_comes_about_although_controllers_and_scheduler_a
             simulator = Simulator(client, SimulatorConfig(4))
             tasks.spawn(simulator.run(), "simulator")
             await simulator.wait_nodes()
-            tasks.spawn_eternal(ledger.follow(client), "ledger")
+            for resource, saw in ((PODS, ledger.saw), (REPLICA_SETS, ledger.saw_set)):
+                tasks.spawn_eternal(ledger.follow(client, resource, saw), f"ledger-{resource.plural}")
             users = [User(client, ledger, number) for number in range(USERS)]
             enough = asyncio.Event()
             killers = [tasks.spawn(component.kill_at_random(enough, ledger.impatient), f"killer-{component.name}") for component in components]
@@ -245,7 +269,8 @@ async def test_what_is_declared_comes_about_although_controllers_and_scheduler_a
             for user in users:
                 await user.settle()
                 await user.jobs_complete()
-        assert not ledger.faults
+            await asyncio.sleep(SEEN_SECONDS)
+        assert not ledger.faults, ledger.faults[:5]
         owners = {item["metadata"]["uid"] for resource in (REPLICA_SETS, JOBS) for item in (await client.list(resource, "default"))["items"]}
         for pod in (await client.list(PODS, "default"))["items"]:
             controller = meta.controller_of(pod)

@@ -20,7 +20,7 @@ from knarr.client.leaderelection import LeaderElectionConfig, LeaderElector
 from knarr.client.rest import Client
 from knarr.controllers import metrics
 from knarr.controllers.context import Component, Context, ControllersConfig
-from knarr.controllers.registry import ALIASES, CONTROLLERS, OFF_BY_DEFAULT
+from knarr.controllers.registry import ALIASES, CONTROLLERS, OFF_BY_DEFAULT, WITHOUT_WORK
 
 log = get_logger(__name__)
 
@@ -34,7 +34,8 @@ def selected(enabled: str | Iterable[str]) -> list[str]:
 
     Args:
       enabled: "*" (all that are on by default), "name" (that one), "-name" (not that one); aliases
-        such as "deployment" are taken too. Text is split at commas. A "-name" or "name" wins over "*".
+        such as "deployment" and names of upstream's controllers without work here are taken too.
+        Text is split at commas. A "-name" or "name" wins over "*".
 
     Raises:
       UnknownController: a name is none.
@@ -49,7 +50,7 @@ def selected(enabled: str | Iterable[str]) -> list[str]:
             continue
         name = part.removeprefix("-")
         name = ALIASES.get(name, name)
-        if name not in CONTROLLERS:
+        if name not in CONTROLLERS and name not in WITHOUT_WORK:
             raise UnknownController(f"{part!r} is not in the list of known controllers")
         (unwanted if part.startswith("-") else wanted).add(name)
     return [

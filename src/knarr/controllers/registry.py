@@ -89,7 +89,26 @@ ALIASES: dict[str, str] = {
     "ephemeral-volume": "ephemeral-volume-controller",
     "storage-version-gc": "storageversion-garbage-collector-controller",
     "resource-claim-controller": "resourceclaim-controller",
+    "cloud-node-lifecycle": "cloud-node-lifecycle-controller",
+    "route": "node-route-controller",
+    "service": "service-lb-controller",
     "legacy-service-account-token-cleaner": "legacy-serviceaccount-token-cleaner-controller",
 }
 
 OFF_BY_DEFAULT = frozenset({"bootstrap-signer-controller", "token-cleaner-controller"})
+
+# Known to upstream's --controllers, so taken here too, and started by neither: their feature gates are off in 1.35 (the first five),
+# they belong to a cloud provider (the next three), or speak of SELinux, which the nodes do not label volumes for.
+WITHOUT_WORK = frozenset(
+    {
+        "device-taint-eviction-controller",
+        "kube-apiserver-serving-clustertrustbundle-publisher-controller",
+        "podcertificaterequest-cleaner-controller",
+        "storage-version-migrator-controller",
+        "storageversion-garbage-collector-controller",
+        "cloud-node-lifecycle-controller",
+        "node-route-controller",
+        "service-lb-controller",
+        "selinux-warning-controller",
+    }
+)

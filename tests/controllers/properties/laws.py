@@ -7,7 +7,8 @@ from typing import Any
 from knarr.aiokits import clock
 from knarr.api.types import Object
 from knarr.controllers import podutil
-from tests.controllers.properties.world import GRACE_SECONDS, Change, Example, Ledger
+from tests.controllers.properties.world import Change, Example, Ledger
+from tests.controllers.sizes import GRACE_SECONDS
 
 HASH = "pod-template-hash"
 REVISION = "controller-revision-hash"
@@ -45,14 +46,12 @@ def _bounds(spec: Object) -> tuple[int, int]:
 def deployment(ledger: Ledger) -> Any:
     """The laws of a Deployment's pods; those of its ReplicaSets are told to the ledger.
 
-    What surge bounds, at every moment, is what ReplicaSets are told: upstream's controller counts `spec.replicas` of the sets,
-    and does not wait until the pods of a set that it has made smaller are gone. So pods may be more for a moment only,
-    and never more of one set than that set was told.
+    What surge bounds, at every moment, is what ReplicaSets are told (see tests.controllers.sizes).
     """
 
-    def sizes(before: int, now: int) -> str | None:
-        specs = ledger.window()
-        if now <= before or {spec["strategy"]["type"] for spec in specs} != {"RollingUpdate"}:
+    def sizes(grown: int) -> str | None:
+        specs, now = ledger.window(), ledger.sizes.total()
+        if grown <= 0 or {spec["strategy"]["type"] for spec in specs} != {"RollingUpdate"}:
             return None
         most = max(_bounds(spec)[0] for spec in specs)
         return f"the sets are told {now} replicas, at most {most} are allowed" if now > most else None
@@ -63,7 +62,7 @@ def deployment(ledger: Ledger) -> Any:
         count = len([pod for pod in active(change.pods) if pod["metadata"]["labels"][HASH] == metadata["labels"][HASH]])
 
         def law() -> str | None:
-            told = ledger.told(name, version, at)
+            told = ledger.sizes.told(name, version, at)
             return f"{count} pods of {name}, it was told {told}" if count > told else None
 
         ledger.judge_later(law, 0.1)  # the set's own commit came before, but by another watch
@@ -100,6 +99,10 @@ def deployment(ledger: Ledger) -> Any:
 
 async def deployment_settled(example: Example, spec: Object, sets: list[Object]) -> None:
     """When nothing changes any more: as many pods as declared, of the newest template, and no more history than asked for."""
+    if not sets:  # paused before its first set was made
+        assert spec.get("paused")
+        assert not example.ledger.pods
+        return
     newest = max(sets, key=lambda item: int(item["metadata"]["annotations"]["deployment.kubernetes.io/revision"]))
     now = active(example.ledger.pods)
     if not spec.get("paused"):

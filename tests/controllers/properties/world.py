@@ -27,10 +27,9 @@ from knarr.controllers.manager import ControllerManager
 from knarr.testing.apiserver import running_apiserver
 from tests import virtualtime
 from tests.controllers.hollow import HollowNode
+from tests.controllers.sizes import GRACE_SECONDS, Sizes
 
 NODES = ("hollow-a", "hollow-b", "hollow-c")
-# What controllers decided on an older specification may still come this long after it was changed.
-GRACE_SECONDS = 2.0
 LABELS = {"app": "x"}
 
 
@@ -48,15 +47,6 @@ Law = Callable[[Change], str | None]
 
 
 @dataclass
-class Size:
-    """A commit of a ReplicaSet's size."""
-
-    version: int
-    at: float
-    replicas: int
-
-
-@dataclass
 class Ledger:
     """What the laws know of one example."""
 
@@ -68,10 +58,9 @@ class Ledger:
     specs: list[tuple[float, Object]] = field(default_factory=list)
     by_user: set[str] = field(default_factory=set)
     """uids of pods that the user has deleted or failed."""
-    sizes: dict[str, list[Size]] = field(default_factory=dict)
-    """What each ReplicaSet was told, by name, oldest first."""
-    size_law: Callable[[int, int], str | None] = lambda before, now: None
-    """Judges the sum of all sets' sizes when it changes."""
+    sizes: Sizes = field(default_factory=Sizes)
+    size_law: Callable[[int], str | None] = lambda grown: None
+    """Judges the sum of all sets' sizes when it changes, by so many."""
     broken: list[str] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
 
@@ -99,23 +88,11 @@ class Ledger:
     def judge_later(self, law: Callable[[], str | None], seconds: float) -> None:
         asyncio.get_running_loop().call_later(seconds, lambda: self._judge(law()))
 
-    def total_size(self) -> int:
-        return sum(sizes[-1].replicas for sizes in self.sizes.values())
-
-    def told(self, name: str, version: int, at: float) -> int:
-        """The most pods that a set was told when an object got this version at this time, or a moment before."""
-        known = [size for size in self.sizes.get(name, ()) if size.version < version]
-        ends = [size.at for size in known[1:]] + [at]
-        return max((size.replicas for size, end in zip(known, ends, strict=True) if end >= at - GRACE_SECONDS), default=0)
-
     def saw_set(self, kind: str, item: Object) -> None:
-        name, before = item["metadata"]["name"], self.total_size()
-        replicas = 0 if kind == "DELETED" else item["spec"]["replicas"]
-        size = Size(int(item["metadata"]["resourceVersion"]), clock.now(), replicas)
-        self.sizes.setdefault(name, []).append(size)
-        if self.total_size() != before:
-            self.log.append(f"{clock.now() % 10000:.2f} SIZE {name} {replicas}")
-            self._judge(self.size_law(before, self.total_size()))
+        grown = self.sizes.saw(kind, item)
+        if grown:
+            self.log.append(f"{clock.now() % 10000:.2f} SIZE {item['metadata']['name']} {item['spec']['replicas']}")
+            self._judge(self.size_law(grown))
 
     async def follow(self, resource: Resource, saw: Callable[[str, Object], None], synced: asyncio.Event) -> None:
         version = (await self.client.list(resource, self.namespace))["metadata"]["resourceVersion"]
