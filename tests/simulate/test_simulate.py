@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,9 @@ from knarr.aiokits.tasks import Tasks
 from knarr.api.resources import DEPLOYMENTS, EVENTS, JOBS, LEASES, NAMESPACES, NODES, PODS
 from knarr.api.types import Object
 from knarr.client.rest import Client
+from knarr.cluster import simverbs
+from knarr.cluster.config import ClusterConfig
+from knarr.cluster.progress import Progress
 from knarr.controllers import podutil
 from knarr.controllers.context import ControllersConfig
 from knarr.controllers.manager import ControllerManager
@@ -116,9 +120,13 @@ spec:
 """
 
 
-def test_pods_of_a_node_that_fell_silent_for_a_minute_are_ready_again() -> None:
+_RUNS = stages.DEFAULT.partition("---")[0]
+
+
+@pytest.mark.parametrize("text", [stages.DEFAULT, _RUNS], ids=["built-in", "file"])
+def test_pods_of_a_node_that_fell_silent_for_a_minute_are_ready_again(text: str) -> None:
     async def play() -> None:
-        async with _cluster(SimulatorConfig(3)) as client:
+        async with _cluster(SimulatorConfig(3, stages=text)) as client:
             await workload.ensure(client, 6)
             await _until(_all_ready(6), client)
             silent = nodes.node_name(1)
@@ -154,6 +162,37 @@ def test_stages_of_a_file_break_pods_and_press_nodes() -> None:
             await asyncio.sleep(10)
             taints = (await client.get(NODES, nodes.node_name(0)))["spec"]["taints"]
             assert "node.kubernetes.io/memory-pressure" in {taint["key"] for taint in taints}
+
+    virtualtime.run(play())
+
+
+_NEVER_READY = _RUNS.replace("{phase: Running}", "{phase: Running, ready: false}")
+
+
+def test_pods_that_a_stage_keeps_from_being_ready_stay_so() -> None:
+    async def play() -> None:
+        async with _cluster(SimulatorConfig(1, stages=_NEVER_READY)) as client:
+            await workload.ensure(client, 3)
+            await _until(lambda pods: [pod["status"]["phase"] for pod in pods] == ["Running"] * 3, client)
+            await asyncio.sleep(60)
+            assert not any(podutil.is_ready(pod) for pod in (await client.list(PODS, workload.NAMESPACE))["items"])
+
+    virtualtime.run(play())
+
+
+@pytest.mark.parametrize("text", ["", _NEVER_READY], ids=["built-in", "file"])
+def test_the_command_waits_for_pods_but_not_for_those_of_a_file(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ClusterConfig(name="simulated", slot=0, data_dir=str(tmp_path))
+    (tmp_path / "stages.yaml").write_text(text)
+
+    async def play() -> None:
+        async with _cluster(SimulatorConfig(2, stages=text or stages.DEFAULT)) as client:
+            own = Client(client.config)
+            monkeypatch.setattr(simverbs, "admin_client", lambda _: own)
+            async with asyncio.timeout(60):
+                await simverbs.converge(config, simverbs.Simulation(2, 20), Progress())
+            ready = sum(podutil.is_ready(pod) for pod in (await client.list(PODS, workload.NAMESPACE))["items"])
+            assert ready == (0 if text else 20)
 
     virtualtime.run(play())
 

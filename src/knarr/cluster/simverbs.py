@@ -73,7 +73,7 @@ def simulate(config: ClusterConfig, settings: Sequence[str], *, tainted: bool | 
     _file(config).write_text(json.dumps(dataclasses.asdict(wanted)))
     began = time.monotonic()
     supervisor.ask(config, "simulate")
-    asyncio.run(_converge(config, wanted, progress))
+    asyncio.run(converge(config, wanted, progress))
     if not wanted.nodes:
         with contextlib.suppress(RuntimeError):
             supervisor.ask(config, "forget", component="simulator")
@@ -109,7 +109,12 @@ def _take_stages(config: ClusterConfig, path: str) -> None:
     _stages_file(config).write_text(text)
 
 
-async def _converge(config: ClusterConfig, wanted: Simulation, progress: Progress) -> None:
+async def converge(config: ClusterConfig, wanted: Simulation, progress: Progress) -> None:
+    """Wait for the nodes, declare the pods, and wait for those to be ready unless a file says what becomes of them.
+
+    Raises:
+      CommandError: nothing has come nearer for WAIT_SECONDS.
+    """
     from knarr.api.resources import NODES
     from knarr.simulate import nodes, workload
 

@@ -49,7 +49,7 @@ class Simulator:
 
     def __init__(self, client: Client, config: SimulatorConfig) -> None:
         self._client = client
-        found = stages.read(config.stages)
+        found = stages.whole(config.stages)
         self._pod_stages = [stage for stage in found if stage.resource == "pods"]
         self._node_stages = [stage for stage in found if stage.resource == "nodes"]
         # Apart, because which pods are ours is known only once the nodes are.

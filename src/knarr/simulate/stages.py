@@ -1,6 +1,6 @@
 """Stages: what becomes of a simulated pod or node, after which time, when it is in a certain state.
 
-Pure: reads documents, says which stage an object is due for. `engine` carries stages out. The idea and the selectors are
+Pure: reads documents, says which stage an object is due for. `simulator` carries stages out. The idea and the selectors are
 KWOK's (kwok.sigs.k8s.io, kind Stage); what a stage does is said by a phase and a piece of status instead of a template.
 """
 
@@ -84,21 +84,6 @@ spec:
 ---
 apiVersion: simulate.knarr.dev/v1alpha1
 kind: Stage
-metadata: {name: pod-ready-again}
-spec:
-  resource: pods
-  selector:
-    matchExpressions:
-    - {path: metadata.deletionTimestamp, operator: DoesNotExist}
-    - {path: spec.readinessGates, operator: DoesNotExist}
-    - {path: status.phase, operator: In, values: [Running]}
-    - {path: "status.conditions[type=Ready].status", operator: In, values: ["False"]}
-    - {path: "status.conditions[type=ContainersReady].status", operator: In, values: ["True"]}
-  delay: {seconds: 1}
-  next: {phase: Running}
----
-apiVersion: simulate.knarr.dev/v1alpha1
-kind: Stage
 metadata: {name: job-pod-completes}
 spec:
   resource: pods
@@ -120,10 +105,29 @@ spec:
     - {path: metadata.deletionTimestamp, operator: Exists}
   next: {delete: true}
 """
-"""The stages without a file: pods run at once, those of Jobs complete after a second, deleted ones are gone at once.
+"""The stages without a file: pods run at once, those of Jobs complete after a second, deleted ones are gone at once."""
 
-A node whose Lease came late has its pods marked as not ready by the node controller; a kubelet then tells their status again, and
-so does pod-ready-again."""
+_KUBELETS = """
+apiVersion: simulate.knarr.dev/v1alpha1
+kind: Stage
+metadata: {name: pod-ready-again}
+spec:
+  resource: pods
+  selector:
+    matchExpressions:
+    - {path: metadata.deletionTimestamp, operator: DoesNotExist}
+    - {path: spec.readinessGates, operator: DoesNotExist}
+    - {path: status.phase, operator: In, values: [Running]}
+    - {path: "status.conditions[type=Ready].status", operator: In, values: ["False"]}
+    - {path: "status.conditions[type=Ready].reason", operator: DoesNotExist}
+    - {path: "status.conditions[type=ContainersReady].status", operator: In, values: ["True"]}
+  delay: {seconds: 1}
+  next: {phase: Running}
+"""
+"""What a kubelet does whatever becomes of its pods, and so belongs to every set of stages.
+
+A node whose Lease came late has its pods marked as not ready by the node controller, which gives no reason; a kubelet then tells
+their status again."""
 
 
 def read(text: str) -> list[Stage]:
@@ -137,6 +141,17 @@ def read(text: str) -> list[Stage]:
     except ValueError as error:
         raise BadStage(f"not YAML: {error}") from error
     return [_stage(document) for document in documents if document is not None]
+
+
+def whole(text: str) -> list[Stage]:
+    """What a file holds and, unless it has a stage of that name itself, pod-ready-again.
+
+    Raises:
+      BadStage: as `read`.
+    """
+    found = read(text)
+    names = {stage.name for stage in found}
+    return found + [stage for stage in read(_KUBELETS) if stage.name not in names]
 
 
 _KEYS: Mapping[str, frozenset[str]] = {
