@@ -28,6 +28,8 @@ from tests.controllers.shell import Shell
 NODE = "hollow"
 _ADDRESSES = itertools.count(10)
 _NOTICED_SECONDS = 0.3
+# A pod whose containers have ended is told to be over once they are cleared away; until then it runs, without being ready.
+_CLEARED_SECONDS = 1.3
 _APART_SECONDS = 0.005
 
 
@@ -67,6 +69,8 @@ class HollowNode:
         self._start_seconds = start_seconds
         self._names = names
         self._bound: Counter[str] = Counter()
+        self.starts: dict[tuple[str, str], float] = {}
+        """Seconds that pods need to start, by namespace and name; the others need `start_seconds`."""
         self._started = 0
         self._pending: dict[str, Object] = {}
 
@@ -266,7 +270,8 @@ class HollowNode:
         await self._write(pod, self._status(pod, containers, "Pending", ""))
         # No two pods of a node start in the same moment.
         self._started += 1
-        await asyncio.sleep(self._start_seconds + self._started % 64 * _APART_SECONDS)
+        start_seconds = self._start_seconds + self._started % 64 * _APART_SECONDS
+        await asyncio.sleep(self.starts.get((pod["metadata"]["namespace"], pod["metadata"]["name"]), start_seconds))
         if any(item["image"].startswith("rec.invalid") for item in pod["spec"]["containers"]):
             for container in containers:
                 container.state = {"waiting": {"reason": "ErrImagePull"}}
@@ -287,6 +292,9 @@ class HollowNode:
                 await changed.wait()
                 changed.clear()
                 phase = self._phase(pod, containers, deleted.is_set() or late.is_set())
+                if phase in ("Succeeded", "Failed") and not deleted.is_set() and not late.is_set():
+                    await self._write(pod, {**self._status(pod, containers, phase, address), "phase": "Running"})
+                    await asyncio.sleep(_CLEARED_SECONDS)
                 status = self._status(pod, containers, phase, address)
                 if late.is_set():
                     status.update(reason="DeadlineExceeded", message="Pod was active on the node longer than the specified deadline")
