@@ -20,7 +20,7 @@ NOT_DEFAULTING = re.compile(
     r"|(Pod|ReplicaSet)?status\.(conditions|phase|qosClass|lastPhaseTransitionTime|replicas)"
     r"|spec\.(clusterIPs?|ipFamil\w+|healthCheckNodePort|ports\[\d+\]\.nodePort)"
     r"|spec\.(tolerations|volumes|serviceAccount\w*|priority|preemptionPolicy|containers\[\d+\]\.volumeMounts|initContainers\[\d+\]\.volumeMounts)"
-    r"|spec\.(dataSource|dataSourceRef|taints|finalizers|groups|uid|username)"
+    r"|spec\.(dataSource|dataSourceRef|taints|devices\[\d+\]\.taints|finalizers|groups|uid|username)"
     r"|metadata\.annotations(=.'|\.)deprecated\.daemonset|metadata\.labels=.'batch|spec\.selector=.'matchLabels'|spec\.template\.metadata\.labels"
     r"|spec\.\S*labelSelector\.matchExpressions)",
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from knarr.apiserver.config import APIServerConfig
-from knarr.apiserver.options import OptionError, applied, normalised
+from knarr.apiserver.options import OptionError, applied, feature_gates, normalised
 
 
 def test_options_become_settings() -> None:
@@ -53,4 +53,27 @@ def test_the_admission_configuration_is_read_with_the_files_it_names(tmp_path: P
 )
 def test_what_cannot_be_is_refused_with_its_name(argument: str, why: str) -> None:
     with pytest.raises(OptionError, match=why):
+        normalised([argument])
+
+
+def test_gates_and_versions_that_are_off_by_default_are_switched_by_upstreams_names() -> None:
+    given = ["feature-gates=StorageVersionMigrator=true,DRADeviceTaints=True,ContainerCheckpoint=true", "runtime-config=storagemigration.k8s.io/v1alpha1=true,v1"]
+    config = applied(APIServerConfig(), normalised(given))
+    assert config.feature_gates == {"StorageVersionMigrator": True, "DRADeviceTaints": True}
+    assert config.runtime_config == ("storagemigration.k8s.io/v1alpha1",)
+    assert feature_gates(given) == config.feature_gates
+
+
+@pytest.mark.parametrize(
+    ("argument", "problem"),
+    [
+        ("feature-gates=NoSuchGate=true", "unrecognized feature gate: NoSuchGate"),
+        ("feature-gates=ContainerCheckpoint=false", "ContainerCheckpoint cannot be switched here, it is true"),
+        ("feature-gates=StorageVersionMigrator", "missing bool value for StorageVersionMigrator"),
+        ("runtime-config=batch/v2alpha1=true", "batch/v2alpha1 cannot be switched on here"),
+        ("runtime-config=apps/v1=false", "apps/v1 cannot be switched off here"),
+    ],
+)
+def test_what_cannot_be_switched_is_refused(argument: str, problem: str) -> None:
+    with pytest.raises(OptionError, match=problem):
         normalised([argument])

@@ -71,3 +71,7 @@ CSI_STORAGE_CAPACITIES = builtin("storage.k8s.io", "v1", "csistoragecapacities")
 STORAGE_CLASSES = builtin("storage.k8s.io", "v1", "storageclasses")
 VOLUME_ATTACHMENTS = builtin("storage.k8s.io", "v1", "volumeattachments")
 VOLUME_ATTRIBUTES_CLASSES = builtin("storage.k8s.io", "v1", "volumeattributesclasses")
+
+# Served only on request (--runtime-config).
+DEVICE_TAINT_RULES = builtin("resource.k8s.io", "v1alpha3", "devicetaintrules")
+STORAGE_VERSION_MIGRATIONS = builtin("storagemigration.k8s.io", "v1alpha1", "storageversionmigrations")

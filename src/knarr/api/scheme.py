@@ -1,8 +1,8 @@
 """Which resources the built-in API has: a lookup over `facts/discovery.json`.
 
-Used by everybody who must turn a kind or a path into a resource. Holds only what a 1.35 API server serves by
-default (GA versions). Custom resources get a `Resource` of the same class, made by the API server; they are never
-put into `SCHEME`, which is immutable after import.
+Used by everybody who must turn a kind or a path into a resource. `SCHEME` holds only what a 1.35 API server serves by
+default (GA versions); `OPTIONAL` what one can be told to serve as well. Custom resources get a `Resource` of the same class,
+made by the API server; they are never put into `SCHEME`, which is immutable after import.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,6 +15,9 @@ import orjson
 from knarr.api.facts import read_fact
 
 _EMPTY: Mapping[str, "Subresource"] = MappingProxyType({})
+
+# Off by default in 1.35; what works with them is there once they are served.
+_OPTIONAL = ("storagemigration.k8s.io/v1alpha1", "resource.k8s.io/v1alpha3")
 
 # One kind served under two groups or versions is stored once; the store key follows the storage side.
 _STORED_AS = {("events.k8s.io", "events"): ""}
@@ -147,8 +150,8 @@ class Scheme:
 
 
 def builtin(group: str, version: str, plural: str) -> Resource:
-    """The built-in resource; KeyError is our bug."""
-    found = SCHEME.resource(group, version, plural)
+    """The built-in resource, served by default or not; KeyError is our bug."""
+    found = SCHEME.resource(group, version, plural) or OPTIONAL.resource(group, version, plural)
     if found is None:
         raise KeyError((group, version, plural))
     return found
@@ -161,20 +164,28 @@ def load_discovery() -> dict[str, Any]:
 
 
 def _build(facts: dict[str, Any]) -> Scheme:
-    groups = [
-        Group(
-            name="" if name == "(core)" else name,
-            versions=tuple(entry["onByDefault"]),
-            preferred=entry["onByDefault"][0],
-            order=entry["order"],
-            priority={v: (p[0], p[1]) for v, p in entry.get("priority", {}).items()},
-        )
-        for name, entry in facts["groups"].items()
-        if entry["onByDefault"]
-    ]
+    groups = [_group(name, entry, tuple(entry["onByDefault"])) for name, entry in facts["groups"].items() if entry["onByDefault"]]
     groups.sort(key=lambda g: g.order)
     resources = [_resource(*_split(key), entry) for key, entry in facts["resources"].items() if entry.get("onByDefault")]
     return Scheme(resources, groups)
+
+
+def _build_optional(facts: dict[str, Any]) -> Scheme:
+    groups = [
+        _group(name, entry, versions)
+        for name, entry in facts["groups"].items()
+        if (versions := tuple(version for version in entry["versions"] if f"{name}/{version}" in _OPTIONAL))
+    ]
+    keys = [(key, _split(key)) for key in facts["resources"]]
+    resources = [_resource(*parts, facts["resources"][key]) for key, parts in keys if f"{parts[0]}/{parts[1]}" in _OPTIONAL]
+    return Scheme(resources, groups)
+
+
+def _group(name: str, entry: dict[str, Any], versions: tuple[str, ...]) -> Group:
+    return Group(
+        name="" if name == "(core)" else name, versions=versions, preferred=versions[0], order=entry["order"],
+        priority={v: (p[0], p[1]) for v, p in entry.get("priority", {}).items()},
+    )
 
 
 def _split(key: str) -> tuple[str, str, str]:
@@ -195,4 +206,8 @@ def _resource(group: str, version: str, plural: str, entry: dict[str, Any]) -> R
     )
 
 
-SCHEME = _build(load_discovery())
+_facts = load_discovery()
+SCHEME = _build(_facts)
+OPTIONAL = _build_optional(_facts)
+"""What an API server serves only when it is told to (--runtime-config)."""
+del _facts

@@ -631,6 +631,12 @@ def _resource_claim(v: _View) -> list[Any]:
     return [v.name, ",".join(states), v.age]
 
 
+def _device_taint_rule(v: _View) -> list[Any]:
+    taint = v.spec.get("taint") or _NOTHING
+    added = since(taint["timeAdded"], v.now) if taint.get("timeAdded") else ""
+    return [v.name, taint.get("key") or "", taint.get("value") or "", taint.get("effect") or "", added, v.age]
+
+
 def _name_age(v: _View) -> list[Any]:
     return [v.name, v.age]
 
@@ -696,4 +702,7 @@ _PRINTERS: dict[tuple[str, str], Callable[[_View], list[Any]]] = {
     ("resource.k8s.io", "ResourceClaimTemplate"): _name_age,
     ("resource.k8s.io", "ResourceSlice"): lambda v: [
         v.name, v.spec.get("nodeName") or "", v.spec.get("driver") or "", (v.spec.get("pool") or _NOTHING).get("name") or "", v.age],
+    ("resource.k8s.io", "DeviceTaintRule"): _device_taint_rule,
+    ("storagemigration.k8s.io", "StorageVersionMigration"): lambda v: [
+        v.name, ".".join((v.spec.get("resource") or _NOTHING).get(key) or "" for key in ("resource", "version", "group"))],
 }

@@ -49,7 +49,7 @@ GATED_OFF: dict[str, frozenset[str]] = {
     "k8s.io.api.resource.v1." + name: frozenset(fields.split())
     for name, fields in {
         "ResourceSliceSpec": "perDeviceNodeSelection sharedCounters",
-        "Device": "consumesCounters nodeName nodeSelector allNodes taints bindsToNode bindingConditions bindingFailureConditions "
+        "Device": "consumesCounters nodeName nodeSelector allNodes bindsToNode bindingConditions bindingFailureConditions "
                   "allowMultipleAllocations",
         "DeviceCapacity": "requestPolicy", "ExactDeviceRequest": "capacity", "DeviceSubRequest": "capacity",
         "DeviceConstraint": "distinctAttribute", "AllocationResult": "allocationTimestamp",

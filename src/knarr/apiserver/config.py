@@ -100,5 +100,9 @@ class APIServerConfig:
     shutdown_grace_seconds: float = 10.0
     history_seconds: float = 300.0
     """Old revisions are kept at least this long before compaction."""
+    runtime_config: tuple[str, ...] = ()
+    """Group versions served beside those that are on by default: "storagemigration.k8s.io/v1alpha1"."""
+    feature_gates: dict[str, bool] = field(default_factory=dict)
+    """Gates that are not at their defaults (see features.py)."""
     identity: str = ""
     """Suffix of the identity Lease; "" derives one from the host's name."""

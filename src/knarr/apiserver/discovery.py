@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from knarr.api.scheme import SCHEME, Resource
+from knarr.api.scheme import OPTIONAL, SCHEME, Resource
 from knarr.api.types import Object
 from knarr.apiserver import negotiation
 
@@ -64,7 +64,7 @@ class Discovery:
     def groups(self) -> dict[str, list[str]]:
         """Return group -> versions, the preferred one first, in the order of /apis; without the core group."""
         out: dict[str, list[str]] = {}
-        order = {group.name: (group.order, list(group.versions)) for group in SCHEME.groups()}
+        order = {group.name: (group.order, list(group.versions)) for group in (*OPTIONAL.groups(), *SCHEME.groups())}
         found: dict[str, set[str]] = {}
         for group, version, plural in self._server.registry.endpoints:
             if group and (group, version, plural) not in self.hidden:

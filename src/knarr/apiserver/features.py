@@ -1,11 +1,13 @@
 """Upstream's feature gates in 1.35, at their defaults, as the metric kubernetes_feature_enabled tells them.
 
-They cannot be switched here: what a gate that is on by default brings is there, what an alpha gate would bring is not.
+Few can be switched here (SWITCHABLE): what a gate that is on by default brings is there, what another alpha gate would bring is not.
 
 Source: pkg/features/kube_features.go, apiserver pkg/features, component-base metrics/prometheus/feature.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from knarr.apiserver.metrics import family
 
@@ -73,9 +75,31 @@ _GATES = (
 )
 
 
-def metrics() -> list[str]:
+SWITCHABLE = frozenset({"DRADeviceTaints", "StorageVersionMigrator"})
+
+
+def parse(text: str) -> dict[str, bool]:
+    """Read "Name=true,Name=false"; gates left at their defaults are left out. Raises ValueError that says which gate cannot be so."""
+    defaults = {name: bool(on) for names, _stage, on in _GATES for name in names.split()}
+    out: dict[str, bool] = {}
+    for part in filter(None, (item.strip() for item in text.split(","))):
+        name, _, value = part.partition("=")
+        if value.lower() not in ("true", "false"):
+            raise ValueError(f"missing bool value for {name}: NAME=true or NAME=false")
+        if name not in defaults:
+            raise ValueError(f"unrecognized feature gate: {name}")
+        wanted = value.lower() == "true"
+        if name not in SWITCHABLE and wanted != defaults[name]:
+            raise ValueError(f"feature gate {name} cannot be switched here, it is {str(defaults[name]).lower()}; {', '.join(sorted(SWITCHABLE))} can")
+        out[name] = wanted
+    return {name: on for name, on in out.items() if on != defaults[name]}
+
+
+def metrics(switched: Mapping[str, bool]) -> list[str]:
     """Return lines of the exposition format."""
-    samples = sorted((f'name="{name}",stage="{stage}"', on) for names, stage, on in _GATES for name in names.split())
+    samples = sorted(
+        (f'name="{name}",stage="{stage}"', int(switched.get(name, on))) for names, stage, on in _GATES for name in names.split()
+    )  # fmt: skip
     return family(
         "kubernetes_feature_enabled", "gauge", "[BETA] This metric records the data about the stage and enablement of a k8s feature.", samples
     )

@@ -50,7 +50,7 @@ class OpenAPI:
         if self._documents is None:
             from knarr.api.openapi.documents import OpenAPIDocuments
 
-            self._documents = OpenAPIDocuments()
+            self._documents = OpenAPIDocuments(self._server.config.runtime_config)
         return self._documents
 
     def set_custom(self, apis: Iterable[CustomAPI]) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from knarr.api import times
+from knarr.api.scheme import OPTIONAL, SCHEME
+from knarr.apiserver import features
 from knarr.apiserver.auth import structured
 from knarr.apiserver.config import APIServerConfig
 
@@ -41,7 +43,7 @@ _CONFIGURATION = "admission-control-config-file"
 _STRUCTURED: dict[str, Callable[[str], dict[str, Any]]] = {
     "authentication-config": structured.authentication_settings, "authorization-config": structured.authorization_settings,
 }  # fmt: skip
-KNOWN = sorted([*_FILES, *_TEXTS, *_LISTS, *_NUMBERS, *_DURATIONS, *_STRUCTURED, _CONFIGURATION, "anonymous-auth", *(f"oidc-{name}" for name in _OIDC)])
+KNOWN = sorted([*_FILES, *_TEXTS, *_LISTS, *_NUMBERS, *_DURATIONS, *_STRUCTURED, _CONFIGURATION, "anonymous-auth", "feature-gates", "runtime-config", *(f"oidc-{name}" for name in _OIDC)])
 
 
 class OptionError(ValueError):
@@ -87,6 +89,12 @@ def applied(config: APIServerConfig, arguments: Iterable[str]) -> APIServerConfi
     return replace(config, oidc=oidc, **changes)
 
 
+def feature_gates(arguments: Iterable[str]) -> dict[str, bool]:
+    """Return the gates that NAME=VALUE arguments switch."""
+    values = (value for name, _, value in (argument.partition("=") for argument in arguments) if name == "feature-gates")
+    return {name: on for value in values for name, on in features.parse(value).items()}
+
+
 def _reader(name: str) -> tuple[str, Callable[[str], Any]]:
     if name in _LISTS:
         return _LISTS[name], lambda value: tuple(part.strip() for part in value.split(",") if part.strip())
@@ -96,6 +104,10 @@ def _reader(name: str) -> tuple[str, Callable[[str], Any]]:
         return _DURATIONS[name], _seconds
     if name == "anonymous-auth":
         return "anonymous_paths", _anonymous
+    if name == "feature-gates":
+        return "feature_gates", features.parse
+    if name == "runtime-config":
+        return "runtime_config", _runtime_config
     if name == _CONFIGURATION:
         return "admission_config", admission_configuration
     setting = _FILES.get(name) or _TEXTS.get(name)
@@ -108,6 +120,22 @@ def _anonymous(value: str) -> tuple[str, ...]:
     if value not in ("true", "false"):
         raise ValueError("must be true or false")
     return ("*",) if value == "true" else ()
+
+
+def _runtime_config(value: str) -> tuple[str, ...]:
+    """Read "group/version=true,..." into the versions to be served that are off by default."""
+    optional = {one.api_version for one in OPTIONAL.resources()}
+    served = {one.api_version for one in SCHEME.resources()}
+    wanted: dict[str, bool] = {}
+    for part in filter(None, (item.strip() for item in value.split(","))):
+        name, equals, text = part.partition("=")
+        if text not in ("", "true", "false"):
+            raise ValueError(f"invalid value of {name}={text}: true or false")
+        on = text != "false" or not equals
+        if name not in optional and not (name in served and on):
+            raise ValueError(f"{name} cannot be switched {'on' if on else 'off'} here; {', '.join(sorted(optional))} can be switched on")
+        wanted[name] = on
+    return tuple(name for name, on in wanted.items() if on and name in optional)
 
 
 def _seconds(value: str) -> int:

@@ -94,12 +94,12 @@ class APIServer:
           UnavailableError: the store cannot be opened.
         """
         config = self.config
-        builtin.build(self.registry, self.storage, self, table_of, event_ttl_seconds=config.event_ttl_seconds)
+        builtin.build(self.registry, self.storage, self, table_of, event_ttl_seconds=config.event_ttl_seconds, also=config.runtime_config)
         await self.storage.start()
         from knarr.apiserver.auth.setup import build_auth
 
         self.metrics.sources += [
-            self.flow.metrics, self.storage.metrics, build_info, feature_metrics, celtimes.lines, lambda: self.metrics.deprecated(self._is_deprecated),
+            self.flow.metrics, self.storage.metrics, build_info, lambda: feature_metrics(config.feature_gates), celtimes.lines, lambda: self.metrics.deprecated(self._is_deprecated),
         ]  # fmt: skip
         self.auth = auth = build_auth(self)
         self.metrics.sources += [one.metrics for one in auth.reloads]

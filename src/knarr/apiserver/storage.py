@@ -103,8 +103,11 @@ class Storage:
         """
         revision = self.store.revision
         base = revision if self.shared else max(self.store.compacted, revision - REPLAYED_EVENTS)
+        recent: list[Event] = []
         try:
             items = (await self.store.scan("/registry/", at=base)).items if base else ()
+            if base < revision:
+                recent = await self._recent(base, revision)
         except CompactedError:
             base, items = revision, (await self.store.scan("/registry/")).items
         by_prefix: dict[str, list[tuple[str, bytes, int]]] = {}
@@ -113,13 +116,18 @@ class Storage:
             by_prefix.setdefault(prefix, []).append((rest, value, at))
         for prefix, cache in self.caches.items():
             cache.load(by_prefix.get(prefix, []), base)
-        if base < revision:
-            async with self.store.watch("/registry/", since=base) as stream:
-                async for batch in stream:
-                    self._dispatch([event for event in batch if event.revision <= revision])
-                    if batch[-1].revision >= revision:
-                        break
+        self._dispatch(recent)
         return revision
+
+    async def _recent(self, since: int, until: int) -> list[Event]:
+        """Return what was stored behind one revision up to another. Raises CompactedError."""
+        found: list[Event] = []
+        async with self.store.watch("/registry/", since=since) as stream:
+            async for batch in stream:
+                found += [event for event in batch if event.revision <= until]
+                if batch[-1].revision >= until:
+                    break
+        return found
 
     async def add_loaded(self, prefix: str, field_names: tuple[str, ...], fields: FieldsFunction | None) -> ResourceCache:
         """Return the cache of a prefix that appears while the server runs, filled from the store."""

@@ -103,6 +103,12 @@ class ResourceStore:
     def generation(self) -> int:
         return self.cache.generation
 
+    def is_stale(self, cached: CachedObject) -> bool:
+        """Whether an object is stored in another way than a write would store it now: in an older version, under an older key."""
+        if cached.version and cached.version != self.resource.api_version:
+            return True
+        return self.storage.store.is_stale(self.cache.prefix + cached.key)
+
     def add_handler(self, handler: Callable[[str, Object, Object | None], None]) -> Callable[[], None]:
         """Call handler(type, object, old) for every later event; returns the way to stop that."""
         cache = self.cache

@@ -42,6 +42,17 @@ async def server_resources(client: Client) -> tuple[list[Resource], set[str]]:
     return resources, failed
 
 
+async def served_resource(client: Client, group: str, version: str, plural: str) -> Resource | None:
+    """Read one resource of one version, preferred or not; None if it is not served."""
+    try:
+        listed: Object = orjson.loads((await client.request("GET", f"/apis/{group}/{version}" if group else f"/api/{version}")).body)
+    except StatusError as error:
+        if error.code == 404:
+            return None
+        raise
+    return next((_listed(group, version, item) for item in listed.get("resources") or [] if item["name"] == plural), None)
+
+
 def _read_group(group: Object, resources: list[Resource], failed: set[str]) -> None:
     name = group["metadata"].get("name") or ""
     seen: set[str] = set()
@@ -99,9 +110,14 @@ async def _legacy(client: Client, root: str, document: Object, resources: list[R
             if "/" in item["name"] or (group, item["name"]) in seen:
                 continue
             seen.add((group, item["name"]))
-            builtin = SCHEME.resource(group, version, item["name"])
-            resources.append(builtin or Resource(
-                group=group, version=version, plural=item["name"], singular=item.get("singularName") or "", kind=item["kind"],
-                namespaced=item["namespaced"], short_names=tuple(item.get("shortNames") or ()),
-                categories=tuple(item.get("categories") or ()), verbs=tuple(item.get("verbs") or ()), custom=True,
-            ))  # fmt: skip
+            resources.append(_listed(group, version, item))
+
+
+def _listed(group: str, version: str, item: Object) -> Resource:
+    """A resource as an APIResourceList tells it; without its subresources, unless it is built in."""
+    builtin = SCHEME.resource(group, version, item["name"])
+    return builtin or Resource(
+        group=group, version=version, plural=item["name"], singular=item.get("singularName") or "", kind=item["kind"],
+        namespaced=item["namespaced"], short_names=tuple(item.get("shortNames") or ()),
+        categories=tuple(item.get("categories") or ()), verbs=tuple(item.get("verbs") or ()), custom=True,
+    )  # fmt: skip

@@ -28,6 +28,8 @@ class ControllersConfig:
 
     enabled: str = "*"
     """As upstream's --controllers: names separated by commas, "*" for all that are on by default, "-name" switches one off."""
+    feature_gates: Mapping[str, bool] = field(default_factory=dict)
+    """Feature gates that are not at upstream's defaults."""
     cluster_cidr: str = "10.244.0.0/16"
     """Range that node podCIDRs are cut from; several separated by commas for dual stack; "" allocates none."""
     node_cidr_mask_size: int = 24

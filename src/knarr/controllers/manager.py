@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from knarr.aiokits.backoff import Backoff
 from knarr.aiokits.log import get_logger
@@ -20,7 +20,7 @@ from knarr.client.leaderelection import LeaderElectionConfig, LeaderElector
 from knarr.client.rest import Client
 from knarr.controllers import metrics
 from knarr.controllers.context import Component, Context, ControllersConfig
-from knarr.controllers.registry import ALIASES, CONTROLLERS, OFF_BY_DEFAULT, WITHOUT_WORK
+from knarr.controllers.registry import ALIASES, CONTROLLERS, GATES, OFF_BY_DEFAULT, WITHOUT_WORK
 
 log = get_logger(__name__)
 
@@ -29,13 +29,14 @@ class UnknownController(ValueError):
     """A name in the selection is not a controller."""
 
 
-def selected(enabled: str | Iterable[str]) -> list[str]:
+def selected(enabled: str | Iterable[str], gates: Mapping[str, bool] | None = None) -> list[str]:
     """Resolve a selection as upstream's --controllers flag into controller names.
 
     Args:
       enabled: "*" (all that are on by default), "name" (that one), "-name" (not that one); aliases
         such as "deployment" and names of upstream's controllers without work here are taken too.
         Text is split at commas. A "-name" or "name" wins over "*".
+      gates: feature gates that are not at their defaults; without its gate a controller is known, but does not start.
 
     Raises:
       UnknownController: a name is none.
@@ -53,10 +54,13 @@ def selected(enabled: str | Iterable[str]) -> list[str]:
         if name not in CONTROLLERS and name not in WITHOUT_WORK:
             raise UnknownController(f"{part!r} is not in the list of known controllers")
         (unwanted if part.startswith("-") else wanted).add(name)
+    switched = gates or {}
     return [
         name
         for name in CONTROLLERS
-        if name not in unwanted and (name in wanted or (every and name not in OFF_BY_DEFAULT))
+        if name not in unwanted
+        and (name in wanted or (every and name not in OFF_BY_DEFAULT))
+        and (name not in GATES or switched.get(GATES[name], False))
     ]
 
 
@@ -75,7 +79,7 @@ class ControllerManager:
 
     def __init__(self, client: Client, config: ControllersConfig | None = None, informers: Informers | None = None) -> None:
         self.config = config or ControllersConfig()
-        self.names = selected(self.config.enabled)
+        self.names = selected(self.config.enabled, self.config.feature_gates)
         self._client = client
         self._informers = informers
         self._ready = asyncio.Event()

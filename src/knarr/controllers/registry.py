@@ -49,7 +49,11 @@ CONTROLLERS: dict[str, str] = {
     "node-lifecycle-controller": "nodelifecycle:NodeLifecycleController",
     "taint-eviction-controller": "tainteviction:TaintEvictionController",
     "node-ipam-controller": "nodeipam:NodeIPAMController",
+    "storage-version-migrator-controller": "storageversionmigrator:StorageVersionMigrator",
 }
+
+GATES: dict[str, str] = {"storage-version-migrator-controller": "StorageVersionMigrator"}
+"""Controllers that start only with a feature gate, which is off in 1.35."""
 
 ALIASES: dict[str, str] = {
     "serviceaccount-token": "serviceaccount-token-controller",
@@ -92,19 +96,19 @@ ALIASES: dict[str, str] = {
     "cloud-node-lifecycle": "cloud-node-lifecycle-controller",
     "route": "node-route-controller",
     "service": "service-lb-controller",
+    "svm": "storage-version-migrator-controller",
     "legacy-service-account-token-cleaner": "legacy-serviceaccount-token-cleaner-controller",
 }
 
 OFF_BY_DEFAULT = frozenset({"bootstrap-signer-controller", "token-cleaner-controller"})
 
-# Known to upstream's --controllers, so taken here too, and started by neither: their feature gates are off in 1.35 (the first five),
+# Known to upstream's --controllers, so taken here too, and started by neither: their feature gates are off in 1.35 (the first four),
 # they belong to a cloud provider (the next three), or speak of SELinux, which the nodes do not label volumes for.
 WITHOUT_WORK = frozenset(
     {
         "device-taint-eviction-controller",
         "kube-apiserver-serving-clustertrustbundle-publisher-controller",
         "podcertificaterequest-cleaner-controller",
-        "storage-version-migrator-controller",
         "storageversion-garbage-collector-controller",
         "cloud-node-lifecycle-controller",
         "node-route-controller",

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
-from knarr.storage.errors import StoreError, UnavailableError
+from knarr.storage.errors import CompactedError, StoreError, UnavailableError
 from knarr.storage.protocol import Event, EventStream, Page, Put, RevisionStore, Stored, Subscriber
 
 log = get_logger(__name__)
@@ -203,6 +203,8 @@ class EncryptedStore:
         self._rules = tuple(rules)
         self._by_prefix: dict[str, tuple[Transformer, ...]] = {}
         self._tasks = Tasks()
+        self._rotating = True
+        """Until every value is known to be under the first key."""
 
     def _transformers(self, key: str) -> tuple[Transformer, ...]:
         """The transformers of a key; () when it is kept as it is. Remembered per resource."""
@@ -249,6 +251,9 @@ class EncryptedStore:
     def compacted(self) -> int:
         return self._inner.compacted
 
+    def is_stale(self, key: str) -> bool:
+        return self._rotating and bool(self._transformers(key))
+
     @property
     def shared(self) -> bool:
         return self._inner.shared
@@ -276,7 +281,13 @@ class EncryptedStore:
 
     async def scan(self, prefix: str, *, at: int | None = None, limit: int = 0, after: str | None = None) -> Page:
         page = await self._inner.scan(prefix, at=at, limit=limit, after=after)
-        return page._replace(items=[Stored(item.key, self._decrypt(item.key, item.value), item.revision) for item in page.items])
+        try:
+            return page._replace(items=[Stored(item.key, self._decrypt(item.key, item.value), item.revision) for item in page.items])
+        except DecryptionError as error:
+            if at is None or at >= self.revision:
+                raise
+            # Of a time before a key was given up: as good as compacted.
+            raise CompactedError(at, self.revision) from error
 
     async def put(self, key: str, value: bytes, *, expected: int, lease_seconds: int = 0) -> Put:
         put = await self._inner.put(key, self._encrypt(key, value), expected=expected, lease_seconds=lease_seconds)
@@ -318,7 +329,7 @@ class EncryptedStore:
     # -- rotation --------------------------------------------------------------------------------------------------
     async def _rewrite_stale(self) -> None:
         """Bring every value of the encrypted resources under the first key."""
-        rewritten = 0
+        rewritten = failed = 0
         after: str | None = None
         while True:
             page = await self._inner.scan("/registry/", limit=500, after=after)
@@ -332,18 +343,20 @@ class EncryptedStore:
                     await self._inner.put(item.key, value, expected=item.revision)
                 except (DecryptionError, UnavailableError) as error:
                     log.warning("value not encrypted anew", error=str(error))
+                    failed += 1
                     continue
                 rewritten += 1
                 await asyncio.sleep(_PAUSE_BETWEEN_REWRITES_SECONDS)
             if page.after is None:
                 break
             after = page.after
+        self._rotating = failed > 0
         if rewritten:
             log.info("values encrypted under the first key", count=rewritten)
 
 
 class _OpenedStream:
-    """An EventStream whose events are decrypted on the way."""
+    """An EventStream whose events are decrypted on the way; those under a key that has been given up are as good as compacted."""
 
     def __init__(self, inner: EventStream, open_event: Callable[[Event], Event]) -> None:
         self._inner = inner
@@ -351,4 +364,8 @@ class _OpenedStream:
 
     async def __aiter__(self) -> AsyncIterator[Sequence[Event]]:
         async for batch in self._inner:
-            yield [self._open_event(event) for event in batch]
+            try:
+                opened = [self._open_event(event) for event in batch]
+            except DecryptionError as error:
+                raise CompactedError(batch[0].revision, batch[-1].revision) from error
+            yield opened

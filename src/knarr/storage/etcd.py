@@ -111,6 +111,9 @@ class EtcdStore:
     def compacted(self) -> int:
         return self._compacted
 
+    def is_stale(self, key: str) -> bool:
+        return False
+
     @property
     def shared(self) -> bool:
         return True

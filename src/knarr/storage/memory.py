@@ -44,6 +44,9 @@ class MemoryStore:
     def compacted(self) -> int:
         return self._compacted
 
+    def is_stale(self, key: str) -> bool:
+        return False
+
     @property
     def shared(self) -> bool:
         return False

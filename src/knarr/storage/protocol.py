@@ -100,6 +100,10 @@ class RevisionStore(Protocol):
         """Bytes that the data take on disk, as far as is known now; 0 without a disk."""
         ...
 
+    def is_stale(self, key: str) -> bool:
+        """Whether a key's value may be stored in another way than a write would store it now (under an older encryption key)."""
+        ...
+
     async def catch_up(self) -> None:
         """Wait until subscribers have seen all that was stored before this call. Raises UnavailableError."""
         ...

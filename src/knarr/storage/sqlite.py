@@ -103,6 +103,9 @@ class SQLiteStore:
     def compacted(self) -> int:
         return self._compacted
 
+    def is_stale(self, key: str) -> bool:
+        return False
+
     @property
     def shared(self) -> bool:
         return False

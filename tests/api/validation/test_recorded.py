@@ -32,6 +32,7 @@ DIFFERENT = {
     r"csidrivers\.(meta\.metadata\.name=a|spec\.nodeAllocatable)": "a long name is reported twice; a field behind a gate is dropped before",
     r"persistentvolumeclaims\.spec\.dataSource=": "the strategy drops sources that nothing can provide",
     r"endpoints\.subsets=\[\{addresses:_\[\{ip:_abc": "upstream reports the address twice",
+    r"resourceslices\.spec\.devices=.*taints": "the strategy drops the field while its gate is off",
     r"endpointslices\.endpoints=.*deprecatedTopology": "the strategy drops the field",
     r"validatingadmissionpolic|webhookconfigurations": "expressions are compiled by the admission plugin",
     r"statefulsets\.spec\.updateStrategy=.*maxUnavailable:_0": "the gate of the field is on here",

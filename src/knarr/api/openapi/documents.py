@@ -6,7 +6,7 @@ Owner: the API server, one object. Built-in group versions never change; custom 
 
 import hashlib
 import zlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import orjson
 
 from knarr.api import schema, typeinfo
 from knarr.api.openapi import crd, definitions, gnostic, merge, paths, v2
-from knarr.api.scheme import SCHEME, Resource
+from knarr.api.scheme import OPTIONAL, SCHEME, Resource
 from knarr.api.types import Object
 
 _META = paths.META
@@ -51,9 +51,10 @@ def _render(value: Any) -> Document:
 class OpenAPIDocuments:
     """All OpenAPI documents of a server; see the module."""
 
-    def __init__(self) -> None:
+    def __init__(self, also: Container[str] = ()) -> None:
+        """`also`: group versions served that are off by default."""
         self._builtin: dict[str, list[Resource]] = {}
-        for resource in SCHEME.resources():
+        for resource in (*SCHEME.resources(), *(one for one in OPTIONAL.resources() if one.api_version in also)):
             self._builtin.setdefault(_path_of(resource), []).append(resource)
         self._custom: dict[str, list[CustomAPI]] = {}
         self._foreign: dict[str, bytes] = {}

@@ -1,6 +1,6 @@
 """Dynamic resource allocation: claims and their templates, device classes, resource slices.
 
-Fields behind gates that are off (taints of devices, shared counters, several allocations, binding conditions) are not judged.
+Fields behind gates that are always off (shared counters, several allocations, binding conditions) are not judged.
 
 Source: pkg/apis/resource/validation/validation.go.
 """
@@ -23,6 +23,8 @@ _MAX_CONSUMERS = 256
 _MAX_DEVICES = 128
 _MAX_EXPRESSION = 10 * 1024
 _MAX_TEXT = 64
+_MAX_TAINTS = 4
+_EFFECTS = ("NoExecute", "NoSchedule")
 _IDENTIFIER = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]{0,31}")
 _NUMBER, _BEFORE, _BUILD = r"(0|[1-9]\d*)", r"(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)", r"[0-9a-zA-Z-]+"
 _VERSION = re.compile(rf"{_NUMBER}\.{_NUMBER}\.{_NUMBER}(-{_BEFORE}(\.{_BEFORE})*)?(\+{_BUILD}(\.{_BUILD})*)?", re.ASCII)
@@ -180,8 +182,8 @@ def _toleration(toleration: Object, path: str, errors: Errors) -> None:
         errors.append(required(f"{path}.operator"))
     else:
         errors.append(not_supported(f"{path}.operator", operator, ("Equal", "Exists")))
-    if effect and effect not in ("NoExecute", "NoSchedule"):
-        errors.append(not_supported(f"{path}.effect", effect, ("NoExecute", "NoSchedule")))
+    if effect and effect not in _EFFECTS:
+        errors.append(not_supported(f"{path}.effect", effect, _EFFECTS))
 
 
 def _selectors(selectors: list[Object], path: str, errors: Errors) -> None:
@@ -286,10 +288,7 @@ def _slice(spec: Object, before: Object | None, errors: Errors) -> None:
     _driver(spec.get("driver") or "", "spec.driver", errors)
     pool = spec.get("pool") or {}
     name = pool.get("name") or ""
-    if not name:
-        errors.append(required("spec.pool.name"))
-    else:
-        errors += [invalid_value("spec.pool.name", part, message) for part in name.split("/") for message in dns_subdomain(part)]
+    _pool_name(name, "spec.pool.name", errors)
     if (pool.get("resourceSliceCount") or 0) <= 0:
         errors.append(invalid_value("spec.pool.resourceSliceCount", pool.get("resourceSliceCount") or 0, "must be greater than zero"))
     if (pool.get("generation") or 0) < 0:
@@ -304,6 +303,13 @@ def _slice(spec: Object, before: Object | None, errors: Errors) -> None:
     for index, device in enumerate(devices):
         _device(device, f"spec.devices[{index}]", errors)
     _unique(devices, "name", "spec.devices", errors)
+
+
+def _pool_name(name: str, path: str, errors: Errors) -> None:
+    if not name:
+        errors.append(required(path))
+    else:
+        errors += [invalid_value(path, part, message) for part in name.split("/") for message in dns_subdomain(part)]
 
 
 def _place(spec: Object, errors: Errors) -> None:
@@ -342,6 +348,39 @@ def _device(device: Object, path: str, errors: Errors) -> None:
         _attribute(attribute, f"{path}.attributes[{key}]", errors)
     for key in capacity:
         _qualified(key, f"{path}.capacity[{key}]", errors)
+    taints = device.get("taints") or []
+    _size(taints, _MAX_TAINTS, f"{path}.taints", errors)
+    for index, taint in enumerate(taints):
+        _taint(taint, f"{path}.taints[{index}]", errors)
+
+
+def _taint(taint: Object, path: str, errors: Errors) -> None:
+    key, value, effect = (taint.get(name) or "" for name in ("key", "value", "effect"))
+    errors += [invalid_value(f"{path}.key", key, message) for message in label_key_errors(key)]
+    if value:
+        errors += [invalid_value(f"{path}.value", value, message) for message in label_value_errors(value)]
+    if not effect:
+        errors.append(required(f"{path}.effect"))
+    elif effect not in _EFFECTS:
+        errors.append(not_supported(f"{path}.effect", effect, _EFFECTS))
+
+
+def create_taint_rule(obj: Object, errors: Errors) -> None:
+    spec = obj.get("spec") or {}
+    chosen, path = spec.get("deviceSelector") or {}, "spec.deviceSelector"
+    if chosen.get("deviceClassName") is not None:
+        name = chosen["deviceClassName"]
+        if not name:
+            errors.append(required(f"{path}.deviceClassName"))
+        errors += [invalid_value(f"{path}.deviceClassName", name, message) for message in dns_subdomain(name) if name]
+    if chosen.get("driver") is not None:
+        _driver(chosen["driver"], f"{path}.driver", errors)
+    if chosen.get("pool") is not None:
+        _pool_name(chosen["pool"], f"{path}.pool", errors)
+    if chosen.get("device") is not None:
+        _name(chosen["device"], f"{path}.device", errors)
+    _selectors(chosen.get("selectors") or [], f"{path}.selectors", errors)
+    _taint(spec.get("taint") or {}, "spec.taint", errors)
 
 
 def _attribute(attribute: Object, path: str, errors: Errors) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from knarr.aiokits import clock
 from knarr.aiokits.log import get_logger
 from knarr.api import errors
-from knarr.api.scheme import SCHEME
+from knarr.api.scheme import OPTIONAL, SCHEME
 from knarr.api.types import Object
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ class Registration:
         await asyncio.gather(*[
             self._create(local_service(group.name, version, group.priority.get(version, (17900, 15)), "onstart"))
             for group in SCHEME.groups() for version in group.versions if group.name != GROUP
+        ], *[
+            self._create(local_service(group.name, version, group.priority.get(version, (17900, 15)), "onstart"))
+            for group in OPTIONAL.groups() for version in group.versions if f"{group.name}/{version}" in self._server.config.runtime_config
         ])  # fmt: skip
 
     async def _create(self, obj: Object) -> None:

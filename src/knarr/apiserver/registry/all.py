@@ -5,8 +5,10 @@ Callers: server.py at start. Kinds not named here follow the plain conventions: 
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from knarr.api import conversion
-from knarr.api.scheme import SCHEME, Resource
+from knarr.api.scheme import OPTIONAL, SCHEME, Resource
 from knarr.apiserver.attributes import Services
 from knarr.apiserver.endpoint import Endpoint, TableFactory
 from knarr.apiserver.forms import Converter
@@ -62,6 +64,7 @@ STRATEGIES: dict[tuple[str, str], type[Strategy]] = {
     ("rbac.authorization.k8s.io", "rolebindings"): simple.CreateOnUpdate,
     ("rbac.authorization.k8s.io", "roles"): simple.CreateOnUpdate,
     ("resource.k8s.io", "deviceclasses"): simple.DeviceClass,
+    ("resource.k8s.io", "devicetaintrules"): devices.DeviceTaintRule,
     ("resource.k8s.io", "resourceclaims"): devices.ResourceClaim,
     ("resource.k8s.io", "resourceclaimtemplates"): devices.ResourceClaimTemplate,
     ("resource.k8s.io", "resourceslices"): devices.ResourceSlice,
@@ -72,6 +75,7 @@ STRATEGIES: dict[tuple[str, str], type[Strategy]] = {
     ("storage.k8s.io", "storageclasses"): simple.ReturnsDeleted,
     ("storage.k8s.io", "volumeattachments"): simple.VolumeAttachment,
     ("storage.k8s.io", "volumeattributesclasses"): simple.Plain,
+    ("storagemigration.k8s.io", "storageversionmigrations"): simple.StorageVersionMigration,
 }
 
 
@@ -107,10 +111,17 @@ class Registry:
         return self.endpoints.get((group, version, plural))
 
 
-def build(registry: Registry, storage: Storage, owner: Services, table: TableFactory | None, *, event_ttl_seconds: int) -> None:
-    """Fill a registry with every built-in resource; the caches are filled when the storage starts."""
+def build(
+    registry: Registry, storage: Storage, owner: Services, table: TableFactory | None, *, event_ttl_seconds: int, also: Container[str] = (),
+) -> None:
+    """Fill a registry with every built-in resource; the caches are filled when the storage starts.
+
+    Args:
+      also: Group versions to be served that are off by default.
+    """
     made: dict[str, tuple[ResourceStore, Strategy]] = {}
-    for resource in sorted(SCHEME.resources(), key=_stored_first):
+    optional = [resource for resource in OPTIONAL.resources() if resource.api_version in also]
+    for resource in sorted([*SCHEME.resources(), *optional], key=_stored_first):
         if not _is_stored(resource):
             endpoint = Endpoint(resource, None, Plain)
             endpoint.warnings = DEPRECATED.get((resource.group, resource.plural), ())

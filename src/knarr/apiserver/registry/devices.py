@@ -17,13 +17,13 @@ from knarr.apiserver.registry.simple import KeepsMostOnStatus, Plain, ReturnsDel
 
 ADMIN_LABEL = "resource.kubernetes.io/admin-access"
 
-_SLICE_GATES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    ((), ("taints",)),
-    (("sharedCounters", "perDeviceNodeSelection"), ("consumesCounters", "nodeName", "nodeSelector", "allNodes")),
-    ((), ("bindingConditions", "bindingFailureConditions", "bindsToNode")),
-    ((), ("allowMultipleAllocations",)),
+_SLICE_GATES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("DRADeviceTaints", (), ("taints",)),
+    ("DRAPartitionableDevices", ("sharedCounters", "perDeviceNodeSelection"), ("consumesCounters", "nodeName", "nodeSelector", "allNodes")),
+    ("DRADeviceBindingConditions", (), ("bindingConditions", "bindingFailureConditions", "bindsToNode")),
+    ("DRAConsumableCapacity", (), ("allowMultipleAllocations",)),
 )
-"""Per gate (taints, partitionable devices, binding conditions, consumable capacity): fields of the slice's spec, of its devices."""
+"""Per gate: fields of the slice's spec, of its devices."""
 _REQUEST_FIELD = "capacity"
 _RESULT_FIELDS = ("bindingConditions", "bindingFailureConditions", "shareID", "consumedCapacity")
 """Of claims. Tolerations stay, though the gate of taints is off: without taints they mean nothing."""
@@ -33,10 +33,10 @@ def _has(spec: Object, own: tuple[str, ...], of_devices: tuple[str, ...]) -> boo
     return any(name in spec for name in own) or any(name in device for device in spec.get("devices") or () for name in of_devices)
 
 
-def drop_from_slice(spec: Object, old: Object) -> None:
+def drop_from_slice(spec: Object, old: Object, gates: Mapping[str, bool]) -> None:
     """Drop what is behind gates from a ResourceSlice's spec; `old` is the stored one, empty on create."""
-    for own, of_devices in _SLICE_GATES:
-        if _has(old, own, of_devices):
+    for gate, own, of_devices in _SLICE_GATES:
+        if gates.get(gate) or _has(old, own, of_devices):
             continue
         for name in own:
             spec.pop(name, None)
@@ -159,8 +159,13 @@ class ResourceSlice(Plain):
 
     def prepare_create(self, call: Call, obj: Object) -> None:
         super().prepare_create(call, obj)
-        drop_from_slice(obj.get("spec") or {}, {})
+        drop_from_slice(obj.get("spec") or {}, {}, call.server.config.feature_gates)
 
     def prepare_update(self, call: Call, obj: Object, old: Object) -> None:
-        drop_from_slice(obj.get("spec") or {}, old.get("spec") or {})
+        drop_from_slice(obj.get("spec") or {}, old.get("spec") or {}, call.server.config.feature_gates)
         super().prepare_update(call, obj, old)
+
+
+class DeviceTaintRule(Plain):
+    returns_deleted = True
+    has_generation = True

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from knarr.apiserver.call import Call
 
 
+METADATA_NOT_OF_STATUS = ("labels", "annotations", "ownerReferences", "finalizers", "generation", "deletionTimestamp", "selfLink")
+
+
 class Plain(Strategy):
     """No status, no generation."""
 
@@ -116,6 +119,14 @@ class PodTemplate(Plain):
 class DeviceClass(Plain):
     returns_deleted = True
     has_generation = True
+
+
+class StorageVersionMigration(Strategy):
+    unconditional_update = False
+
+    def prepare_status(self, call: Call, obj: Object, old: Object) -> None:
+        super().prepare_status(call, obj, old)
+        self.keep_metadata(obj, old, names=METADATA_NOT_OF_STATUS)
 
 
 class HorizontalPodAutoscaler(Strategy):
@@ -217,7 +228,7 @@ class KeepsMostOnStatus(Generation):
 
     def prepare_status(self, call: Call, obj: Object, old: Object) -> None:
         super().prepare_status(call, obj, old)
-        self.keep_metadata(obj, old, names=("labels", "annotations", "ownerReferences", "finalizers", "generation", "deletionTimestamp", "selfLink"))
+        self.keep_metadata(obj, old, names=METADATA_NOT_OF_STATUS)
 
 
 class FlowControl(KeepsMetadataOnStatus):

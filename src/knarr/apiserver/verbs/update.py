@@ -1,7 +1,8 @@
 """Update, and the loop under update, patch and apply: read, change, admit, prepare, validate, compare and swap.
 
 The change function gets the present object and returns the new one; it runs again when another writer was faster. An
-update that changes nothing is answered from the store and writes nothing. An update that takes the last finalizer off an
+update that changes nothing is answered from the store and writes nothing, unless what is stored is of an older version or under
+an older key: then it is written anew, which is how stored objects are migrated. An update that takes the last finalizer off an
 object that is being deleted, deletes it.
 
 Source: apiserver endpoints/handlers/update.go, registry/generic/registry/store.go Update, registry/rest/update.go.
@@ -194,7 +195,7 @@ async def _try_update(call: Call, mode: UpdateMode, change: Change, cached: Cach
             waiting = admission.validate(request)
             if waiting is not None:
                 await waiting
-        if _unchanged(new, old):
+        if _unchanged(new, old) and not store.is_stale(cached):
             return cached
         if _finished(new, old) and endpoint.strategy.may_delete_on_update(new, old):
             if call.dry_run:

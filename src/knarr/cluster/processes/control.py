@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from knarr.client.informer import Informers
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 def main(config: ClusterConfig, announce: Announce) -> None:
     """Run the controllers and the scheduler until stopped."""
+    from knarr.apiserver import options
     from knarr.cluster.servingcerts import ServingCertificateApprover
     from knarr.controllers.context import ControllersConfig
     from knarr.controllers.manager import ControllerManager
@@ -30,6 +32,8 @@ def main(config: ClusterConfig, announce: Announce) -> None:
     from knarr.scheduler.scheduler import Scheduler
 
     folder = config.pki
+    # Upstream's components have the gates each; here they are told to the API server, and hold for the whole cluster.
+    gates = options.feature_gates(config.apiserver_arguments)
     settings = ControllersConfig(
         # As kubeadm's clusters: what signs and clears bootstrap tokens is on, though upstream's own default leaves it off.
         enabled=f"{config.controllers},bootstrapsigner,tokencleaner" if config.controllers == "*" else config.controllers,
@@ -39,6 +43,7 @@ def main(config: ClusterConfig, announce: Announce) -> None:
         root_ca=(folder / "ca.crt").read_bytes(),
         ca_cert=(folder / "ca.crt").read_bytes(),
         ca_key=(folder / "ca.key").read_bytes(),
+        feature_gates=gates,
         **controllerargs.parse(config.controller_arguments),
     )
 
@@ -51,7 +56,8 @@ def main(config: ClusterConfig, announce: Announce) -> None:
         shown = [address] if (address := addresses.primary_address()) else []
         ingress = IngressController(controllers, informers, folder=config.state / "ingress", listen=listen, status_addresses=shown)
         file = config.scheduler_file
-        deciding = Scheduler(scheduler, read_text(file.read_bytes()) if file.is_file() else SchedulerConfig())
+        deciding_as = read_text(file.read_bytes()) if file.is_file() else SchedulerConfig()
+        deciding = Scheduler(scheduler, replace(deciding_as, feature_gates={**gates, **deciding_as.feature_gates}))
         managing = ControllerManager(controllers, settings)
         components = (
             endpoints.Component(
