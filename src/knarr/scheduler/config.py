@@ -5,9 +5,14 @@ Source: kube-scheduler config v1 (kubescheduler.config.k8s.io/v1).
 
 from __future__ import annotations
 
+import base64
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from knarr.client.config import ClientConfig
 
 _POINTS = (
     "preEnqueue",
@@ -32,11 +37,13 @@ class ProfileConfig:
     scheduler_name: str = "default-scheduler"
     """Pods with this spec.schedulerName are this profile's."""
     enabled: dict[str, int] = field(default_factory=dict)
-    """Plugins beside the default ones, or default ones with another weight (0: the default weight)."""
+    """Plugins beside the default ones, or default ones with another weight, at all their extension points."""
     disabled: frozenset[str] = frozenset()
     """Default plugins left out; "*" leaves all out."""
+    enabled_points: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Plugins with their weights at single extension points, whatever is left out there."""
     disabled_points: dict[str, frozenset[str]] = field(default_factory=dict)
-    """Plugins left out at single extension points."""
+    """Plugins left out at single extension points; "*" leaves all out."""
     plugin_args: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Arguments by plugin name, in wire form."""
     percentage_of_nodes_to_score: int | None = None
@@ -60,6 +67,10 @@ class ExtenderConfig:
     """Send node names instead of whole nodes."""
     managed_resources: frozenset[str] = frozenset()
     """Only pods that ask for one of these concern it; empty: all pods."""
+    ignored_resources: frozenset[str] = frozenset()
+    """Those of them that only it counts: NodeResourcesFit leaves them alone."""
+    tls: ClientConfig | None = None
+    """Trust and certificate for an https prefix; None trusts the system's authorities."""
     ignorable: bool = False
     """Go on without it when it fails."""
     http_timeout_seconds: float = 5.0
@@ -85,24 +96,32 @@ class SchedulerConfig:
     """Makes tie breaks repeatable; None: random."""
 
 
-def _profile(document: dict[str, Any]) -> ProfileConfig:
+def _weights(plugins: Iterable[dict[str, Any]]) -> dict[str, int]:
+    return {plugin["name"]: int(plugin.get("weight") or 1) for plugin in plugins}
+
+
+def _profile(document: dict[str, Any], ignored: frozenset[str]) -> ProfileConfig:
+    """Read a profile; what extenders alone count (`ignored`) takes the place of ignored resources in its arguments."""
     plugins = document.get("plugins") or {}
     multi = plugins.get("multiPoint") or {}
-    enabled = {p["name"]: int(p.get("weight") or 0) for p in multi.get("enabled") or ()}
-    points: dict[str, frozenset[str]] = {}
+    enabled_points: dict[str, dict[str, int]] = {}
+    disabled_points: dict[str, frozenset[str]] = {}
     for point in _POINTS:
         part = plugins.get(point) or {}
-        names = {p["name"] for p in part.get("disabled") or ()}
-        if names:
-            points[point] = frozenset(names)
-        for p in part.get("enabled") or ():
-            enabled[p["name"]] = int(p.get("weight") or enabled.get(p["name"], 0))
+        if part.get("enabled"):
+            enabled_points[point] = _weights(part["enabled"])
+        if part.get("disabled"):
+            disabled_points[point] = frozenset(p["name"] for p in part["disabled"])
+    arguments = {entry["name"]: entry.get("args") or {} for entry in document.get("pluginConfig") or ()}
+    if ignored:
+        arguments["NodeResourcesFit"] = {**arguments.get("NodeResourcesFit", {}), "ignoredResources": sorted(ignored)}
     return ProfileConfig(
         scheduler_name=document.get("schedulerName") or "default-scheduler",
-        enabled=enabled,
+        enabled=_weights(multi.get("enabled") or ()),
         disabled=frozenset(p["name"] for p in multi.get("disabled") or ()),
-        disabled_points=points,
-        plugin_args={entry["name"]: entry.get("args") or {} for entry in document.get("pluginConfig") or ()},
+        enabled_points=enabled_points,
+        disabled_points=disabled_points,
+        plugin_args=arguments,
         percentage_of_nodes_to_score=document.get("percentageOfNodesToScore"),
     )
 
@@ -124,19 +143,58 @@ def seconds(value: Any, default: float) -> float:
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
 
 
+def _pem(tls: dict[str, Any], key: str) -> bytes | None:
+    if tls.get(f"{key}Data"):
+        return base64.b64decode(tls[f"{key}Data"])
+    return Path(tls[f"{key}File"]).read_bytes() if tls.get(f"{key}File") else None
+
+
+def _extender_tls(document: dict[str, Any]) -> ClientConfig | None:
+    tls, demanded = document.get("tlsConfig") or {}, bool(document.get("enableHTTPS"))
+    if not tls and not demanded:
+        return None
+    try:
+        authority, certificate, key = (_pem(tls, name) for name in ("ca", "cert", "key"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"extender {document['urlPrefix']}: {error}") from error
+    return ClientConfig(
+        server=document["urlPrefix"],
+        ca_data=authority,
+        client_cert=certificate,
+        client_key=key,
+        insecure_skip_tls_verify=bool(tls.get("insecure")) or (demanded and authority is None),
+        tls_server_name=tls.get("serverName") or "",
+    )
+
+
 def _extender(document: dict[str, Any]) -> ExtenderConfig:
+    managed = document.get("managedResources") or ()
     return ExtenderConfig(
         url_prefix=document["urlPrefix"].rstrip("/"),
         filter_verb=document.get("filterVerb") or "",
         prioritize_verb=document.get("prioritizeVerb") or "",
         preempt_verb=document.get("preemptVerb") or "",
         bind_verb=document.get("bindVerb") or "",
-        weight=int(document.get("weight") or 1),
+        weight=int(document.get("weight") or 0),
         node_cache_capable=bool(document.get("nodeCacheCapable")),
-        managed_resources=frozenset(r["name"] for r in document.get("managedResources") or ()),
+        managed_resources=frozenset(r["name"] for r in managed),
+        ignored_resources=frozenset(r["name"] for r in managed if r.get("ignoredByScheduler")),
+        tls=_extender_tls(document),
         ignorable=bool(document.get("ignorable")),
         http_timeout_seconds=seconds(document.get("httpTimeout"), 5.0),
     )
+
+
+def _check_extenders(extenders: Sequence[ExtenderConfig]) -> None:
+    if (binders := sum(bool(extender.bind_verb) for extender in extenders)) > 1:
+        raise ValueError(f"extenders: found {binders} extenders implementing bind: only one extender can implement bind")
+    managed: set[str] = set()
+    for extender in extenders:
+        if extender.prioritize_verb and extender.weight <= 0:
+            raise ValueError(f"extender {extender.url_prefix}: weight {extender.weight}: must have a positive weight applied to it")
+        if twice := managed & extender.managed_resources:
+            raise ValueError(f"extender {extender.url_prefix}: {min(twice)}: duplicate extender managed resource name")
+        managed |= extender.managed_resources
 
 
 def read_configuration(document: dict[str, Any]) -> SchedulerConfig:
@@ -147,13 +205,17 @@ def read_configuration(document: dict[str, Any]) -> SchedulerConfig:
     """
     if document.get("kind") != "KubeSchedulerConfiguration" or document.get("apiVersion") != "kubescheduler.config.k8s.io/v1":
         raise ValueError("not a kubescheduler.config.k8s.io/v1 KubeSchedulerConfiguration")
-    profiles = tuple(_profile(p) for p in (document.get("profiles") or [{}]))
+    extenders = tuple(_extender(e) for e in document.get("extenders") or ())
+    _check_extenders(extenders)
+    ignored = frozenset(name for extender in extenders for name in extender.ignored_resources)
+    profiles = tuple(_profile(p, ignored) for p in (document.get("profiles") or [{}]))
     names = [p.scheduler_name for p in profiles]
     if len(set(names)) != len(names):
         raise ValueError("two profiles have the same schedulerName")
     return SchedulerConfig(
         profiles=profiles,
-        extenders=tuple(_extender(e) for e in document.get("extenders") or ()),
+        # Those that may be ignored come last.
+        extenders=tuple(sorted(extenders, key=lambda extender: extender.ignorable)),
         percentage_of_nodes_to_score=document.get("percentageOfNodesToScore") or 0,
         pod_initial_backoff_seconds=float(document.get("podInitialBackoffSeconds") or 1),
         pod_max_backoff_seconds=float(document.get("podMaxBackoffSeconds") or 10),
@@ -178,6 +240,8 @@ def shown_configuration(config: SchedulerConfig) -> dict[str, Any]:
         points: dict[str, Any] = {"multiPoint": {"enabled": enabled, "disabled": [{"name": name} for name in sorted(profile.disabled)]}}
         for point, names in profile.disabled_points.items():
             points[point] = {"disabled": [{"name": name} for name in sorted(names)]}
+        for point, weights in profile.enabled_points.items():
+            points.setdefault(point, {})["enabled"] = [{"name": name, "weight": weight} for name, weight in weights.items()]
         arguments = [{"name": name, "args": args} for name, args in profile.plugin_args.items()]
         shown: dict[str, Any] = {"schedulerName": profile.scheduler_name, "plugins": points, "pluginConfig": arguments}
         if profile.percentage_of_nodes_to_score is not None:

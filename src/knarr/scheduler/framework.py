@@ -10,7 +10,7 @@ Callers: `algorithm`, `preemption`, `scheduler`, `why`. Source: kube-scheduler f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -248,14 +248,20 @@ def normalize_by_maximum(scores: npt.NDArray[Any], *, reverse: bool = False) -> 
 
 
 class Profile:
-    """The plugins of one scheduler name, in order, with the weights of the scores."""
+    """The plugins of one scheduler name, in order, with the weights of the scores.
+
+    Those named by `everywhere` (None: all) act at all points but where they, or "*", are disabled; those enabled at a point act there.
+    Source: framework/runtime/framework.go (expandMultiPointPlugins).
+    """
 
     def __init__(
         self,
         name: str,
         plugins: Sequence[Plugin],
         *,
-        disabled_points: dict[str, frozenset[str]] | None = None,
+        everywhere: Collection[str] | None = None,
+        enabled_points: Mapping[str, Collection[str]] | None = None,
+        disabled_points: Mapping[str, Collection[str]] | None = None,
         weights: dict[str, int],
         percentage_of_nodes_to_score: int | None = None,
     ) -> None:
@@ -263,11 +269,17 @@ class Profile:
         self.plugins = tuple(plugins)
         self.percentage_of_nodes_to_score = percentage_of_nodes_to_score
         self.weights = weights
-        off = disabled_points or {}
+        on, off = enabled_points or {}, disabled_points or {}
+
+        def acts(name: str, point: str) -> bool:
+            if name in on.get(point, ()):
+                return True
+            left_out = off.get(point, ())
+            return (everywhere is None or name in everywhere) and name not in left_out and "*" not in left_out
 
         def at(point: str, method: str) -> tuple[Plugin, ...]:
             base = getattr(Plugin, method)
-            return tuple(p for p in plugins if getattr(type(p), method) is not base and p.name not in off.get(point, frozenset()))
+            return tuple(p for p in plugins if getattr(type(p), method) is not base and acts(p.name, point))
 
         self.pre_enqueue = at("preEnqueue", "pre_enqueue")
         self.pre_filters = at("preFilter", "pre_filter")
@@ -277,9 +289,7 @@ class Profile:
         self.reserves = at("reserve", "reserve")
         self.permits = at("permit", "permit")
         self.pre_binds = at("preBind", "pre_bind")
-        self.post_filter_enabled = any(p.name == "DefaultPreemption" for p in plugins) and "DefaultPreemption" not in off.get(
-            "postFilter", frozenset()
-        )
+        self.post_filter_enabled = any(p.name == "DefaultPreemption" for p in plugins) and acts("DefaultPreemption", "postFilter")
 
     def plugin(self, name: str) -> Plugin | None:
         return next((p for p in self.plugins if p.name == name), None)

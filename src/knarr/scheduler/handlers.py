@@ -8,13 +8,14 @@ Source: pkg/scheduler/eventhandlers.go, backend/cache/cache.go.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from knarr.api import resources
 from knarr.api.scheme import Resource
 from knarr.client.informer import Informers
 from knarr.client.sharing import Parts
+from knarr.scheduler.config import ExtenderConfig
 from knarr.scheduler.events import (
     ASSIGNED_POD_ADD,
     ASSIGNED_POD_DELETE,
@@ -42,7 +43,7 @@ _TOLD_CONDITIONS = frozenset({"PodScheduled", "DisruptionTarget", "PodResizePend
 
 
 def slim_pod(pod: Object) -> Object:
-    """Drop what scheduling never reads; pods are most of the scheduler's memory. Those without a node stay whole: extenders see them."""
+    """Drop what scheduling never reads; pods are most of the scheduler's memory. Those without a node stay whole, as `why` and events tell of them."""
     metadata, spec = pod["metadata"], pod["spec"]
     metadata.pop("managedFields", None)
     annotations = metadata.get("annotations")
@@ -57,6 +58,21 @@ def slim_pod(pod: Object) -> Object:
         spec["volumes"] = [volume for volume in spec["volumes"] if _PLAIN_VOLUMES.isdisjoint(volume)]
     _slim_status(pod.get("status") or {})
     return _parts.pod(pod)
+
+
+def pod_transform(extenders: Sequence[ExtenderConfig]) -> Callable[[Object], Object]:
+    """What is dropped of pods: what upstream drops, too, as far as extenders see them."""
+    if not extenders:
+        return slim_pod
+    victims_too = any(extender.preempt_verb and not extender.node_cache_capable for extender in extenders)
+
+    def keep(pod: Object) -> Object:
+        if pod["spec"].get("nodeName") and not victims_too:
+            return slim_pod(pod)
+        pod["metadata"].pop("managedFields", None)
+        return pod
+
+    return keep
 
 
 def _slim_status(status: Object) -> None:
@@ -107,7 +123,7 @@ class EventHandlers:
 
     def register(self, informers: Informers) -> None:
         """Put the handlers on all informers that scheduling needs."""
-        pods = informers.get(resources.PODS, field_selector=NOT_FINISHED, transform=slim_pod)
+        pods = informers.get(resources.PODS, field_selector=NOT_FINISHED, transform=self._scheduler.pod_transform)
         pods.add_handler(self.pod_added, self.pod_updated, self.pod_deleted)
         informers.get(resources.NODES).add_handler(self.node_added, self.node_updated, self.node_deleted)
         for resource in (resources.SERVICES, resources.REPLICATION_CONTROLLERS, resources.REPLICA_SETS, resources.STATEFUL_SETS):

@@ -58,16 +58,19 @@ def build_profile(config: ProfileConfig, handle: Handle) -> Profile:
       ValueError: the configuration names a plugin that does not exist.
     """
     names = [name for name in PLUGINS if name not in config.disabled and "*" not in config.disabled]
-    for name in config.enabled:
+    single = [name for enabled in config.enabled_points.values() for name in enabled]
+    for name in (*config.enabled, *single):
         if name not in PLUGINS and name not in ("PrioritySort", "DefaultBinder"):
             raise ValueError(f"plugin {name!r} does not exist")
-        if name in PLUGINS and name not in names:
-            names.append(name)
-    plugins = [PLUGINS[name](handle, config.plugin_args.get(name, {})) for name in names]
-    weights = {**WEIGHTS, **{name: weight for name, weight in config.enabled.items() if weight}}
+    names += [name for name in config.enabled if name in PLUGINS and name not in names]
+    only_there = [name for name in dict.fromkeys(single) if name in PLUGINS and name not in names]
+    plugins = [PLUGINS[name](handle, config.plugin_args.get(name, {})) for name in (*names, *only_there)]
+    weights = {**WEIGHTS, **config.enabled, **config.enabled_points.get("score", {})}
     return Profile(
         config.scheduler_name,
         plugins,
+        everywhere=frozenset(names),
+        enabled_points=config.enabled_points,
         disabled_points=config.disabled_points,
         weights=weights,
         percentage_of_nodes_to_score=config.percentage_of_nodes_to_score,

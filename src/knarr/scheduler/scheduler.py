@@ -36,7 +36,7 @@ from knarr.scheduler.events import ASSIGNED_POD_DELETE
 from knarr.scheduler.extender import Extenders
 from knarr.scheduler.framework import Cycle, Diagnosis, PluginError, Profile, Refusal, Rejection
 from knarr.scheduler.handle import Handle
-from knarr.scheduler.handlers import NOT_FINISHED, EventHandlers, slim_pod
+from knarr.scheduler.handlers import NOT_FINISHED, EventHandlers, pod_transform
 from knarr.scheduler.metrics import Metrics
 from knarr.scheduler.plugins.preemption import Candidate, Decision, DefaultPreemption, choose
 from knarr.scheduler.podinfo import PodInfo
@@ -68,6 +68,7 @@ class Scheduler:
         self.informers = informers or Informers(client)
         self.handle = Handle(randomness=random.Random(self.config.random_seed), feature_gates=self.config.feature_gates)
         self.profiles: dict[str, Profile] = {p.scheduler_name: build_profile(p, self.handle) for p in self.config.profiles}
+        self.pod_transform = pod_transform(self.config.extenders)
         self.metrics = Metrics()
         self.diagnoses = Diagnoses()
         self.ready = asyncio.Event()
@@ -142,7 +143,7 @@ class Scheduler:
         """All that this scheduler knows of a pod, see why.report; None for a pod that it has not seen or that has finished."""
         if not self.ready.is_set():
             return None
-        pod = self.informers.get(PODS, field_selector=NOT_FINISHED, transform=slim_pod).get(namespace, name)
+        pod = self.informers.get(PODS, field_selector=NOT_FINISHED, transform=self.pod_transform).get(namespace, name)
         if pod is None:
             return None
         queued = self.queue.pods.get(pod["metadata"]["uid"])

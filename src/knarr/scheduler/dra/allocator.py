@@ -97,17 +97,6 @@ class _SameAttribute:
             self._values.pop()
 
 
-def tolerates(toleration: Mapping[str, Any], taint: Mapping[str, Any]) -> bool:
-    """Whether a device toleration covers a device taint."""
-    if toleration.get("effect") and toleration["effect"] != taint.get("effect"):
-        return False
-    if toleration.get("key") and toleration["key"] != taint.get("key"):
-        return False
-    if (toleration.get("operator") or "Equal") == "Equal":
-        return (toleration.get("value") or "") == (taint.get("value") or "")
-    return bool(toleration["operator"] == "Exists")
-
-
 def _tolerated(device: Device, want: _Want) -> bool:
     tolerations = want.spec.get("tolerations") or ()
     return all(any(tolerates(t, taint) for t in tolerations) for taint in device.spec.get("taints") or ())

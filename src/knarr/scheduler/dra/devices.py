@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
-from knarr.api import cel, quantity
-from knarr.api.cel.extensions import Quantity, semver
+from knarr.api import devices, quantity
 from knarr.scheduler.objects import Object
 from knarr.scheduler.terms import NodeSelector, node_term
 
@@ -27,36 +25,6 @@ Counters = dict[str, dict[str, Any]]
 
 class AllocationError(Exception):
     """A claim, class or slice is not as it must be: trying other nodes would not help."""
-
-
-class Attributes(dict[str, Any]):
-    """Attributes or capacity by domain; domains that a device knows nothing about are empty, not missing."""
-
-    def __contains__(self, key: object) -> bool:
-        return True
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if super().__contains__(key) else {}
-
-    def __missing__(self, key: str) -> dict[str, Any]:
-        return {}
-
-
-@lru_cache(maxsize=512)
-def _program(expression: str) -> cel.Program | str:
-    try:
-        return cel.base().compile(expression, {"device": cel.DYN}, result=cel.BOOL)
-    except cel.CELError as error:
-        return f"CEL compile error: {error}"
-
-
-def _value(name: str, attribute: Mapping[str, Any]) -> Any:
-    for kind in ("int", "bool", "string"):
-        if attribute.get(kind) is not None:
-            return attribute[kind]
-    if attribute.get("version") is not None:
-        return semver(attribute["version"])
-    raise AllocationError(f"attribute {name}: unsupported attribute value")
 
 
 def read_selector(selector: Mapping[str, Any] | None) -> NodeSelector | None:
@@ -108,30 +76,12 @@ class Device:
         return answer
 
     def _evaluate(self, expression: str) -> bool | str:
-        program = _program(expression)
-        if isinstance(program, str):
-            return program
         try:
             if self._variables is None:
-                self._variables = {"device": self._as_seen()}
-            result = program.evaluate(self._variables)
-        except (cel.CELError, AllocationError) as error:
-            return f"CEL runtime error: {error}"
-        return result if isinstance(result, bool) else "CEL runtime error: CEL result could not be converted to bool"
-
-    def _as_seen(self) -> dict[str, Any]:
-        attributes, capacity = Attributes(), Attributes()
-        for name, attribute in (self.spec.get("attributes") or {}).items():
-            domain, key = self._split(name)
-            attributes.setdefault(domain, {})[key] = _value(name, attribute)
-        for name, amount in (self.spec.get("capacity") or {}).items():
-            domain, key = self._split(name)
-            capacity.setdefault(domain, {})[key] = Quantity(quantity.parse(amount["value"]))
-        return {"driver": self.slice.driver, "attributes": attributes, "capacity": capacity}
-
-    def _split(self, name: str) -> tuple[str, str]:
-        domain, slash, key = name.partition("/")
-        return (domain, key) if slash else (self.slice.driver, name)
+                self._variables = devices.as_seen(self.slice.driver, self.spec)
+            return devices.matches(expression, self._variables)
+        except devices.DeviceError as error:
+            return str(error)
 
     def reaches(self, node: Object) -> bool:
         """Whether a device of a slice that leaves the choice of nodes to its devices can be used on the node."""
