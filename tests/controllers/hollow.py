@@ -207,7 +207,8 @@ class HollowNode:
                 PODS, pod["metadata"]["name"], pod["metadata"]["namespace"], patch, type="strategic", subresource="status"
             )
         except StatusError as error:
-            if not errors.is_not_found(error) and not errors.is_conflict(error):
+            another = errors.is_invalid(error) and "metadata.uid" in error.message  # the next pod of this name
+            if not another and not errors.is_not_found(error) and not errors.is_conflict(error):
                 raise
 
     def _status(self, pod: Object, containers: list[_Container], phase: str, address: str) -> Object:

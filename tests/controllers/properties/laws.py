@@ -7,7 +7,7 @@ from typing import Any
 from knarr.aiokits import clock
 from knarr.api.types import Object
 from knarr.controllers import podutil
-from tests.controllers.properties.world import Change, Example, Ledger
+from tests.controllers.properties.world import SEEN_SECONDS, Change, Example, Ledger
 from tests.controllers.sizes import GRACE_SECONDS
 
 HASH = "pod-template-hash"
@@ -65,7 +65,7 @@ def deployment(ledger: Ledger) -> Any:
             told = ledger.sizes.told(name, version, at)
             return f"{count} pods of {name}, it was told {told}" if count > told else None
 
-        ledger.judge_later(law, 0.1)  # the set's own commit came before, but by another watch
+        ledger.judge_later(law, SEEN_SECONDS)  # the set's own commit came before, but by another watch
 
     def excess_stays() -> str | None:
         specs = ledger.window()
@@ -127,7 +127,11 @@ def is_bad(template: Object) -> bool:
 
 
 def ordinal(pod: Object) -> int:
-    return int(pod["metadata"]["name"].rpartition("-")[2])
+    return _ordinal(pod["metadata"]["name"])
+
+
+def _ordinal(name: str) -> int:
+    return int(name.rpartition("-")[2])
 
 
 def statefulset(ledger: Ledger) -> Any:
@@ -136,11 +140,11 @@ def statefulset(ledger: Ledger) -> Any:
         number = ordinal(change.pod)
         ordered = {spec["podManagementPolicy"] for spec in specs} == {"OrderedReady"}
         replicas = {spec["replicas"] for spec in specs}
+        seen_ready = {ordinal(pod) for pod in ready(change.pods)} | {_ordinal(name) for name in ledger.just_taken()}
         if change.kind == "ADDED" and number >= max(replicas):
             return f"pod {number} of {max(replicas)} was made"
         if change.kind == "ADDED" and ordered:
-            below = {ordinal(pod) for pod in ready(change.pods)}
-            missing = set(range(number)) - below
+            missing = set(range(number)) - seen_ready
             if missing:
                 return f"pod {number} was made before {sorted(missing)} were ready"
         if change.kind == "DELETING" and change.pod["metadata"]["uid"] not in ledger.by_user and ordered and len(replicas) == 1:
@@ -148,7 +152,7 @@ def statefulset(ledger: Ledger) -> Any:
             if number >= min(replicas) and above:
                 return f"pod {number} was ended before {above}"
             if number < min(replicas) and change.pod["metadata"]["labels"][REVISION] and not podutil.is_finished(change.pod):
-                late = set(range(number + 1, min(replicas))) - {ordinal(pod) for pod in ready(change.pods)}
+                late = set(range(number + 1, min(replicas))) - seen_ready
                 if late:
                     return f"pod {number} was updated before {sorted(late)} were ready"
         return None

@@ -31,6 +31,8 @@ from tests.controllers.sizes import GRACE_SECONDS, Sizes
 
 NODES = ("hollow-a", "hollow-b", "hollow-c")
 LABELS = {"app": "x"}
+# Watches bring a commit this much later at most, in virtual time.
+SEEN_SECONDS = 0.1
 
 
 @dataclass
@@ -58,11 +60,22 @@ class Ledger:
     specs: list[tuple[float, Object]] = field(default_factory=list)
     by_user: set[str] = field(default_factory=set)
     """uids of pods that the user has deleted or failed."""
+    taken: dict[str, float] = field(default_factory=dict)
+    """When the user last deleted or failed a pod of a name."""
     sizes: Sizes = field(default_factory=Sizes)
     size_law: Callable[[int], str | None] = lambda grown: None
     """Judges the sum of all sets' sizes when it changes, by so many."""
     broken: list[str] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
+
+    def took(self, pod: Object) -> None:
+        """The user is about to delete or fail a pod."""
+        self.by_user.add(pod["metadata"]["uid"])
+        self.taken[pod["metadata"]["name"]] = clock.now()
+
+    def just_taken(self) -> set[str]:
+        """Names of pods that the user took so lately that a controller may not have seen it when it decided."""
+        return {name for name, at in self.taken.items() if clock.now() - at < SEEN_SECONDS}
 
     def window(self) -> list[Object]:
         """The specifications that controllers may still act upon, newest last."""
@@ -135,14 +148,14 @@ class Example:
     async def delete_pod(self, number: int) -> None:
         pod = self._chosen(number)
         if pod is not None:
-            self.ledger.by_user.add(pod["metadata"]["uid"])
+            self.ledger.took(pod)
             await self.client.delete(PODS, pod["metadata"]["name"], self.namespace, uid=pod["metadata"]["uid"])
 
     async def fail_pod(self, number: int) -> None:
         """As an eviction by its node: the pod has failed, and nobody restarts it."""
         pod = self._chosen(number)
         if pod is not None and pod["spec"].get("nodeName"):
-            self.ledger.by_user.add(pod["metadata"]["uid"])
+            self.ledger.took(pod)
             status = {"phase": "Failed", "reason": "Evicted", "conditions": [{"type": "Ready", "status": "False"}]}
             await self.client.patch(PODS, pod["metadata"]["name"], self.namespace, {"status": status}, type="strategic", subresource="status")
 
