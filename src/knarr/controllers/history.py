@@ -1,25 +1,26 @@
 """ControllerRevisions: the remembered templates of StatefulSets and DaemonSets.
 
-Source: pkg/controller/history/controller_history.go.
+Both controllers claim, find, renumber and trim them here; each names its own, and deals with taken names, in its own way.
+Source: pkg/controller/history/controller_history.go, pkg/controller/daemon/update.go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import orjson
 
 from knarr.api import errors, meta
 from knarr.api.errors import StatusError
 from knarr.api.resources import CONTROLLER_REVISIONS
+from knarr.api.scheme import Resource
 from knarr.api.types import Object
 from knarr.client.informer import Informer, Selector
 from knarr.client.rest import Client
 from knarr.controllers.context import possibly_owned
-from knarr.controllers.hashing import revision_hash
 from knarr.controllers.podutil import created_at
+from knarr.controllers.refs import Claims
 
-HASH = "controller.kubernetes.io/hash"
 _PREFIX_CHARACTERS = 223
 
 
@@ -39,23 +40,18 @@ def template_of(revision: Object) -> Object:
     return template
 
 
-def new_revision(
-    parent: Object, api_version: str, kind: str, number: int, collision_count: int | None, *, annotations: bool = True
-) -> Object:
-    """Make (not write) the revision of the parent's present template."""
-    template = parent["spec"]["template"]
-    data = template_data(template)
-    digest = revision_hash(orjson.dumps(data, option=orjson.OPT_SORT_KEYS), collision_count)
-    labels = dict((template.get("metadata") or {}).get("labels") or {})
-    labels[HASH] = digest
+def new_revision(parent: Object, owner: Resource, number: int, label: str, digest: str) -> Object:
+    """Make (not write) the revision of the parent's present template; name and label tell its digest."""
+    metadata, template = parent["metadata"], parent["spec"]["template"]
     revision_meta: Object = {
-        "name": f"{parent['metadata']['name'][:_PREFIX_CHARACTERS]}-{digest}",
-        "namespace": parent["metadata"]["namespace"],
-        "labels": labels,
-        "ownerReferences": [meta.new_controller_ref(parent, api_version, kind)],
+        "name": f"{metadata['name'][:_PREFIX_CHARACTERS]}-{digest}",
+        "namespace": metadata["namespace"],
+        "labels": {**((template.get("metadata") or {}).get("labels") or {}), label: digest},
+        "ownerReferences": [meta.new_controller_ref(parent, owner.api_version, owner.kind)],
     }
-    if annotations and meta.annotations(parent):
+    if meta.annotations(parent):
         revision_meta["annotations"] = dict(meta.annotations(parent))
+    data = template_data(template)
     return {"apiVersion": "apps/v1", "kind": "ControllerRevision", "metadata": revision_meta, "data": data, "revision": number}
 
 
@@ -64,41 +60,56 @@ def ordered(revisions: Sequence[Object]) -> list[Object]:
     return sorted(revisions, key=lambda item: (item.get("revision") or 0, created_at(item), item["metadata"]["name"]))
 
 
-def equal(left: Object, right: Object) -> bool:
-    return left is right or left.get("data") == right.get("data")
+def limit_of(parent: Object) -> int:
+    """How many old revisions the parent wants to keep."""
+    limit = parent["spec"].get("revisionHistoryLimit")
+    return 10 if limit is None else int(limit)
 
 
 class History:
-    """Reads revisions from the cache and writes them to the server."""
+    """The revisions of the parents of one resource: reads them from the cache and writes them to the server."""
 
-    def __init__(self, client: Client, cache: Informer) -> None:
+    def __init__(self, client: Client, cache: Informer, owner: Resource) -> None:
         self._client = client
         self._cache = cache
+        self._owner = owner
 
-    def of(self, parent: Object, selector: Selector) -> list[Object]:
-        """Revisions that the selector matches and the parent, or nobody, controls."""
-        return [revision for revision in possibly_owned(self._cache, parent) if selector.matches(meta.labels(revision))]
+    async def claim(self, parent: Object, selector: Selector, *, release: bool) -> list[Object]:
+        """The parent's revisions, oldest first, those adopted that nobody has.
 
-    async def create(self, parent: Object, revision: Object, collision_count: int) -> tuple[Object, int]:
-        """Create a revision; on a name that is taken by other data count a collision and try the next.
-
-        Returns:
-          (the revision as stored, the collision count then).
+        What the selector no longer matches is left out, and also released if asked for.
         """
-        while True:
-            digest = revision_hash(orjson.dumps(revision["data"], option=orjson.OPT_SORT_KEYS), collision_count)
-            name = f"{parent['metadata']['name'][:_PREFIX_CHARACTERS]}-{digest}"
-            labels = {**revision["metadata"]["labels"], HASH: digest}
-            candidate = {**revision, "metadata": {**revision["metadata"], "name": name, "labels": labels}}
-            try:
-                return await self._client.create(CONTROLLER_REVISIONS, candidate), collision_count
-            except StatusError as error:
-                if not errors.is_already_exists(error):
-                    raise
-                existing = await self._client.get(CONTROLLER_REVISIONS, name, revision["metadata"]["namespace"])
-                if equal(existing, revision):
-                    return existing, collision_count
-                collision_count += 1
+        found = possibly_owned(self._cache, parent)
+        if not release:
+            found = [revision for revision in found if selector.matches(meta.labels(revision))]
+        return ordered(await Claims(self._client, CONTROLLER_REVISIONS, parent, self._owner, selector).claim(found))
+
+    async def present(
+        self, parent: Object, revisions: Sequence[Object], make: Callable[[int], Awaitable[Object]]
+    ) -> tuple[Object, list[Object]]:
+        """The revision of the parent's present template, and the others, oldest first.
+
+        It gets the highest number when its template has come back; without one `make` creates it with the number given.
+        """
+        wanted = template_data(parent["spec"]["template"])
+        same = [revision for revision in revisions if revision.get("data") == wanted]
+        number = max((revision.get("revision") or 0 for revision in revisions if revision.get("data") != wanted), default=0) + 1
+        if not same:
+            return await make(number), list(revisions)
+        others = [revision for revision in revisions if revision is not same[-1]]
+        if (same[-1].get("revision") or 0) >= number:
+            return same[-1], others
+        return await self.renumber(same[-1], number), others
+
+    async def create(self, revision: Object) -> Object | None:
+        """Create a revision, or find it created by an earlier try; None when its name is taken by other data."""
+        try:
+            return await self._client.create(CONTROLLER_REVISIONS, revision)
+        except StatusError as error:
+            if not errors.is_already_exists(error):
+                raise
+        existing = await self._client.get(CONTROLLER_REVISIONS, revision["metadata"]["name"], revision["metadata"]["namespace"])
+        return existing if existing.get("data") == revision["data"] else None
 
     async def renumber(self, revision: Object, number: int) -> Object:
         """Give a revision a new number, when its template comes back."""
@@ -111,6 +122,12 @@ class History:
                 raise
             fresh = await self._client.get(CONTROLLER_REVISIONS, revision["metadata"]["name"], revision["metadata"]["namespace"])
             return await self._client.update(CONTROLLER_REVISIONS, {**fresh, "revision": number})
+
+    async def trim(self, revisions: Sequence[Object], live: Callable[[Object], bool], excess: int) -> None:
+        """Delete so many revisions, oldest first, but none that is live."""
+        spare = [revision for revision in revisions if not live(revision)]
+        for revision in spare[: max(0, excess)]:
+            await self.delete(revision)
 
     async def delete(self, revision: Object) -> None:
         try:

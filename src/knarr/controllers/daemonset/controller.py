@@ -39,7 +39,7 @@ class DaemonSetController:
         self._revisions = ctx.informer(CONTROLLER_REVISIONS)
         self._recorder = ctx.recorder("daemonset-controller")
         self._control = podutil.PodControl(ctx.client, self._recorder)
-        self._history = History(ctx.client, self._revisions)
+        self._history = History(ctx.client, self._revisions, DAEMON_SETS)
         self._expectations = Expectations()
         self._selectors = SelectorCache(from_label_selector)
         self._failed = ItemBackoff(*_FAILED_BACKOFF)
@@ -296,54 +296,43 @@ class DaemonSetController:
 
     async def _sort_revisions(self, ds: Object) -> tuple[Object, list[Object]]:
         """(revision of the present template, all others)."""
-        claims = Claims(self._ctx.client, CONTROLLER_REVISIONS, ds, DAEMON_SETS, self._selector(ds))
-        revisions = await claims.claim(possibly_owned(self._revisions, ds))
-        wanted = history.template_data(ds["spec"]["template"])
-        equal = [item for item in revisions if item.get("data") == wanted]
-        old = [item for item in revisions if item.get("data") != wanted]
-        number = max((item.get("revision") or 0 for item in old), default=0) + 1
-        if not equal:
-            return await self._snapshot(ds, number), old
-        current = history.ordered(equal)[-1]
-        for twin in equal:
-            if twin is not current:
-                await self._history.delete(twin)
-        if (current.get("revision") or 0) < number:
-            current = await self._history.renumber(current, number)
-        return current, old
+        revisions = [await self._labelled(item) for item in await self._history.claim(ds, self._selector(ds), release=True)]
+        current, others = await self._history.present(ds, revisions, lambda number: self._snapshot(ds, number))
+        twins = [item for item in others if item.get("data") == current.get("data")]
+        if twins:
+            await self._relabel(ds, meta.labels(current)[util.HASH])
+        for twin in twins:
+            await self._history.delete(twin)
+        return current, [item for item in others if item not in twins]
+
+    async def _labelled(self, revision: Object) -> Object:
+        """A revision that was adopted may lack the label that its pods are told apart by."""
+        if util.HASH in meta.labels(revision):
+            return revision
+        name, namespace = revision["metadata"]["name"], revision["metadata"]["namespace"]
+        return await self._ctx.client.patch(CONTROLLER_REVISIONS, name, namespace, {"metadata": {"labels": {util.HASH: name}}})
+
+    async def _relabel(self, ds: Object, digest: str) -> None:
+        """Pods of twin revisions, which are to go, become pods of the one that stays."""
+        for pod in await self._pods_of(ds):
+            if meta.labels(pod).get(util.HASH) != digest:
+                patch = {"metadata": {"labels": {util.HASH: digest}}}
+                await self._ctx.client.patch(PODS, pod["metadata"]["name"], pod["metadata"]["namespace"], patch)
 
     async def _snapshot(self, ds: Object, number: int) -> Object:
         status = ds.get("status") or {}
         digest = template_hash(ds["spec"]["template"], status.get("collisionCount"))
-        revision = history.new_revision(ds, "apps/v1", "DaemonSet", number, None)
-        labels = {**((ds["spec"]["template"].get("metadata") or {}).get("labels") or {}), util.HASH: digest}
-        name = f"{ds['metadata']['name']}-{digest}"
-        revision["metadata"].update(name=name, labels=labels)
-        try:
-            return await self._ctx.client.create(CONTROLLER_REVISIONS, revision)
-        except StatusError as error:
-            if not errors.is_already_exists(error):
-                raise
-            existing = await self._ctx.client.get(CONTROLLER_REVISIONS, name, ds["metadata"]["namespace"])
-            if existing.get("data") == revision["data"]:
-                return existing
+        revision = history.new_revision(ds, DAEMON_SETS, number, util.HASH, digest)
+        made = await self._history.create(revision)
+        if made is None:
             collisions = int(status.get("collisionCount") or 0) + 1
-            changed = {**ds, "status": {**status, "collisionCount": collisions}}
-            await self._ctx.client.update(DAEMON_SETS, changed, subresource="status")
-            raise
+            await self._ctx.client.update(DAEMON_SETS, {**ds, "status": {**status, "collisionCount": collisions}}, subresource="status")
+            raise errors.already_exists(CONTROLLER_REVISIONS, revision["metadata"]["name"])
+        return made
 
     async def _clean_history(self, ds: Object, pods: list[Object], old: list[Object]) -> None:
-        limit = ds["spec"].get("revisionHistoryLimit")
-        excess = len(old) - (10 if limit is None else int(limit))
-        if excess <= 0:
-            return
         live = {meta.labels(pod).get(util.HASH) for pod in pods}
-        for revision in history.ordered(old):
-            if excess <= 0:
-                return
-            if meta.labels(revision).get(util.HASH) not in live:
-                await self._history.delete(revision)
-                excess -= 1
+        await self._history.trim(old, lambda item: meta.labels(item).get(util.HASH) in live, len(old) - history.limit_of(ds))
 
     # Status
 

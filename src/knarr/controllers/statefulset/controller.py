@@ -37,7 +37,7 @@ class StatefulSetController:
         self._revisions = ctx.informer(CONTROLLER_REVISIONS)
         recorder = ctx.recorder("statefulset-controller")
         self._writer = PodWriter(ctx.client, recorder, ctx.informer(PERSISTENT_VOLUME_CLAIMS))
-        self._history = History(ctx.client, self._revisions)
+        self._history = History(ctx.client, self._revisions, STATEFUL_SETS)
         self._selectors = SelectorCache(from_label_selector)
         self.controller = Controller("statefulset-controller", self._reconcile, workers=5)
         self._sets.add_handler(self._changed, lambda old, new: self._changed(new), self._changed)
@@ -98,12 +98,11 @@ class StatefulSetController:
         if set_ is None:
             return None
         selector = self._selector(set_)
-        revisions = self._history.of(set_, selector)
-        await Claims(self._ctx.client, CONTROLLER_REVISIONS, set_, STATEFUL_SETS, selector).claim(revisions)
+        revisions = await self._history.claim(set_, selector, release=False)
         candidates = possibly_owned(self._pods, set_)
         members = [pod for pod in candidates if util.is_member(set_, pod)]
         pods = await Claims(self._ctx.client, PODS, set_, STATEFUL_SETS, selector).claim(members)
-        current, update, collisions, revisions = await self._sort_revisions(set_, history.ordered(revisions))
+        current, update, collisions, revisions = await self._sort_revisions(set_, revisions)
         work = _Work(self._writer, set_, pods, current, update, collisions)
         failure = await work.run()
         await self._write_status(set_, work.status)
@@ -118,16 +117,15 @@ class StatefulSetController:
         """(current revision, update revision, collision count, all)."""
         status = set_.get("status") or {}
         collisions = int(status.get("collisionCount") or 0)
-        number = (revisions[-1].get("revision") or 0) + 1 if revisions else 1
-        wanted = history.new_revision(set_, "apps/v1", "StatefulSet", number, collisions)
-        equal = [item for item in revisions if history.equal(item, wanted)]
-        if equal and equal[-1] is revisions[-1]:
-            update = revisions[-1]
-        elif equal:
-            update = await self._history.renumber(equal[-1], number)
-        else:
-            update, collisions = await self._history.create(set_, wanted, collisions)
-            revisions = [*revisions, update]
+
+        async def make(number: int) -> Object:
+            nonlocal collisions
+            while (made := await self._history.create(util.new_revision(set_, number, collisions))) is None:
+                collisions += 1
+            return made
+
+        update, others = await self._history.present(set_, revisions, make)
+        revisions = [*others, update]
         name = status.get("currentRevision")
         current = next((item for item in revisions if item["metadata"]["name"] == name), update)
         return current, update, collisions, revisions
@@ -162,10 +160,9 @@ class StatefulSetController:
     async def _truncate(self, set_: Object, pods: list[Object], revisions: list[Object], current: Object, update: Object) -> None:
         live = {current["metadata"]["name"], update["metadata"]["name"], *(util.revision_of(pod) for pod in pods)}
         old = [item for item in revisions if item["metadata"]["name"] not in live]
-        limit = set_["spec"].get("revisionHistoryLimit")
-        excess = len(old) - (10 if limit is None else int(limit))
-        for revision in old[: max(0, excess)]:
-            await self._history.delete(revision)
+        limit = history.limit_of(set_)
+        if limit >= 0:
+            await self._history.trim(old, lambda item: False, len(old) - limit)
 
 
 class _Work:

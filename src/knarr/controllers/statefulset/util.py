@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import re
 
+import orjson
+
 from knarr.aiokits import clock
 from knarr.api import meta
+from knarr.api.resources import STATEFUL_SETS
 from knarr.api.types import Object
-from knarr.controllers import podutil
+from knarr.controllers import history, podutil
+from knarr.controllers.hashing import revision_hash
 from knarr.controllers.podutil import scaled_value
 
 POD_NAME = "statefulset.kubernetes.io/pod-name"
 POD_INDEX = "apps.kubernetes.io/pod-index"
 REVISION = "controller-revision-hash"
+HASH = "controller.kubernetes.io/hash"
 
 _NAME = re.compile(r"(.*)-([0-9]+)$")
 
@@ -150,6 +155,12 @@ def new_pod(set_: Object, template: Object, revision: str, number: int) -> Objec
         pod["spec"]["subdomain"] = set_["spec"]["serviceName"]
     with_storage(set_, pod["spec"], number)
     return pod
+
+
+def new_revision(set_: Object, number: int, collisions: int) -> Object:
+    """Make the revision of a set's present template."""
+    data = orjson.dumps(history.template_data(set_["spec"]["template"]), option=orjson.OPT_SORT_KEYS)
+    return history.new_revision(set_, STATEFUL_SETS, number, HASH, revision_hash(data, collisions))
 
 
 def is_old_revision(set_: Object, number: int) -> bool:
