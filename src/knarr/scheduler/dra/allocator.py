@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from knarr.api.devices import tolerates
 from knarr.scheduler.dra.devices import AllocationError, Counters, Device, DeviceID, Pool
 from knarr.scheduler.objects import Object
 
@@ -348,6 +349,9 @@ class Search:
             entry: Object = {"request": want.full_name, "driver": driver, "pool": pool, "device": name}
             if want.admin:
                 entry["adminAccess"] = True
+            if self._features.device_taints and want.spec.get("tolerations"):
+                # What evicts from tainted devices reads the status alone.
+                entry["tolerations"] = want.spec["tolerations"]
             results.append(entry)
         devices: Object = {"results": results}
         config = self._config(index, claim)
