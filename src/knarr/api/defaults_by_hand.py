@@ -12,6 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from knarr.aiokits import clock
 from knarr.api import quantity
 from knarr.api.types import Object
 
@@ -75,9 +76,7 @@ def _exact_count(request: Object, key: str) -> None:
 
 def _time_added(taint: Object, key: str) -> None:
     if key not in taint:
-        import time
-
-        taint[key] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        taint[key] = clock.now_rfc3339()
 
 
 def _se_linux_mount(spec: Object, key: str) -> None:
@@ -100,6 +99,7 @@ FIELDS: dict[str, Callable[[Object, str], None]] = {
     "api.resource.v1.DeviceSubRequest#count": _exact_count,
     "api.resource.v1.ExactDeviceRequest#count": _exact_count,
     "api.resource.v1.DeviceTaint#timeAdded": _time_added,
+    "api.resource.v1alpha3.DeviceTaint#timeAdded": _time_added,
     "api.storage.v1.CSIDriver#spec.seLinuxMount": _se_linux_mount,
 }
 

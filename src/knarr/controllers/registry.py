@@ -49,10 +49,14 @@ CONTROLLERS: dict[str, str] = {
     "node-lifecycle-controller": "nodelifecycle:NodeLifecycleController",
     "taint-eviction-controller": "tainteviction:TaintEvictionController",
     "node-ipam-controller": "nodeipam:NodeIPAMController",
+    "device-taint-eviction-controller": "devicetainteviction:DeviceTaintEvictionController",
     "storage-version-migrator-controller": "storageversionmigrator:StorageVersionMigrator",
 }
 
-GATES: dict[str, str] = {"storage-version-migrator-controller": "StorageVersionMigrator"}
+GATES: dict[str, str] = {
+    "device-taint-eviction-controller": "DRADeviceTaints",
+    "storage-version-migrator-controller": "StorageVersionMigrator",
+}
 """Controllers that start only with a feature gate, which is off in 1.35."""
 
 ALIASES: dict[str, str] = {
@@ -102,11 +106,10 @@ ALIASES: dict[str, str] = {
 
 OFF_BY_DEFAULT = frozenset({"bootstrap-signer-controller", "token-cleaner-controller"})
 
-# Known to upstream's --controllers, so taken here too, and started by neither: their feature gates are off in 1.35 (the first four),
+# Known to upstream's --controllers, so taken here too, and started by neither: their feature gates are off in 1.35 (the first three),
 # they belong to a cloud provider (the next three), or speak of SELinux, which the nodes do not label volumes for.
 WITHOUT_WORK = frozenset(
     {
-        "device-taint-eviction-controller",
         "kube-apiserver-serving-clustertrustbundle-publisher-controller",
         "podcertificaterequest-cleaner-controller",
         "storageversion-garbage-collector-controller",

@@ -33,7 +33,7 @@ def _is_done(pod: Object) -> bool:
     return podutil.is_finished(pod) or (podutil.is_deleting(pod) and not pod["spec"].get("nodeName"))
 
 
-def _claim_name(pod: Object, entry: Object) -> tuple[str | None, bool]:
+def claim_name(pod: Object, entry: Object) -> tuple[str | None, bool]:
     """(name of the claim behind an entry of the pod, whether it has to be the pod's own); "" when no claim is needed, None when not known yet."""
     if entry.get("resourceClaimName"):
         return str(entry["resourceClaimName"]), False
@@ -43,9 +43,10 @@ def _claim_name(pod: Object, entry: Object) -> tuple[str | None, bool]:
     return None, True
 
 
-def _claims_of(pod: Object) -> Iterator[str]:
+def claims_of(pod: Object) -> Iterator[str]:
+    """Index function: the keys of the claims that a pod uses, as far as they are known."""
     for entry in pod["spec"].get("resourceClaims") or ():
-        name, _ = _claim_name(pod, entry)
+        name, _ = claim_name(pod, entry)
         if name:
             yield f"{pod['metadata']['namespace']}/{name}"
 
@@ -55,7 +56,8 @@ def _owner_uid(claim: Object) -> list[str]:
     return [owner["uid"]] if owner is not None and owner["kind"] == "Pod" and owner["apiVersion"] == "v1" else []
 
 
-def _is_of(pod: Object, claim: Object) -> bool:
+def is_of(pod: Object, claim: Object) -> bool:
+    """Whether a claim was made for this pod."""
     return _owner_uid(claim) == [pod["metadata"]["uid"]]
 
 
@@ -78,7 +80,7 @@ class ResourceClaimController:
         # Made or not, the cache may not show it yet: by pod's uid and entry.
         self._made: dict[tuple[str, str], str] = {}
         self._deleted: OrderedDict[str, None] = OrderedDict()
-        self._pods.add_index("resourceclaims", _claims_of)
+        self._pods.add_index("resourceclaims", claims_of)
         self._claims.add_index("owningpod", _owner_uid)
         self.controller = Controller("resourceclaim-controller", self._reconcile, workers=10)
         self._pods.add_handler(self._pod_changed, lambda old, new: self._pod_changed(new), self._pod_deleted)
@@ -110,7 +112,7 @@ class ResourceClaimController:
         self._release(pod)
 
     def _release(self, pod: Object) -> None:
-        for key in _claims_of(pod):
+        for key in claims_of(pod):
             self.controller.queue.add("claim:" + key)
         for claim in self._claims.by_index("owningpod", pod["metadata"]["uid"]):
             self.controller.queue.add("claim:" + object_key(claim))
@@ -165,12 +167,12 @@ class ResourceClaimController:
     async def _ensure(self, pod: Object, entry: Object) -> str:
         """Make the claim of one entry if it is missing; gives its name when the pod does not know it yet."""
         namespace = pod["metadata"]["namespace"]
-        name, own = _claim_name(pod, entry)
+        name, own = claim_name(pod, entry)
         if name == "":
             return ""
         if name is not None:
             claim = self._claims.get(namespace, name)
-            if claim is not None and (not own or _is_of(pod, claim)):
+            if claim is not None and (not own or is_of(pod, claim)):
                 return ""
         template_name = entry.get("resourceClaimTemplateName")
         if not template_name:
@@ -192,7 +194,7 @@ class ResourceClaimController:
 
     async def _reserve(self, pod: Object) -> None:
         reference = {"resource": "pods", "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]}
-        for key in _claims_of(pod):
+        for key in claims_of(pod):
             claim = self._claims.get_key(key)
             status = (claim.get("status") or {}) if claim is not None else {}
             reserved = status.get("reservedFor") or []

@@ -13,6 +13,7 @@ from knarr.api.errors import StatusError
 from knarr.api.resources import PODS
 from knarr.api.types import Object
 from knarr.client.controller import Controller, Result
+from knarr.client.rest import Client
 from knarr.controllers import taints
 from knarr.controllers.context import Context, object_key
 
@@ -66,7 +67,7 @@ class TaintEvictionController:
             self._cancelled(pod)
 
     def _cancelled(self, pod: Object) -> None:
-        self._recorder.event(_reference(pod), "Normal", "TaintManagerEviction", f"Cancelling deletion of Pod {object_key(pod)}")
+        self._recorder.event(reference(pod), "Normal", "TaintManagerEviction", f"Cancelling deletion of Pod {object_key(pod)}")
 
     async def _reconcile(self, key: str) -> Result | None:
         pod = self._pods.get_key(key)
@@ -94,16 +95,21 @@ class TaintEvictionController:
     async def _evict(self, pod: Object) -> None:
         if "deletionTimestamp" in pod["metadata"]:
             return
-        name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
-        self._recorder.event(_reference(pod), "Normal", "TaintManagerEviction", f"Marking for deletion Pod {object_key(pod)}")
+        self._recorder.event(reference(pod), "Normal", "TaintManagerEviction", f"Marking for deletion Pod {object_key(pod)}")
         condition = disruption_condition(pod, "DeletionByTaintManager", "Taint manager: deleting due to NoExecute taint")
-        patch = {"metadata": {"uid": pod["metadata"]["uid"]}, "status": {"conditions": [condition]}}
-        try:
-            await self._client.patch(PODS, name, namespace, patch, type="strategic", subresource="status")
-            await self._client.delete(PODS, name, namespace, uid=pod["metadata"]["uid"])
-        except StatusError as error:
-            if not errors.is_not_found(error):
-                raise
+        await evict(self._client, pod, condition)
+
+
+async def evict(client: Client, pod: Object, condition: Object) -> None:
+    """Write down why a pod goes, and delete it; one that has gone or been replaced meanwhile is left alone. Raises StatusError."""
+    meta = pod["metadata"]
+    patch = {"metadata": {"uid": meta["uid"]}, "status": {"conditions": [condition]}}
+    try:
+        await client.patch(PODS, meta["name"], meta["namespace"], patch, type="strategic", subresource="status")
+        await client.delete(PODS, meta["name"], meta["namespace"], uid=meta["uid"])
+    except StatusError as error:
+        if not errors.is_not_found(error):
+            raise
 
 
 def disruption_condition(pod: Object, reason: str, message: str) -> Object:
@@ -120,7 +126,8 @@ def disruption_condition(pod: Object, reason: str, message: str) -> Object:
     return condition
 
 
-def _reference(pod: Object) -> Object:
+def reference(pod: Object) -> Object:
+    """What events about an eviction are attached to."""
     return {"apiVersion": "v1", "kind": "Pod", "name": pod["metadata"]["name"], "namespace": pod["metadata"]["namespace"]}
 
 

@@ -15,6 +15,7 @@ from knarr.api import resources
 from knarr.api.scheme import Resource
 from knarr.client.informer import Informers
 from knarr.client.sharing import Parts
+from knarr.client.slicetracker import SliceTracker
 from knarr.scheduler.config import ExtenderConfig
 from knarr.scheduler.events import (
     ASSIGNED_POD_ADD,
@@ -143,7 +144,22 @@ class EventHandlers:
         claims, slices = self._handle.claims, self._handle.slices
         self._watch(informers, resources.DEVICE_CLASSES, None, None)
         self._watch_own(informers, resources.RESOURCE_CLAIMS, claims.set, claims.remove)
-        self._watch_own(informers, resources.RESOURCE_SLICES, slices.set, slices.remove)
+        if not self._handle.feature_gates.get("DRADeviceTaints"):
+            self._watch_own(informers, resources.RESOURCE_SLICES, slices.set, slices.remove)
+            return
+        # Rules need not be served: their informer is another, that nobody waits for.
+        rules = self._scheduler.optional_informers.get(resources.DEVICE_TAINT_RULES)
+        found = informers.get(resources.RESOURCE_SLICES)
+        SliceTracker(found, rules, informers.get(resources.DEVICE_CLASSES), self._slice_changed)
+
+    def _slice_changed(self, old: Object | None, new: Object | None) -> None:
+        """A slice with the taints of rules."""
+        if new is not None:
+            self._handle.slices.set(new)
+            self._queue.move(ClusterEvent("ResourceSlice", Action.ADD if old is None else Action.UPDATE_OTHER), old, new)
+        elif old is not None:
+            self._handle.slices.remove(old)
+            self._queue.move(ClusterEvent("ResourceSlice", Action.DELETE), old, None)
 
     def _watch_own(self, informers: Informers, resource: Resource, put: Callable[[Object], None], take: Callable[[Object], None]) -> None:
         """Objects that have a holder of their own."""

@@ -66,6 +66,8 @@ class Scheduler:
         self.client = client
         self._own_informers = informers is None
         self.informers = informers or Informers(client)
+        self.optional_informers = Informers(client)
+        """Of kinds that need not be served."""
         self.handle = Handle(randomness=random.Random(self.config.random_seed), feature_gates=self.config.feature_gates)
         self.profiles: dict[str, Profile] = {p.scheduler_name: build_profile(p, self.handle) for p in self.config.profiles}
         self.pod_transform = pod_transform(self.config.extenders)
@@ -100,6 +102,7 @@ class Scheduler:
         self._start()
         self.handlers.register(self.informers)
         await self.informers.start()
+        await self.optional_informers.start()
         tasks = Tasks()
         tasks.spawn_eternal(self.announcer.run(), "scheduler-announcer")
         try:
@@ -115,6 +118,7 @@ class Scheduler:
                 await recorder.close()
             if self.extenders is not None:
                 await self.extenders.close()
+            await self.optional_informers.close()
             if self._own_informers:
                 await self.informers.close()
 
