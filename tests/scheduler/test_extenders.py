@@ -149,9 +149,9 @@ async def test_what_a_filter_says_of_nodes_is_told_of_the_pod() -> None:
         settings = {"urlPrefix": url, "filterVerb": "filter", "nodeCacheCapable": True}
         async with _cluster(_config(settings), "a", "b") as client:
             await client.create(PODS, _pod("p"))
-            refusal = await _until(client, "p", _refusal)
+            words = "0/2 nodes are available: 1 frozen, 1 too hot."
+            refusal = await _until(client, "p", lambda pod: (told := _refusal(pod)) and told["message"].startswith(words) and told)
             assert refusal["reason"] == "Unschedulable"
-            assert refusal["message"].startswith("0/2 nodes are available: 1 frozen, 1 too hot.")
 
 
 async def test_a_binder_binds_the_pods_of_its_resource_which_the_scheduler_does_not_count() -> None:
