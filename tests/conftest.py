@@ -10,8 +10,13 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import pytest_asyncio
+from hypothesis import HealthCheck, settings
 
 from knarr.testing.apiserver import RunningAPIServer, running_apiserver
+
+# How quick a busy machine is fails no test.
+settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-machine")
 
 
 @pytest_asyncio.fixture

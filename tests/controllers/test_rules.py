@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from knarr.aiokits import clock
@@ -103,7 +103,6 @@ def test_schedule_that_never_comes_has_no_next_time() -> None:
 _sets = st.sets(st.integers(0, 60))
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # what is asked is what they hold, not how quick a busy machine is
 @given(_sets, _sets)
 def test_index_sets_are_sets(one: set[int], two: set[int]) -> None:
     a, b = Indexes.of(one), Indexes.of(two)
