@@ -33,6 +33,7 @@ def test_minus_switches_off_and_aliases_are_names_too() -> None:
     assert selected("deployment,replicaset-controller") == ["deployment-controller", "replicaset-controller"]
     assert selected("-deployment") == []
     assert selected("*,-service,-selinux-warning-controller,storage-version-migrator-controller") == selected("*")
+    assert "selinux-warning-controller" in selected("*,selinux-warning-controller")
     assert "storage-version-migrator-controller" in selected("*", {"StorageVersionMigrator": True})
     assert selected("deployment,svm", {"StorageVersionMigrator": True}) == ["deployment-controller", "storage-version-migrator-controller"]
     assert set(ALIASES.values()) <= set(CONTROLLERS) | WITHOUT_WORK

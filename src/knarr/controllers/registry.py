@@ -49,6 +49,7 @@ CONTROLLERS: dict[str, str] = {
     "node-lifecycle-controller": "nodelifecycle:NodeLifecycleController",
     "taint-eviction-controller": "tainteviction:TaintEvictionController",
     "node-ipam-controller": "nodeipam:NodeIPAMController",
+    "selinux-warning-controller": "volume.selinuxwarning:SELinuxWarningController",
     "device-taint-eviction-controller": "devicetainteviction:DeviceTaintEvictionController",
     "storage-version-migrator-controller": "storageversionmigrator:StorageVersionMigrator",
 }
@@ -104,10 +105,10 @@ ALIASES: dict[str, str] = {
     "legacy-service-account-token-cleaner": "legacy-serviceaccount-token-cleaner-controller",
 }
 
-OFF_BY_DEFAULT = frozenset({"bootstrap-signer-controller", "token-cleaner-controller"})
+OFF_BY_DEFAULT = frozenset({"bootstrap-signer-controller", "token-cleaner-controller", "selinux-warning-controller"})
 
 # Known to upstream's --controllers, so taken here too, and started by neither: their feature gates are off in 1.35 (the first three),
-# they belong to a cloud provider (the next three), or speak of SELinux, which the nodes do not label volumes for.
+# or they belong to a cloud provider (the others).
 WITHOUT_WORK = frozenset(
     {
         "kube-apiserver-serving-clustertrustbundle-publisher-controller",
@@ -116,6 +117,5 @@ WITHOUT_WORK = frozenset(
         "cloud-node-lifecycle-controller",
         "node-route-controller",
         "service-lb-controller",
-        "selinux-warning-controller",
     }
 )
