@@ -95,7 +95,8 @@ def _workloads(nodes: int) -> list[Workload]:
         named("affinity", some, core._affinity("podAffinity", core.ZONE), "35", before=few, before_spec=core._affinity("podAffinity", core.ZONE)),
         named("anti-affinity", 2000 if big else 400, core._affinity("podAntiAffinity", core.HOST), "60", before=1000 if big else 100, before_spec=core._affinity("podAntiAffinity", core.HOST)),
         named("node-affinity", many, zones, "220", before=few, before_spec=zones),
-        named("daemonset", many, one, "390 (1,100)"),
+        # Upstream's pods for one node ask for nothing.
+        named("daemonset", many, one, "390 (1,100)", requests={}),
         named("gated", many, {}, "130", before=10_000 if big else 2_000, before_spec=gates, waiting=True),
         named("unschedulable", many, {}, "140", before=200, before_spec={"priorityClassName": _HIGH}, before_requests=_NEVER_SCHEDULED, waiting=True),
         named("churn", many, {}, "265", churn=True),
@@ -168,7 +169,7 @@ async def _add_node(api: Client, name: str, zone: str, pods: str = "110") -> Non
 
 
 def _pod(spec: Object, requests: Object | None) -> Object:
-    resources = {"requests": requests or {"cpu": "100m", "memory": "500Mi"}}
+    resources = {"requests": {"cpu": "100m", "memory": "500Mi"} if requests is None else requests}
     container = {"name": "pause", "image": "registry.k8s.io/pause:3.10.1", "ports": [{"containerPort": 80}], "resources": resources}
     metadata = {"generateName": "pod-", "labels": {"app": "x"}}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": {"terminationGracePeriodSeconds": 0, "containers": [container], **spec}}
