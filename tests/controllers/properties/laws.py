@@ -134,6 +134,12 @@ def _ordinal(name: str) -> int:
     return int(name.rpartition("-")[2])
 
 
+def _most_away(spec: Object) -> int:
+    """How many pods an update may take away at once."""
+    amount = (spec["updateStrategy"].get("rollingUpdate") or {}).get("maxUnavailable")
+    return 1 if amount is None else max(1, scaled(amount, spec["replicas"], False))
+
+
 def statefulset(ledger: Ledger) -> Any:
     def law(change: Change) -> str | None:
         specs = ledger.window()
@@ -152,9 +158,10 @@ def statefulset(ledger: Ledger) -> Any:
             if number >= min(replicas) and above:
                 return f"pod {number} was ended before {above}"
             if number < min(replicas) and change.pod["metadata"]["labels"][REVISION] and not podutil.is_finished(change.pod):
-                late = set(range(number + 1, min(replicas))) - seen_ready
-                if late:
-                    return f"pod {number} was updated before {sorted(late)} were ready"
+                most = max(_most_away(spec) for spec in specs)
+                late = set(range(number + 1 if most == 1 else 0, min(replicas))) - seen_ready
+                if len(late) > (0 if most == 1 else most):
+                    return f"pod {number} was updated before {sorted(late)} were ready, maxUnavailable is {most}"
         return None
 
     return law

@@ -106,14 +106,19 @@ def test_deployments_keep_their_promises(virtual_world: World, replicas: int, st
     virtual_world.run(DEPLOYMENTS, play)
 
 
+_ordinals = st.builds(
+    lambda partition, away: {"type": "RollingUpdate", "rollingUpdate": {"partition": partition, "maxUnavailable": away}},
+    st.integers(0, 3),
+    st.sampled_from([None, None, 1, 2, "50%"]),
+)
+
+
 @_checked
 @given(
     replicas=st.integers(1, 4),
     policy=st.sampled_from(["OrderedReady", "OrderedReady", "Parallel"]),
     limit=st.integers(0, 2),
-    actions=_sequence(
-        _templates, _replicas, st.tuples(st.just("updateStrategy"), st.integers(0, 3).map(lambda n: {"type": "RollingUpdate", "rollingUpdate": {"partition": n}}))
-    ),
+    actions=_sequence(_templates, _replicas, st.tuples(st.just("updateStrategy"), _ordinals)),
 )
 def test_statefulsets_keep_their_order(virtual_world: World, replicas: int, policy: str, limit: int, actions: list[Action]) -> None:
     async def play(example: Example) -> None:
