@@ -208,3 +208,31 @@ def test_a_plugin_enabled_at_one_point_acts_only_there() -> None:
     assert _chosen(world, _profile(plugins={"filter": everything}), world.pod("q", nodeSelector={HOST: "full"})) in ("full", "tainted")
     profile = build_profile(_profile(plugins={"multiPoint": everything, "filter": fit}), world.handle)
     assert [[plugin.name for plugin in point] for point in (profile.filters, profile.scores)] == [["NodeResourcesFit"], []]
+
+
+_TWICE = [{"maxSkew": 1, "topologyKey": ZONE, "whenUnsatisfiable": "DoNotSchedule"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("plugin", "args", "words"),
+    [
+        ("DefaultPreemption", {"minCandidateNodesPercentage": 101}, r"minCandidateNodesPercentage: .*not in valid range \[0, 100\]"),
+        ("DefaultPreemption", {"minCandidateNodesPercentage": 0, "minCandidateNodesAbsolute": 0}, "cannot be zero at the same time"),
+        ("InterPodAffinity", {"hardPodAffinityWeight": 101}, r"not in valid range \[0, 100\]"),
+        ("NodeAffinity", {"addedAffinity": {REQUIRED: {"nodeSelectorTerms": []}}}, "at least one node selector term"),
+        ("PodTopologySpread", {"defaultConstraints": _TWICE[:1]}, "when .defaultConstraints are not empty"),
+        ("PodTopologySpread", {"defaultingType": "List", "defaultConstraints": _TWICE}, "Duplicate value"),
+        ("PodTopologySpread", {"defaultingType": "List", "defaultConstraints": [{}]}, r"maxSkew.*topologyKey.*whenUnsatisfiable"),
+        ("NodeResourcesFit", {"ignoredResourceGroups": ["a/b"]}, "resource group name can't contain"),
+        ("NodeResourcesFit", {"scoringStrategy": {"type": "Best"}}, "Unsupported value"),
+        ("NodeResourcesFit", {"scoringStrategy": {"type": "RequestedToCapacityRatio"}}, "at least one point"),
+        ("NodeResourcesFit", {"scoringStrategy": {"type": "LeastAllocated", "resources": [{"name": "cpu", "weight": 101}]}}, r"\(0, 100\]"),
+        ("NodeResourcesFit", {"scoringStrategy": "LeastAllocated"}, "NodeResourcesFitArgs"),
+        ("NodeResourcesBalancedAllocation", {"resources": [{"name": "cpu", "weight": 2}]}, "must be 1"),
+        ("VolumeBinding", {"bindTimeoutSeconds": -1}, "should not be a negative value"),
+        ("VolumeBinding", {"bindTimeout": 1}, 'unknown field "bindTimeout"'),
+    ],
+)
+def test_arguments_that_cannot_be_meant_are_refused(plugin: str, args: Object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        _with(plugin, **args)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from knarr.client.config import ClientConfig
+from knarr.scheduler.arguments import check
 
 _POINTS = (
     "preEnqueue",
@@ -113,6 +114,8 @@ def _profile(document: dict[str, Any], ignored: frozenset[str]) -> ProfileConfig
         if part.get("disabled"):
             disabled_points[point] = frozenset(p["name"] for p in part["disabled"])
     arguments = {entry["name"]: entry.get("args") or {} for entry in document.get("pluginConfig") or ()}
+    for name, args in arguments.items():
+        check(name, args)
     if ignored:
         arguments["NodeResourcesFit"] = {**arguments.get("NodeResourcesFit", {}), "ignoredResources": sorted(ignored)}
     return ProfileConfig(
