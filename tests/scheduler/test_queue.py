@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import pytest
+
 from knarr.scheduler.events import NODE_ADD
 from knarr.scheduler.queue import QueuedPod
 
@@ -86,3 +90,13 @@ def test_a_deleted_pod_is_not_popped() -> None:
     world.queue.delete("a")
     assert world.queue.pop_nowait() is None
     assert sum(world.queue.counts().values()) == 0
+
+
+async def test_waiting_ends_when_it_is_cancelled_in_the_moment_in_which_a_pod_comes() -> None:
+    world = World()
+    waiting = asyncio.create_task(world.queue.wait())
+    await asyncio.sleep(0)
+    world.queue.add(world.pod("a"))
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting

@@ -289,7 +289,9 @@ class SchedulingQueue:
             timeout = min(timeout, max(due + 1.0 - now, 0.0) + 0.001)
         self._waiter = asyncio.get_running_loop().create_future()
         try:
-            await asyncio.wait_for(self._waiter, max(timeout, 0.001))
+            # Not wait_for: in Python 3.11 it loses a cancellation that comes in the same moment as what it waits for.
+            async with asyncio.timeout(max(timeout, 0.001)):
+                await self._waiter
         except TimeoutError:
             pass
         finally:
