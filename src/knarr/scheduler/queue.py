@@ -362,7 +362,16 @@ class SchedulingQueue:
         if not self._unschedulable:
             return
         self._happened = event.text
+        wakes: dict[tuple[str, str], bool] = {}
         for queued in list(self._unschedulable.values()):
+            gate = queued.gated_by
+            if gate is not None and len(queued.plugins) == 1 and not queued.pending_plugins:
+                # Nothing but its gate refuses it. There may be thousands of these: asked as the others below they would cost too much.
+                key = queued.info.shape.scheduler_name, gate.plugin
+                if key not in wakes:
+                    wakes[key] = any(name == gate.plugin for name, _ in self._hints(key[0], event))
+                if not wakes[key]:
+                    continue
             if only is not None and not only(queued.info):
                 continue
             verdict = self._worth(queued, event, old, new)
