@@ -25,7 +25,8 @@ NODES = int(os.environ.get("BENCH_SCALE_NODES", "1000"))
 PODS_IN_ALL = int(os.environ.get("BENCH_SCALE_PODS", "20000"))
 DEPLOYMENTS_AT_ONCE, PODS_EACH = 1000, 10
 WRITERS = 32
-STEADY_SECONDS = 30
+# Events of so many bindings are still being written when the last pod is ready.
+SETTLE_SECONDS, STEADY_SECONDS = 60, 30
 # Nothing new for so long: the cluster does not get there.
 STUCK_SECONDS = 120
 
@@ -63,7 +64,7 @@ async def filled(name: str, kubeconfig: str, pids: dict[str, int], count: int, e
         seconds = time.monotonic() - start
         busy = [machine.cpu_seconds([pids[part]]) - before for part, before in zip(parts, used, strict=True)]
         filling = ", ".join(f"{part} {spent:.1f} s" for part, spent in zip(parts, busy, strict=True))
-        await asyncio.sleep(5)
+        await asyncio.sleep(SETTLE_SECONDS)
         used, start = [machine.cpu_seconds([pids[part]]) for part in parts], time.monotonic()
         await asyncio.sleep(STEADY_SECONDS)
         passed = time.monotonic() - start
