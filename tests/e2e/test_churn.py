@@ -37,7 +37,7 @@ def pod(app: str) -> dict[str, Any]:
         "env": [{"name": "APP", "value": app}],
     }
     meta = {"name": f"churn-{app}", "namespace": "default", "labels": {"churn": app}}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": {"terminationGracePeriodSeconds": 0, "containers": [container]}}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": {"terminationGracePeriodSeconds": 1, "containers": [container]}}
 
 
 def service(name: str, app: str) -> dict[str, Any]:
