@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
-import subprocess
-import time
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -13,6 +9,7 @@ import pytest_asyncio
 from hypothesis import HealthCheck, settings
 
 from knarr.testing.apiserver import RunningAPIServer, running_apiserver
+from tests.servers import running_etcd
 
 # How quick a busy machine is fails no test.
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -26,35 +23,8 @@ async def apiserver() -> AsyncIterator[RunningAPIServer]:
         yield server
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="session")
 def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of an etcd for the whole session; users keep apart by prefixes."""
-    program = shutil.which("etcd")
-    assert program is not None, "etcd is among the Debian packages that the tests install"
-    client, peer = _free_port(), _free_port()
-    data = tmp_path_factory.mktemp("etcd")
-    process = subprocess.Popen(
-        [
-            program, "--data-dir", str(data), "--listen-client-urls", f"http://127.0.0.1:{client}", "--advertise-client-urls",
-            f"http://127.0.0.1:{client}", "--listen-peer-urls", f"http://127.0.0.1:{peer}", "--initial-advertise-peer-urls",
-            f"http://127.0.0.1:{peer}", "--initial-cluster", f"default=http://127.0.0.1:{peer}", "--logger", "zap", "--log-level", "error",
-        ],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", client)) == 0:
-                    break
-            time.sleep(0.02)
-        yield f"127.0.0.1:{client}"
-    finally:
-        process.terminate()
-        process.wait(10)
+    with running_etcd(tmp_path_factory.mktemp("etcd")) as address:
+        yield address

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
 from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
 
 from knarr.api import resources as R
-from knarr.http.server import HTTPServer, Request
-from knarr.testing import apiserver as testing
+from knarr.http.server import Request
 from knarr.testing.apiserver import RunningAPIServer
+from tests.servers import https_server
 
 GROUP = "ext.example.com"
 ROOT = f"/apis/{GROUP}/v1"
@@ -58,15 +57,8 @@ async def extension_server() -> AsyncIterator[tuple[int, list[Request]]]:
         headers = [("Content-Type", "application/json"), ("ETag", '"one"')]
         request.respond(200 if found is not None else 404, headers, orjson.dumps(found))
 
-    pairs = testing.test_pki()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pairs.api_server.certificate, pairs.api_server.key)
-    server = HTTPServer(handle, ssl_context=context)
-    port = await server.listen("127.0.0.1", 0)
-    try:
+    async with https_server(handle) as port:
         yield port, asked
-    finally:
-        await server.close()
 
 
 async def get(server: RunningAPIServer, path: str) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ import pytest
 
 from knarr.api import errors
 from knarr.api.resources import CUSTOM_RESOURCE_DEFINITIONS
-from knarr.http.server import HTTPServer, Request
+from knarr.http.server import Request
 from knarr.testing import apiserver as testing
 from knarr.testing.apiserver import RunningAPIServer
+from tests.servers import https_server
 
 BASE = "/apis/stable.example.com"
 
@@ -109,15 +109,8 @@ async def conversion_webhook() -> AsyncIterator[tuple[str, list[int]]]:
         del review["request"]
         request.respond(200, [("Content-Type", "application/json")], orjson.dumps(review))
 
-    pairs = testing.test_pki()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pairs.api_server.certificate, pairs.api_server.key)
-    server = HTTPServer(handle, ssl_context=context)
-    port = await server.listen("127.0.0.1", 0)
-    try:
+    async with https_server(handle) as port:
         yield f"https://127.0.0.1:{port}/convert", calls
-    finally:
-        await server.close()
 
 
 async def test_webhook_converts_on_write_read_list_and_watch(apiserver: RunningAPIServer) -> None:

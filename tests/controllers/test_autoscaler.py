@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import ssl
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -26,10 +25,10 @@ from knarr.api.resources import (
 )
 from knarr.api.types import Object
 from knarr.client.rest import Client
-from knarr.http.server import HTTPServer, Request
-from knarr.testing import apiserver as testing
+from knarr.http.server import Request
 from knarr.testing.apiserver import running_apiserver
 from knarr.testing.controllers import running_controllers
+from tests.servers import https_server
 
 _GROUPS = (("metrics.k8s.io", "v1beta1"), ("custom.metrics.k8s.io", "v1beta2"), ("external.metrics.k8s.io", "v1beta1"))
 _PODS = ("web-0", "web-1")
@@ -72,15 +71,8 @@ async def metrics_server() -> AsyncIterator[tuple[int, MetricsServer]]:
         missing = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "message": "no such metric", "code": 404}
         request.respond(404 if found is None else 200, [("Content-Type", "application/json")], orjson.dumps(missing if found is None else found))
 
-    pairs = testing.test_pki()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pairs.api_server.certificate, pairs.api_server.key)
-    server = HTTPServer(handle, ssl_context=context)
-    port = await server.listen("127.0.0.1", 0)
-    try:
+    async with https_server(handle) as port:
         yield port, metrics
-    finally:
-        await server.close()
 
 
 class World:

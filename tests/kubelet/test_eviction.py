@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,19 @@ from knarr.api.resources import EVENTS, NODES
 from knarr.kubelet import configfile
 from knarr.kubelet.config import EvictionConfig, KubeletConfig
 from knarr.kubelet.eviction import ALLOCATABLE, Eviction, Signal, threshold, thresholds
-from knarr.kubelet.usage import PodUsage, Space, low_message, order
+from knarr.kubelet.usage import PodUsage, Space, low_message, order, tree
 from tests.kubelet.conftest import Bench, condition
 
 GI = 1 << 30
+
+
+def test_a_file_of_many_names_is_used_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 100_000)
+    alone = tree(str(tmp_path))
+    for number in range(5):
+        os.link(tmp_path / "file", tmp_path / f"name{number}")
+    assert tree(str(tmp_path)) == alone and alone.inodes == 2 and alone.size >= 100_000
+    assert tree(str(tmp_path / "none")) == Space()
 
 
 def test_thresholds_are_shares_or_amounts() -> None:

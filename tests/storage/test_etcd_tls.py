@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
-import subprocess
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.servers import running_etcd
 
 from knarr.cluster import pki
 from knarr.storage import open_store
@@ -21,43 +18,17 @@ from knarr.storage.etcd import EtcdConfig, EtcdStore
 pytestmark = pytest.mark.timeout(60)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """(host:port, folder with ca.crt, client.crt, client.key) of an etcd that only takes certificates of its CA."""
-    program = shutil.which("etcd")
-    assert program is not None, "etcd is among the Debian packages that the tests install"
     folder = tmp_path_factory.mktemp("etcd-tls")
     authority = pki.Authority(folder, "ca", "etcd")
     authority.issue(folder / "server", "etcd", hosts=["localhost", "127.0.0.1"], server=True)
     authority.issue(folder / "client", "knarr")
-    client, peer = _free_port(), _free_port()
-    process = subprocess.Popen(
-        [
-            program, "--data-dir", str(folder / "data"), "--listen-client-urls", f"https://127.0.0.1:{client}", "--advertise-client-urls",
-            f"https://127.0.0.1:{client}", "--listen-peer-urls", f"http://127.0.0.1:{peer}", "--initial-advertise-peer-urls",
-            f"http://127.0.0.1:{peer}", "--initial-cluster", f"default=http://127.0.0.1:{peer}", "--cert-file", str(folder / "server.crt"),
-            "--key-file", str(folder / "server.key"), "--client-cert-auth", "--trusted-ca-file", str(folder / "ca.crt"), "--logger", "zap",
-            "--log-level", "error",
-        ],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", client)) == 0:
-                    break
-            time.sleep(0.02)
-        yield f"127.0.0.1:{client}", folder
-    finally:
-        process.terminate()
-        process.wait(10)
+    options = ("--cert-file", str(folder / "server.crt"), "--key-file", str(folder / "server.key"), "--client-cert-auth")
+    trusted = ("--trusted-ca-file", str(folder / "ca.crt"))
+    with running_etcd(folder / "data", scheme="https", options=(*options, *trusted)) as address:
+        yield address, folder
 
 
 def _url(secured: tuple[str, Path], prefix: str) -> str:

@@ -18,7 +18,7 @@ from knarr.api.types import Object
 from knarr.kubelet import logs, machine, podutil
 from knarr.kubelet.node import Node
 from knarr.kubelet.pods import PodWorkers
-from knarr.runtime.cri import ContainerState, RuntimeFault
+from knarr.runtime.cri import ContainerState, Image, RuntimeFault
 
 log = get_logger(__name__)
 
@@ -165,7 +165,7 @@ class GarbageCollector:
             )
             node.event(self._reference(), "Warning", "FreeDiskSpaceFailed", message)
 
-    async def _note_images(self) -> list[tuple[float, object]]:
+    async def _note_images(self) -> list[tuple[float, Image]]:
         node, now = self._node, clock.now()
         in_use = {c.image_id for c in await node.runtime.list_containers()}
         images = await node.image_service.list_images()
@@ -177,7 +177,7 @@ class GarbageCollector:
         for known in [k for k in self._first_seen if k not in present]:
             del self._first_seen[known]
             node.images.used_at.pop(known, None)
-        free: list[tuple[float, object]] = []
+        free: list[tuple[float, Image]] = []
         for image in images:
             if image.id in in_use or image.pinned:
                 continue
@@ -198,8 +198,8 @@ class GarbageCollector:
             # When images were used before this start is not known.
             return
         for used_at, image in await self._note_images():
-            if now - max(used_at, self._first_seen[image.id]) > most:  # type: ignore[attr-defined]
-                await self._node.image_service.remove_image(image.id)  # type: ignore[attr-defined]
+            if now - max(used_at, self._first_seen[image.id]) > most:
+                await self._node.image_service.remove_image(image.id)
 
     async def free_images(self, wanted_bytes: int) -> int:
         """Remove unused images until so many bytes are free; returns how many were."""
@@ -208,8 +208,8 @@ class GarbageCollector:
             if freed >= wanted_bytes:
                 break
             try:
-                await self._node.image_service.remove_image(image.id)  # type: ignore[attr-defined]
-                freed += image.size_bytes  # type: ignore[attr-defined]
+                await self._node.image_service.remove_image(image.id)
+                freed += image.size_bytes
             except RuntimeFault as e:
                 log.warning("image not removed", error=str(e))
         return freed

@@ -7,9 +7,7 @@ Source: pkg/kubelet/eviction/helpers.go, pkg/kubelet/server/stats, pkg/volume/ut
 
 from __future__ import annotations
 
-import contextlib
 import os
-import stat
 from dataclasses import dataclass, field
 
 from knarr.api import quantity
@@ -72,17 +70,11 @@ class PodUsage:
 
 
 def tree(path: str) -> Space:
-    """Disk blocks and inodes used below a path, itself included; links are not followed. Walks files."""
-    size, inodes = 0, 0
-    with contextlib.suppress(OSError):
-        for _, entries in disk.walk(path):
-            inodes += 1
-            for entry in entries:
-                with contextlib.suppress(OSError):
-                    info = entry.stat(follow_symlinks=False)
-                    size += info.st_blocks * 512
-                    inodes += not stat.S_ISDIR(info.st_mode)
-    return Space(size, inodes)
+    """Disk blocks and inodes used below a path, itself included; links are not followed, hard links count once. Walks files."""
+    if not os.path.isdir(path):
+        return Space()
+    size, inodes = disk.tree_usage(path)
+    return Space(size, inodes + 1)
 
 
 def local_volumes(node: Node, pod: Object) -> tuple[dict[str, Space], frozenset[str]]:

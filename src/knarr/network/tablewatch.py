@@ -9,14 +9,13 @@ conclusion.
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
-import errno
 import socket
 import struct
 from collections.abc import Callable
 
 from knarr.aiokits.log import get_logger
+from knarr.network.kernelwatch import KernelWatch
 from knarr.network.netlink import NETLINK_NETFILTER, NetlinkSocket
 from knarr.network.netns import open_netlink
 from knarr.network.nftables import table_exists
@@ -29,58 +28,14 @@ _SO_ATTACH_FILTER = 26
 _SETTLE_SECONDS = 0.05
 
 
-class RulesetWatch:
+class RulesetWatch(KernelWatch):
     """Calls `on_change` (a plain function, in the event loop) a moment after anybody changed any rule; a burst is one call."""
 
     def __init__(self, on_change: Callable[[], None], *, netns: str | None = None, settle_seconds: float = _SETTLE_SECONDS) -> None:
-        self._on_change = on_change
-        self._netns = netns
-        self._settle_seconds = settle_seconds
-        self._listener: NetlinkSocket | None = None
-        self._pending: asyncio.TimerHandle | None = None
+        super().__init__("the ruleset", NETLINK_NETFILTER, (_GROUP_NFTABLES,), on_change, netns=netns, settle_seconds=settle_seconds)
 
-    def start(self) -> None:
-        """Begin to watch; needs the running loop. A kernel that refuses costs only the watch, which is logged."""
-        if self._listener is not None:
-            return
-        try:
-            self._listener = open_netlink(self._netns, NETLINK_NETFILTER)
-            _only_messages(self._listener, _NEWGEN)
-            self._listener.subscribe(_GROUP_NFTABLES)
-            self._listener.set_blocking(False)
-        except OSError as error:
-            log.warning("changes of the ruleset by others cannot be watched", error=str(error))
-            self.close()
-            return
-        asyncio.get_running_loop().add_reader(self._listener.fileno(), self._readable)
-
-    def close(self) -> None:
-        """Stop watching; idempotent."""
-        if self._pending is not None:
-            self._pending.cancel()
-            self._pending = None
-        if self._listener is not None:
-            if self._listener.fileno() >= 0:
-                asyncio.get_running_loop().remove_reader(self._listener.fileno())
-            self._listener.close()
-            self._listener = None
-
-    def _readable(self) -> None:
-        assert self._listener is not None
-        try:
-            while True:
-                self._listener.receive()
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.ENOBUFS):
-                log.warning("watching the ruleset failed", error=str(error))
-                self.close()
-                return
-        if self._pending is None:
-            self._pending = asyncio.get_running_loop().call_later(self._settle_seconds, self._tell)
-
-    def _tell(self) -> None:
-        self._pending = None
-        self._on_change()
+    def _prepare(self, listener: NetlinkSocket) -> None:
+        _only_messages(listener, _NEWGEN)
 
 
 class TableWatch:

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import json
-import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -14,10 +13,11 @@ import pytest
 
 from knarr.api import resources as R
 from knarr.api.types import Object
-from knarr.http.server import HTTPServer, Request
+from knarr.http.server import Request
 from knarr.testing import apiserver as testing
 from knarr.testing.apiserver import RunningAPIServer
 from tests.apiserver.identities import make_namespace, refused
+from tests.servers import https_server
 
 Answer = Callable[[str, Object], Object]
 
@@ -59,16 +59,8 @@ class Hooks:
 
 @contextlib.asynccontextmanager
 async def _serving(hooks: Hooks) -> AsyncIterator[Hooks]:
-    pairs = testing.test_pki()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(str(pairs.api_server.certificate), str(pairs.api_server.key))
-    server = HTTPServer(hooks.handle, ssl_context=context)
-    listening = await server.listen("127.0.0.1", 0)
-    hooks.port = listening if isinstance(listening, int) else server.port  # type: ignore[attr-defined]
-    try:
+    async with https_server(hooks.handle) as hooks.port:
         yield hooks
-    finally:
-        await server.close()
 
 
 @pytest.fixture

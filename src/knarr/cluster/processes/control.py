@@ -16,6 +16,7 @@ from knarr.cluster.supervisor import Announce
 
 if TYPE_CHECKING:
     from knarr.cluster.usage.server import UsageServer
+    from knarr.controllers.context import ControllersConfig
     from knarr.scheduler.scheduler import Scheduler
 
 
@@ -23,7 +24,6 @@ def main(config: ClusterConfig, announce: Announce) -> None:
     """Run the controllers and the scheduler until stopped."""
     from knarr.apiserver import options
     from knarr.cluster.servingcerts import ServingCertificateApprover
-    from knarr.controllers.context import ControllersConfig
     from knarr.controllers.manager import ControllerManager
     from knarr.network.ingress import IngressController
     from knarr.network.ingress.haproxy import Listen
@@ -31,21 +31,8 @@ def main(config: ClusterConfig, announce: Announce) -> None:
     from knarr.scheduler.config import SchedulerConfig, read_text
     from knarr.scheduler.scheduler import Scheduler
 
-    folder = config.pki
     # Upstream's components have the gates each; here they are told to the API server, and hold for the whole cluster.
     gates = options.feature_gates(config.apiserver_arguments)
-    settings = ControllersConfig(
-        # As kubeadm's clusters: what signs and clears bootstrap tokens is on, though upstream's own default leaves it off.
-        enabled=f"{config.controllers},bootstrapsigner,tokencleaner" if config.controllers == "*" else config.controllers,
-        cluster_cidr=config.pod_cidr,
-        service_cidr=config.service_cidr,
-        service_account_key=(folder / "sa.key").read_bytes(),
-        root_ca=(folder / "ca.crt").read_bytes(),
-        ca_cert=(folder / "ca.crt").read_bytes(),
-        ca_key=(folder / "ca.key").read_bytes(),
-        feature_gates=gates,
-        **controllerargs.parse(config.controller_arguments),
-    )
 
     async def control() -> None:
         controllers = Client(common.client_config(config, common.pair(config, "controller-manager"), "kube-controller-manager"))
@@ -58,7 +45,7 @@ def main(config: ClusterConfig, announce: Announce) -> None:
         file = config.scheduler_file
         deciding_as = read_text(file.read_bytes()) if file.is_file() else SchedulerConfig()
         deciding = Scheduler(scheduler, replace(deciding_as, feature_gates={**gates, **deciding_as.feature_gates}))
-        managing = ControllerManager(controllers, settings)
+        managing = ControllerManager(controllers, controllers_config(config, gates))
         components = (
             endpoints.Component(
                 "kube-controller-manager", endpoints.CONTROLLER_MANAGER_PORT, controllers, lambda: managing.ready, managing.exposition, managing.settings
@@ -95,6 +82,25 @@ def main(config: ClusterConfig, announce: Announce) -> None:
             await scheduler.close()
 
     common.run(control)
+
+
+def controllers_config(config: ClusterConfig, gates: dict[str, bool]) -> ControllersConfig:
+    """What the cluster's configuration says to the controllers."""
+    from knarr.controllers.context import ControllersConfig
+
+    folder = config.pki
+    return ControllersConfig(
+        # As kubeadm's clusters: what signs and clears bootstrap tokens is on, though upstream's own default leaves it off.
+        enabled=f"{config.controllers},bootstrapsigner,tokencleaner" if config.controllers == "*" else config.controllers,
+        cluster_cidr=config.pod_cidr,
+        service_cidr=config.service_cidr,
+        service_account_key=(folder / "sa.key").read_bytes(),
+        root_ca=(folder / "ca.crt").read_bytes(),
+        ca_cert=(folder / "ca.crt").read_bytes(),
+        ca_key=(folder / "ca.key").read_bytes(),
+        feature_gates=gates,
+        **controllerargs.parse(config.controller_arguments),
+    )
 
 
 def own_pairs(config: ClusterConfig) -> list[pki.KeyPair]:
