@@ -41,6 +41,7 @@ from knarr.apiserver.store import ResourceStore, new_uid
 from knarr.apiserver.tables import table_of
 from knarr.apiserver.tracing import Tracing
 from knarr.apiserver.watching import Watcher, close_watchers
+from knarr.http.anycertificate import ask_only
 from knarr.http.server import HTTPServer, Request
 from knarr.storage.factory import open_store
 
@@ -182,10 +183,9 @@ class APIServer:
         self._context = context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_cert_chain(config.serving_cert, config.serving_key)
-        for path in (config.client_ca, config.requestheader_client_ca):
-            if path:
+        if (config.client_ca or config.requestheader_client_ca) and not ask_only(context):
+            for path in filter(None, (config.client_ca, config.requestheader_client_ca)):
                 context.load_verify_locations(path)
-        if config.client_ca or config.requestheader_client_ca:
             context.verify_mode = ssl.CERT_OPTIONAL
             # An expired certificate is answered with 401, as upstream does, not with a broken connection: auth.authenticate looks at time.
             context.verify_flags |= ssl.VerifyFlags(_NO_CHECK_TIME)

@@ -173,8 +173,12 @@ class Request:
         return self._connection.gone
 
     def peer_certificate_der(self) -> bytes | None:
-        """Return the verified client certificate in DER form, None without one."""
+        """Return the client certificate in DER form, None without one; verified by the TLS layer unless its context only asks (anycertificate)."""
         return self._connection.peer_certificate_der()
+
+    def presented_certificates(self) -> tuple[bytes, ...]:
+        """Return what the client showed, in DER form, its own certificate first; nobody has verified it where the context only asks."""
+        return self._connection.presented_certificates()
 
     async def body(self) -> bytes:
         """Return the whole body; see whole_body."""

@@ -26,6 +26,7 @@ import httptools
 
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
+from knarr.http.anycertificate import presented
 from knarr.http.errors import BadRequest
 from knarr.http.raw import RawConnection
 from knarr.http.request import Headers, Request, ResponseStream, render_head
@@ -323,6 +324,10 @@ class Connection(asyncio.Protocol):
             tls = self.transport.get_extra_info("ssl_object") if self.transport is not None else None
             self._certificate = tls.getpeercert(True) if tls is not None else None
         return self._certificate if isinstance(self._certificate, bytes) else None
+
+    def presented_certificates(self) -> tuple[bytes, ...]:
+        tls = self.transport.get_extra_info("ssl_object") if self.transport is not None else None
+        return presented(tls) if tls is not None else ()
 
 
 class HTTPServer:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import binascii
 from base64 import urlsafe_b64decode
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from cryptography import x509
 
@@ -19,10 +20,11 @@ from knarr.aiokits.log import get_logger
 from knarr.api.errors import StatusError, unauthorized
 from knarr.apiserver.attributes import ANONYMOUS, UserInfo
 from knarr.apiserver.auth import users
+from knarr.apiserver.auth.chains import MOST_PRESENTED, CABundle
 from knarr.apiserver.auth.requestheader import RequestHeader
 from knarr.apiserver.auth.serviceaccounts import ServiceAccountTokens
 from knarr.apiserver.auth.tokens import TokenAuthenticator, TokenRefused, TokenUser
-from knarr.apiserver.auth.x509 import CABundle, for_client_auth, in_validity, user_of
+from knarr.apiserver.auth.x509 import user_of
 from knarr.http.server import Request
 
 log = get_logger(__name__)
@@ -40,6 +42,14 @@ def with_authenticated(user: UserInfo) -> UserInfo:
     return UserInfo(user.name, user.uid, (*user.groups, users.AUTHENTICATED), user.extra)
 
 
+class _Judged(NamedTuple):
+    """What a client's certificates are good for."""
+
+    proxy: bool
+    user: UserInfo | None
+    until: float
+
+
 class RequestAuthenticator:
     """Authenticator of attributes.py."""
 
@@ -53,6 +63,8 @@ class RequestAuthenticator:
         self._tokens = tuple(tokens)
         self._anonymous_paths = frozenset(anonymous_paths)
         self._api_audiences = api_audiences
+        self._judged: dict[bytes | tuple[bytes, ...], _Judged] = {}
+        """Certificates that were found good, with those shown beside them and without."""
         self._cache: dict[tuple[str, tuple[str, ...]], tuple[float, TokenUser]] = {}
 
     def replace_tokens(self, tokens: Sequence[TokenAuthenticator]) -> None:
@@ -121,24 +133,38 @@ class RequestAuthenticator:
 
     def _inspect(self, request: Request) -> tuple[bool, UserInfo | None, float] | None:
         """Return (the front proxy's, its user, until when) of the connection's certificate; one that is refused has neither."""
-        der = request.peer_certificate_der()
-        if der is None:
+        shown = request.presented_certificates()
+        if not shown:
             return None
-        leaf = x509.load_der_x509_certificate(der)
-        # Time is not looked at by the TLS layer, which could only break the connection: clients are to be told.
-        if not for_client_auth(leaf) or not in_validity(leaf):
-            return False, None, 0.0
-        proxy = self._request_header is not None and self._request_header.vouches(leaf)
-        # With one bundle the TLS layer has checked the whole chain, intermediates included; with two the issuer decides.
-        trusted = self._client_ca is not None and (self._request_header is None or self._client_ca.issued(leaf))
+        known = self._judged.get(shown) or (self._judged.get(shown[0]) if len(shown) == 1 else None)
+        if known is not None and known.until > clock.now():
+            return known.proxy, known.user, known.until
         try:
-            user = user_of(leaf, der) if trusted else None
-        except StatusError:
+            judged = self._judge(shown)
+        except (ValueError, StatusError):
+            judged = None
+        if judged is None:
             return False, None, 0.0
-        if trusted and user is None and not proxy:
+        if judged.user is None and not judged.proxy:
             # A certificate that names nobody says nothing.
             return None
-        return proxy, with_authenticated(user) if user is not None else None, leaf.not_valid_after_utc.timestamp()
+        if len(self._judged) >= _MOST_CACHED:
+            self._judged.clear()
+        # A session that is resumed shows the client's own certificate without those between it and the authority.
+        self._judged[shown] = self._judged[shown[0]] = judged
+        return judged.proxy, judged.user, judged.until
+
+    def _judge(self, shown: tuple[bytes, ...]) -> _Judged | None:
+        """Look at certificates for the first time; None when nobody vouches for them. Raises ValueError, StatusError."""
+        leaf, *others = (x509.load_der_x509_certificate(der) for der in shown[:MOST_PRESENTED])
+        header = self._request_header
+        proxy_until = header.trusted_until(leaf, others) if header is not None else None
+        user_until = self._client_ca.trusted_until(leaf, others) if self._client_ca is not None else None
+        ends = [until for until in (user_until, proxy_until) if until is not None]
+        if not ends:
+            return None
+        user = user_of(leaf, shown[0]) if user_until is not None else None
+        return _Judged(proxy_until is not None, with_authenticated(user) if user is not None else None, min(ends).timestamp())
 
     @staticmethod
     def _bearer(request: Request) -> str | None:

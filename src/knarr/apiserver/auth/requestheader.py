@@ -5,12 +5,15 @@ Source: apiserver pkg/authentication/request/headerrequest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import datetime
 from urllib.parse import unquote
 
 from cryptography import x509
 
 from knarr.apiserver.attributes import UserInfo
-from knarr.apiserver.auth.x509 import CABundle, common_name
+from knarr.apiserver.auth.chains import CABundle
+from knarr.apiserver.auth.x509 import common_name
 from knarr.http.server import Request
 
 USERNAME_HEADER = "X-Remote-User"
@@ -26,8 +29,11 @@ class RequestHeader:
         self._bundle = bundle
         self._allowed_names = allowed_names
 
-    def vouches(self, leaf: x509.Certificate) -> bool:
-        return self._bundle.issued(leaf) and (not self._allowed_names or common_name(leaf) in self._allowed_names)
+    def trusted_until(self, leaf: x509.Certificate, others: Sequence[x509.Certificate]) -> datetime | None:
+        """Return until when a certificate is a front proxy's; None when it is none."""
+        if self._allowed_names and common_name(leaf) not in self._allowed_names:
+            return None
+        return self._bundle.trusted_until(leaf, others)
 
     @staticmethod
     def user(request: Request) -> UserInfo | None:

@@ -16,6 +16,7 @@ from knarr.apiserver.auth import impersonation
 from knarr.apiserver.auth.authenticate import RequestAuthenticator
 from knarr.apiserver.auth.authorizers import AlwaysAllow, AlwaysDeny, AsyncAuthorizer, SyncAuthorizer, UnionAuthorizer
 from knarr.apiserver.auth.bootstrap import BootstrapPolicy, node_rules
+from knarr.apiserver.auth.chains import CABundle
 from knarr.apiserver.auth.escalation import Escalation
 from knarr.apiserver.auth.legacytokens import LegacyTokenUse
 from knarr.apiserver.auth.node import NodeAuthorizer
@@ -28,7 +29,6 @@ from knarr.apiserver.auth.reviews import AccessReviews, IdentityReviews
 from knarr.apiserver.auth.serviceaccounts import Issuer, ServiceAccountTokens, TokenStores
 from knarr.apiserver.auth.tokenrequest import TokenRequests
 from knarr.apiserver.auth.tokens import BootstrapTokens, TokenAuthenticator, TokenFile
-from knarr.apiserver.auth.x509 import CABundle
 from knarr.http.server import Request
 
 if TYPE_CHECKING:
