@@ -69,6 +69,7 @@ class Bench:
         fields: dict[str, Any] = {
             "node_name": self.node_name,
             "root_dir": str(self.folder / "kubelet"),
+            "share_root": True,
             "pod_logs_dir": str(self.folder / "logs"),
             "cgroup_root": self.group,
             "resolv_conf": "/etc/resolv.conf",

@@ -73,7 +73,8 @@ class CSIDriver(FakePlugin):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        endpoint = folder / "csi.sock"
+        self.endpoint = endpoint = folder / "csi.sock"
+        """Where it says that it is."""
         node = {
             "NodeGetInfo": ("Empty", "NodeGetInfoResponse", lambda m: {"node_id": "n1", "max_volumes_per_node": 7, "accessible_topology": {"segments": {"topology.test/zone": "a"}}}),
             "NodeGetCapabilities": ("Empty", "NodeGetCapabilitiesResponse", lambda m: {"capabilities": [{"rpc": {"type": 1}}, {"rpc": {"type": 3}}]}),
@@ -102,7 +103,7 @@ async def registered(bench: Bench, csi: CSIDriver) -> AsyncIterator[None]:
     await csi.start()
     register = FakePlugin(
         bench.folder / "kubelet" / "plugins_registry" / "test.csi-reg.sock",
-        {"pluginregistration.Registration": registration("CSIPlugin", "test.csi", csi.socket, "1.0.0")},
+        {"pluginregistration.Registration": registration("CSIPlugin", "test.csi", csi.endpoint, "1.0.0")},
     )
     await register.start()
     try:
@@ -174,6 +175,81 @@ async def test_a_csi_volume_is_staged_published_and_taken_back(bench: Bench, dri
     order = [n for n, _ in driver.calls if n not in ("NodeGetInfo", "NodeGetCapabilities")]
     assert order == ["NodeStageVolume", "NodePublishVolume", "NodeExpandVolume", "NodeUnpublishVolume", "NodeUnstageVolume"]
     assert (driver.folder / "h1" / "file").read_text() == "data\n"
+
+
+class ContainedDriver(CSIDriver):
+    """Mounts where a driver's own manifest says: in its container, which sees the kubelet's folder as /var/lib/kubelet."""
+
+    def __init__(self, bench: Bench) -> None:
+        folder = bench.folder / "kubelet" / "plugins" / "test.csi"
+        folder.mkdir()
+        super().__init__(folder)
+        self.endpoint = Path("/var/lib/kubelet/plugins/test.csi/csi.sock")
+        self._bench = bench
+        self._container = ""
+
+    async def deploy(self) -> None:
+        names = {"pods": "pods", "plugins": "plugins"}
+        mounted = [{"name": n, "mountPath": f"/var/lib/kubelet/{n}", "mountPropagation": "Bidirectional"} for n in names]
+        container = {"volumeMounts": mounted, "securityContext": {"privileged": True}}
+        volumes = [{"name": n, "hostPath": {"path": f"/var/lib/kubelet/{n}", "type": "Directory"}} for n in names]
+        await self._bench.run("driver", "sleep 1000", container=container, volumes=volumes)
+        pod = await self._bench.until_ready("driver")
+        self._container = pod["status"]["containerStatuses"][0]["containerID"].partition("://")[2]
+
+    async def run(self, command: str) -> None:
+        result = await self._bench.runtime.exec_sync(self._container, ["sh", "-ec", command], 10)
+        assert result.exit_code == 0, result.stderr
+
+    async def _publish(self, message: Any) -> None:
+        target = message["target_path"]
+        await self.run(f"mkdir -p {target}; mount -t tmpfs -o size=64k volume {target}; echo {message['volume_id']} > {target}/id")
+
+    async def _unpublish(self, message: Any) -> None:  # type: ignore[override]
+        await self.run(f"umount {message['target_path']}; rmdir {message['target_path']}")
+
+
+async def test_a_driver_in_a_container_mounts_below_var_lib_kubelet_for_the_pods_of_its_node(bench: Bench) -> None:
+    csi = ContainedDriver(bench)
+    await csi.deploy()
+    async with registered(bench, csi):
+        spec = {"attachRequired": False, "volumeLifecycleModes": ["Ephemeral"]}
+        await bench.client.create(CSI_DRIVERS, {"apiVersion": "storage.k8s.io/v1", "kind": "CSIDriver", "metadata": {"name": "test.csi"}, "spec": spec})
+        container = {"volumeMounts": [{"name": "v", "mountPath": "/v"}]}
+        await bench.run("p", "cat /v/id; echo more > /v/more; sleep 1000", container=container, volumes=[{"name": "v", "csi": {"driver": "test.csi"}}])
+        await bench.until_ready("p")
+        published = next(m for n, m in csi.calls if n == "NodePublishVolume")
+        assert published["target_path"].startswith("/var/lib/kubelet/pods/")
+        own = str(bench.folder / "kubelet") + published["target_path"].removeprefix("/var/lib/kubelet")
+        assert mounts.is_mount_point(own)
+        async with asyncio.timeout(10):
+            while not os.path.exists(f"{own}/more"):
+                await asyncio.sleep(0.02)
+        await csi.run(f"cat {published['target_path']}/more")
+        await bench.client.delete(PODS, "p", bench.namespace)
+        await bench.until_gone("p")
+        assert not os.path.exists(own)
+        assert [n for n, _ in csi.calls][-1] == "NodeUnpublishVolume"
+        assert not mounts.mount_points(os.path.dirname(own))
+
+
+async def test_a_device_plugin_registers_at_the_kubelets_socket(bench: Bench) -> None:
+    folder = bench.folder / "kubelet" / "device-plugins"
+    devices = {"ListAndWatch": ("Empty", "ListAndWatchResponse", lambda m: {"devices": [{"ID": "d0", "health": "Healthy"}]})}
+    plugin = FakePlugin(folder / "own.sock", {"v1beta1.DevicePlugin": devices})
+    await plugin.start()
+    try:
+        async with asyncio.timeout(10):
+            while not (folder / "kubelet.sock").exists():
+                await asyncio.sleep(0.02)
+        kubelet = wire.Plugin(str(folder / "kubelet.sock"))
+        await kubelet.call("/v1beta1.Registration/Register", "RegisterRequest", {"version": "v1beta1", "endpoint": "own.sock", "resource_name": "test.com/own"}, "Empty")
+        await kubelet.close()
+        async with asyncio.timeout(10):
+            while (await bench.client.get(NODES, bench.node_name))["status"]["allocatable"].get("test.com/own") != "1":
+                await asyncio.sleep(0.05)
+    finally:
+        await plugin.stop()
 
 
 async def test_a_device_plugin_gives_containers_its_devices(bench: Bench) -> None:

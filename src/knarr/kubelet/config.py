@@ -61,6 +61,8 @@ class KubeletConfig:
     """Asked for the addresses instead, where they may change while the node runs (see Kubelet.host_changed)."""
     root_dir: str = "/var/lib/knarr/default/kubelet"
     """Pod directories, volumes and check-points."""
+    share_root: bool = False
+    """Make root_dir a shared mount of its own, for mounts of containers below it. It stays for the next start; who sets this unmounts it."""
     pod_logs_dir: str = ""
     """Where container logs go; empty means <root_dir>/../pod-logs."""
     static_pod_path: str = ""
@@ -149,7 +151,7 @@ class KubeletConfig:
     """A docker config.json whose credentials every pull may use."""
     volume_plugin_dirs: tuple[str, ...] = ()
     device_plugins_dir: str = ""
-    """Where device plugins find kubelet.sock; empty means <root_dir>/device-plugins. Served when the folder exists at start."""
+    """Where device plugins find kubelet.sock; empty means <root_dir>/device-plugins."""
     plugins_dir: str = ""
     """Where CSI and device plugins register; empty means <root_dir>/plugins_registry."""
 

@@ -46,6 +46,7 @@ from knarr.kubelet.static_pods import StaticPods
 from knarr.kubelet.status_manager import StatusManager
 from knarr.kubelet.tokens import Tokens
 from knarr.kubelet.userns import UserNamespaces
+from knarr.kubelet.volumes import wellknown
 from knarr.kubelet.volumes.claims import Claims
 from knarr.kubelet.volumes.csi import CSIVolumes
 from knarr.kubelet.volumes.manager import Volumes
@@ -69,7 +70,7 @@ class Kubelet:
     """One node's agent; `await run()` until cancelled. Containers live on without it."""
 
     def __init__(self, client: Client, runtime: RuntimeService, images: ImageService, config: KubeletConfig) -> None:
-        """Wire everything; nothing is started and no I/O is done but making folders."""
+        """Wire everything; nothing is started and no I/O is done but making folders and sharing the root."""
         self.config = config
         self.client = client
         self.meters = Meters()
@@ -78,7 +79,10 @@ class Kubelet:
         runtime = cast("RuntimeService", Metered(runtime, self.meters))
         images = cast("ImageService", Metered(images, self.meters))
         self.runtime = runtime
-        for folder in (config.root_dir, config.pods_dir, config.logs_dir, os.path.join(config.root_dir, "seccomp")):
+        if config.share_root:
+            os.makedirs(config.root_dir, 0o755, exist_ok=True)
+            wellknown.share(config.root_dir)
+        for folder in (config.root_dir, config.pods_dir, config.logs_dir, *(os.path.join(config.root_dir, n) for n in ("seccomp", "plugins"))):
             os.makedirs(folder, 0o755, exist_ok=True)
         self.tasks = Tasks()
         self.informers = Informers(client)
@@ -141,9 +145,10 @@ class Kubelet:
         self.plugins = PluginWatcher(
             config.plugins_dir or os.path.join(config.root_dir, "plugins_registry"),
             {"CSIPlugin": self.csi, "DevicePlugin": self.devices, "DRAPlugin": self.dynamic},
+            config.root_dir,
         )
         affinity = Affinity(config, runtime, meters=self.meters, devices=self.devices)
-        claims = Claims(client, self.csi)
+        claims = Claims(client, self.csi, config.root_dir)
         volumes = Volumes(config, payload_context, claims, image_manager, event, lambda: self.capacity.memory_allocatable_bytes)
         probes = Probes(runtime, container_event, lambda uid: self.workers.wake(uid), lambda: config.host_ips[0])
         node = Node(

@@ -24,6 +24,7 @@ from knarr.api import quantity
 from knarr.api.types import Object
 from knarr.kubelet import podutil
 from knarr.kubelet.affinity.hints import Hint, Hints, combinations
+from knarr.kubelet.inotify import IN_CREATE, IN_MOVED_TO, Inotify
 from knarr.kubelet.plugins.wire import Message, Plugin, PluginError, decode, encode
 from knarr.runtime.cri import Device, Mount
 
@@ -98,15 +99,11 @@ class DeviceManager:
     # --- plugins ---
 
     async def run(self) -> None:
-        """Serve the registration socket when grpcio is there. Eternal."""
+        """Serve the registration socket. Eternal."""
         server: Any = None
         try:
             try:
-                import importlib.util
-
-                if importlib.util.find_spec("grpc") is None or not os.path.isdir(self._folder):
-                    # Nobody made the folder: no device plugin is deployed here, and gRPC is not loaded for nothing.
-                    await asyncio.Event().wait()
+                await self._somebody()
                 server = await self._serve()
                 await asyncio.Event().wait()
             finally:
@@ -116,6 +113,17 @@ class DeviceManager:
             await self._tasks.close()
             for resource in self._resources.values():
                 await resource.plugin.close()
+
+    async def _somebody(self) -> None:
+        """Until there is something in the folder: a plugin makes its own socket there first, and gRPC is not loaded for nothing."""
+        os.makedirs(self._folder, 0o750, exist_ok=True)
+        watch = Inotify()
+        try:
+            watch.add(self._folder, IN_CREATE | IN_MOVED_TO)
+            while not os.listdir(self._folder):
+                await watch.wait()
+        finally:
+            watch.close()
 
     async def _serve(self) -> Any:
         import grpc.aio
@@ -141,7 +149,7 @@ class DeviceManager:
         await server.start()
         return server
 
-    async def register(self, name: str, endpoint: str, versions: list[str]) -> None:
+    async def register(self, name: str, endpoint: str, versions: list[str], *, known_root: bool = False) -> None:
         """A device plugin appeared in the registration folder. Raises PluginError."""
         if "v1beta1" not in versions:
             raise PluginError(f"device plugin versions {versions} are not supported")

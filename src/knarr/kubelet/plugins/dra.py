@@ -144,7 +144,7 @@ class DynamicResources:
                 for driver in drivers:
                     await driver.plugin.close()
 
-    async def register(self, name: str, endpoint: str, versions: list[str]) -> None:
+    async def register(self, name: str, endpoint: str, versions: list[str], *, known_root: bool = False) -> None:
         """A driver's plugin appeared in the registration folder. Raises PluginError."""
         service = next((path for version, path in _SERVICES.items() if version in versions), None)
         if service is None:

@@ -16,6 +16,7 @@ from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
 from knarr.kubelet.inotify import IN_CREATE, IN_DELETE, IN_MOVED_FROM, IN_MOVED_TO, Inotify
 from knarr.kubelet.plugins.wire import Plugin, PluginError
+from knarr.kubelet.volumes import wellknown
 
 log = get_logger(__name__)
 
@@ -26,8 +27,8 @@ _TRIES = 6
 class Handler(Protocol):
     """Takes plugins of one type."""
 
-    async def register(self, name: str, endpoint: str, versions: list[str]) -> None:
-        """Start using a plugin. Raises PluginError when it cannot be used."""
+    async def register(self, name: str, endpoint: str, versions: list[str], *, known_root: bool = False) -> None:
+        """Start using a plugin; `known_root`: it knows the kubelet's folder as /var/lib/kubelet. Raises PluginError when it cannot be used."""
 
     async def deregister(self, name: str, endpoint: str = "") -> None: ...
 
@@ -42,9 +43,10 @@ class _Known:
 class PluginWatcher:
     """The registration folder."""
 
-    def __init__(self, folder: str, handlers: dict[str, Handler]) -> None:
-        """`handlers` by plugin type: "CSIPlugin", "DevicePlugin", "DRAPlugin"."""
+    def __init__(self, folder: str, handlers: dict[str, Handler], root: str) -> None:
+        """`handlers` by plugin type: "CSIPlugin", "DevicePlugin", "DRAPlugin". `root` is the kubelet's folder."""
         self._folder = folder
+        self._root = root
         self._handlers = handlers
         self._known: dict[str, _Known] = {}
         self._tasks = Tasks()
@@ -98,8 +100,9 @@ class PluginWatcher:
                 error = f"no handler registered for plugin type: {kind} at socket {path}"
             else:
                 try:
-                    endpoint = info.get("endpoint") or path
-                    await handler.register(name, endpoint, info.get("supported_versions") or [])
+                    spelled = info.get("endpoint") or path
+                    endpoint = wellknown.own(self._root, spelled)
+                    await handler.register(name, endpoint, info.get("supported_versions") or [], known_root=wellknown.is_known(spelled))
                     self._known[path] = _Known(kind, name, endpoint)
                     log.info("plugin registered", type=kind, name=name)
                 except PluginError as e:

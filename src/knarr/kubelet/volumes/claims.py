@@ -15,7 +15,7 @@ from knarr.api import errors
 from knarr.api.resources import PERSISTENT_VOLUME_CLAIMS, PERSISTENT_VOLUMES, SECRETS
 from knarr.api.types import Object
 from knarr.client.rest import Client
-from knarr.kubelet.volumes import devices, host, iscsi, local, mounts
+from knarr.kubelet.volumes import devices, host, iscsi, local, mounts, wellknown
 from knarr.kubelet.volumes.csi import CSIVolumes
 from knarr.kubelet.volumes.model import MountedVolume, VolumeError
 
@@ -27,9 +27,11 @@ _GID_ANNOTATION = "pv.beta.kubernetes.io/gid"
 class Claims:
     """Mounts everything that is not a payload, an emptyDir or a plain hostPath."""
 
-    def __init__(self, client: Client, csi: CSIVolumes) -> None:
+    def __init__(self, client: Client, csi: CSIVolumes, root: str) -> None:
+        """`root` is the kubelet's folder."""
         self._client = client
         self._csi = csi
+        self._root = root
 
     def takes_ownership(self, mounted: MountedVolume) -> bool:
         """Whether fsGroup is applied by us: not to hostPath, and not where the driver does it."""
@@ -99,8 +101,8 @@ class Claims:
         spec = persistent["spec"]
         if "csi" in spec:
             return await self._csi.publish_block(pod, name, persistent, pod_dir, read_only=read_only)
-        path = (spec.get("local") or spec.get("hostPath") or {}).get("path")
-        if path is None or not os.path.exists(path) or not stat.S_ISBLK(os.stat(path).st_mode):
+        path = wellknown.own(self._root, (spec.get("local") or spec.get("hostPath") or {}).get("path") or "")
+        if not path or not os.path.exists(path) or not stat.S_ISBLK(os.stat(path).st_mode):
             raise VolumeError(f"{path} is not a block device")
         return MountedVolume(name, path, read_only=read_only, block=True)
 
@@ -108,7 +110,7 @@ class Claims:
         self, pod: Object, name: str, inner: str, source: Object, pod_dir: str, *, read_only: bool, options: list[str]
     ) -> MountedVolume:
         if "hostPath" in source:
-            path = source["hostPath"]["path"]
+            path = wellknown.own(self._root, source["hostPath"]["path"])
             host.check_host_path(path, source["hostPath"].get("type") or "")
             return MountedVolume(name, path, read_only=read_only)
         kind = next(iter(source), "")
@@ -138,7 +140,7 @@ class Claims:
         return {key: base64.b64decode(value).decode(errors="replace") for key, value in (found.get("data") or {}).items()}
 
     async def _mount_local(self, name: str, inner: str, source: Object, pod_dir: str, *, read_only: bool, options: list[str]) -> MountedVolume:
-        path = source["path"]
+        path = wellknown.own(self._root, source["path"])
         if not os.path.exists(path):
             raise VolumeError(f'path "{path}" does not exist')
         target = os.path.join(pod_dir, "volumes", "kubernetes.io~local-volume", inner)

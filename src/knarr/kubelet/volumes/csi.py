@@ -27,7 +27,7 @@ from knarr.kubelet import podutil
 from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.faults import UNREACHABLE
 from knarr.kubelet.plugins.wire import Message, Plugin, PluginError
-from knarr.kubelet.volumes import mounts
+from knarr.kubelet.volumes import mounts, wellknown
 from knarr.kubelet.volumes.growth import Growth, InUse
 from knarr.kubelet.volumes.model import MountedVolume, VolumeError
 
@@ -36,6 +36,7 @@ log = get_logger(__name__)
 _NODE = "/csi.v1.Node/"
 _STAGE, _EXPAND, _MOUNT_GROUP = 1, 3, 6
 _MODES = {"ReadWriteOnce": 1, "ReadOnlyMany": 3, "ReadWriteMany": 5, "ReadWriteOncePod": 6}
+_PATHS = ("target_path", "staging_target_path", "volume_path")
 _ATTACH_SECONDS = 120.0
 _NODE_ID_ANNOTATION = "csi.volume.kubernetes.io/nodeid"
 
@@ -46,6 +47,8 @@ class _Driver:
     plugin: Plugin
     capabilities: set[int] = field(default_factory=set)
     node_id: str = ""
+    known_root: bool = False
+    """It knows the kubelet's folder as /var/lib/kubelet, and is told its paths so."""
 
 
 class CSIVolumes:
@@ -69,7 +72,7 @@ class CSIVolumes:
 
     # --- registration ---
 
-    async def register(self, name: str, endpoint: str, versions: list[str]) -> None:
+    async def register(self, name: str, endpoint: str, versions: list[str], *, known_root: bool = False) -> None:
         """Take a driver: ask what it is, and tell the API server. Raises PluginError."""
         if not any(v.startswith("1.") or v == "v1" for v in versions):
             raise PluginError(f"none of the driver's versions is supported: {versions}")
@@ -85,7 +88,7 @@ class CSIVolumes:
         old = self._drivers.pop(name, None)
         if old is not None:
             await old.plugin.close()
-        self._drivers[name] = _Driver(name, plugin, capabilities, info.get("node_id", ""))
+        self._drivers[name] = _Driver(name, plugin, capabilities, info.get("node_id", ""), known_root)
 
     async def deregister(self, name: str, endpoint: str = "") -> None:
         """The driver's socket is gone."""
@@ -323,6 +326,9 @@ class CSIVolumes:
         return {k: base64.b64decode(v or "").decode(errors="replace") for k, v in (secret.get("data") or {}).items()}
 
     async def _call(self, driver: _Driver, method: str, kind: str, message: Message) -> None:
+        if driver.known_root:
+            root = self._config.root_dir
+            message = {**message, **{name: wellknown.known(root, message[name]) for name in _PATHS if message.get(name)}}
         try:
             await driver.plugin.call(_NODE + method, kind, message, "Empty")
         except PluginError as e:

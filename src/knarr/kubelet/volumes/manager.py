@@ -18,7 +18,7 @@ from knarr.api.types import Object
 from knarr.kubelet import podutil
 from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.images import ImageManager
-from knarr.kubelet.volumes import atomic_writer, claims, host, mounts, ownership, payloads
+from knarr.kubelet.volumes import atomic_writer, claims, host, mounts, ownership, payloads, wellknown
 from knarr.kubelet.volumes.model import MountedVolume, VolumeError
 from knarr.kubelet.volumes.subpath_mounts import SubPaths
 from knarr.runtime import disk
@@ -144,8 +144,9 @@ class Volumes:
             state.volumes[name] = await self._mount_payload(pod, volume, state, context)
         elif "hostPath" in volume:
             source = volume["hostPath"]
-            host.check_host_path(source["path"], source.get("type") or "")
-            state.volumes[name] = MountedVolume(name, source["path"])
+            path = wellknown.own(self._config.root_dir, source["path"])
+            host.check_host_path(path, source.get("type") or "")
+            state.volumes[name] = MountedVolume(name, path)
         elif "emptyDir" in volume or not any(k for k in volume if k != "name"):
             path = os.path.join(self.pod_dir(uid), "volumes", _KINDS["emptyDir"], name)
             if name not in state.volumes:
@@ -244,7 +245,8 @@ class Volumes:
         state = self._pods.get(podutil.uid(pod))
         if state is None:
             return {}
-        return {n: v.path for n, v in state.volumes.items() if v.path.startswith(self._config.pods_dir)}
+        own = os.path.join(self.pod_dir(podutil.uid(pod)), "")
+        return {n: v.path for n, v in state.volumes.items() if v.path.startswith(own)}
 
 
 def _used_names(pod: Object) -> set[str]:
