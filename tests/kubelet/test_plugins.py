@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -203,17 +204,18 @@ class ContainedDriver(CSIDriver):
 
     async def _publish(self, message: Any) -> None:
         target = message["target_path"]
-        await self.run(f"mkdir -p {target}; mount -t tmpfs -o size=64k volume {target}; echo {message['volume_id']} > {target}/id")
+        await self.run(f"mkdir -p {target}; grep -q ' {target} ' /proc/mounts || mount -t tmpfs -o size=64k volume {target}; echo {message['volume_id']} > {target}/id")
 
     async def _unpublish(self, message: Any) -> None:  # type: ignore[override]
         await self.run(f"umount {message['target_path']}; rmdir {message['target_path']}")
 
 
-async def test_a_driver_in_a_container_mounts_below_var_lib_kubelet_for_the_pods_of_its_node(bench: Bench) -> None:
+async def test_a_driver_in_a_container_mounts_below_var_lib_kubelet_for_the_pods_of_its_node(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("knarr.kubelet.volumes.csi._REPUBLISH_SECONDS", 0.1)
     csi = ContainedDriver(bench)
     await csi.deploy()
     async with registered(bench, csi):
-        spec = {"attachRequired": False, "volumeLifecycleModes": ["Ephemeral"]}
+        spec = {"attachRequired": False, "volumeLifecycleModes": ["Ephemeral"], "requiresRepublish": True, "tokenRequests": [{"audience": "vault"}, {"audience": ""}]}
         await bench.client.create(CSI_DRIVERS, {"apiVersion": "storage.k8s.io/v1", "kind": "CSIDriver", "metadata": {"name": "test.csi"}, "spec": spec})
         container = {"volumeMounts": [{"name": "v", "mountPath": "/v"}]}
         await bench.run("p", "cat /v/id; echo more > /v/more; sleep 1000", container=container, volumes=[{"name": "v", "csi": {"driver": "test.csi"}}])
@@ -226,6 +228,11 @@ async def test_a_driver_in_a_container_mounts_below_var_lib_kubelet_for_the_pods
             while not os.path.exists(f"{own}/more"):
                 await asyncio.sleep(0.02)
         await csi.run(f"cat {published['target_path']}/more")
+        given = json.loads(published["volume_context"]["csi.storage.k8s.io/serviceAccount.tokens"])
+        assert {audience: sorted(status) for audience, status in given.items()} == {a: ["expirationTimestamp", "token"] for a in ("", "vault")}
+        async with asyncio.timeout(10):
+            while [n for n, _ in csi.calls].count("NodePublishVolume") < 2:
+                await asyncio.sleep(0.02)
         await bench.client.delete(PODS, "p", bench.namespace)
         await bench.until_gone("p")
         assert not os.path.exists(own)

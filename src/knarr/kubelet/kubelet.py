@@ -137,7 +137,7 @@ class Kubelet:
         def container_event(pod: Object, name: str, kind: str, reason: str, message: str) -> None:
             self._record(pod, kind, reason, message, field_path=podutil.field_path(pod, name))
 
-        self.csi = CSIVolumes(config, client, event)
+        self.csi = CSIVolumes(config, client, tokens, event)
         self.devices = DeviceManager(config.device_plugins_dir or os.path.join(config.root_dir, "device-plugins"), self._devices_changed)
         self.dynamic = DynamicResources(
             config.root_dir, client, config.node_name, lambda: [worker.uid for worker in self.workers.workers()]

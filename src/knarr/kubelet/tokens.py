@@ -23,7 +23,8 @@ _REQUESTS = 8
 
 @dataclass(slots=True)
 class _Token:
-    text: str
+    status: Object
+    """As the API server gave it: token, expirationTimestamp."""
     renew_at: float
     expires_at: float
 
@@ -37,7 +38,12 @@ class Tokens:
         self._slots = asyncio.Semaphore(_REQUESTS)
 
     async def get(self, pod: Object, audience: str, expiration_seconds: int) -> tuple[str, float]:
-        """Give (token, time at which to ask again).
+        """Give (token, time at which to ask again). As `status`."""
+        status, renew_at = await self.status(pod, audience, expiration_seconds)
+        return status["token"], renew_at
+
+    async def status(self, pod: Object, audience: str, expiration_seconds: int) -> tuple[Object, float]:
+        """Give (status of the TokenRequest, time at which to ask again).
 
         An old token is given on when a renewal fails but it is still good.
 
@@ -49,18 +55,18 @@ class Tokens:
         token = self._tokens.get(key)
         now = clock.now()
         if token is not None and now < token.renew_at:
-            return token.text, token.renew_at
+            return token.status, token.renew_at
         try:
             answer = await self._request(pod, account, audience, expiration_seconds)
         except Exception:
             if token is not None and now < token.expires_at:
-                return token.text, now + 60
+                return token.status, now + 60
             raise
         expires = clock.parse_rfc3339(answer["status"]["expirationTimestamp"])
         granted = (answer.get("spec") or {}).get("expirationSeconds") or (expires - now)
         renew = min(expires - granted * 0.2, now + _MAX_AGE_SECONDS) - random.uniform(0, _JITTER_SECONDS)
-        self._tokens[key] = _Token(answer["status"]["token"], max(renew, now + 5), expires)
-        return self._tokens[key].text, self._tokens[key].renew_at
+        self._tokens[key] = _Token(answer["status"], max(renew, now + 5), expires)
+        return answer["status"], self._tokens[key].renew_at
 
     async def _request(self, pod: Object, account: str, audience: str, expiration_seconds: int) -> Object:
         meta = pod["metadata"]

@@ -18,6 +18,7 @@ from typing import Any
 
 import orjson
 
+from knarr.aiokits import clock
 from knarr.aiokits.log import get_logger
 from knarr.api import errors
 from knarr.api.resources import CSI_DRIVERS, CSI_NODES, NODES, SECRETS, VOLUME_ATTACHMENTS
@@ -27,6 +28,7 @@ from knarr.kubelet import podutil
 from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.faults import UNREACHABLE
 from knarr.kubelet.plugins.wire import Message, Plugin, PluginError
+from knarr.kubelet.tokens import Tokens
 from knarr.kubelet.volumes import mounts, wellknown
 from knarr.kubelet.volumes.growth import Growth, InUse
 from knarr.kubelet.volumes.model import MountedVolume, VolumeError
@@ -38,6 +40,9 @@ _STAGE, _EXPAND, _MOUNT_GROUP = 1, 3, 6
 _MODES = {"ReadWriteOnce": 1, "ReadOnlyMany": 3, "ReadWriteMany": 5, "ReadWriteOncePod": 6}
 _PATHS = ("target_path", "staging_target_path", "volume_path")
 _ATTACH_SECONDS = 120.0
+_REPUBLISH_SECONDS = 60.0
+"""How often a driver that asks for it is to publish again what is in use."""
+_TOKEN_SECONDS = 3600
 _NODE_ID_ANNOTATION = "csi.volume.kubernetes.io/nodeid"
 
 
@@ -54,9 +59,12 @@ class _Driver:
 class CSIVolumes:
     """Volumes served by CSI drivers."""
 
-    def __init__(self, config: KubeletConfig, client: Client, event: Callable[[Object, str, str, str], None] = lambda *_: None) -> None:
+    def __init__(
+        self, config: KubeletConfig, client: Client, tokens: Tokens, event: Callable[[Object, str, str, str], None] = lambda *_: None
+    ) -> None:
         """`event` records (pod, type, reason, message)."""
         self._config = config
+        self._tokens = tokens
         self._client = client
         self.growth = Growth(client, self._grows, self._expand, event)
         self._drivers: dict[str, _Driver] = {}
@@ -163,7 +171,7 @@ class CSIVolumes:
         if "Ephemeral" not in (spec.get("volumeLifecycleModes") or ["Persistent"]):
             raise VolumeError(f"kubernetes.io/csi: mounter.SetUpAt volume mode \"Ephemeral\" not supported by driver {source['driver']} (only supports {spec.get('volumeLifecycleModes')})")
         handle = "csi-" + hashlib.sha256(f"{podutil.uid(pod)}{name}".encode()).hexdigest()
-        context = {**(source.get("volumeAttributes") or {}), "csi.storage.k8s.io/ephemeral": "true"}
+        context = dict(source.get("volumeAttributes") or {})
         secrets = await self._secrets(source.get("nodePublishSecretRef"), pod["metadata"].get("namespace", ""))
         request = {"volume_id": handle, "volume_capability": _capability([], source.get("fsType") or "", ["ReadWriteOnce"])}
         read_only = bool(source.get("readOnly"))
@@ -238,8 +246,10 @@ class CSIVolumes:
     ) -> MountedVolume:
         folder = os.path.join(pod_dir, "volumes", "kubernetes.io~csi", inner)
         target = os.path.join(folder, "mount")
-        if mounts.is_mount_point(target):
-            return MountedVolume(name, target, read_only=read_only)
+        mounted = MountedVolume(name, target, read_only=read_only, again_at=clock.now() + _REPUBLISH_SECONDS if spec.get("requiresRepublish") else None)
+        there = mounts.is_mount_point(target)
+        if there and mounted.again_at is None:
+            return mounted
         os.makedirs(folder, 0o750, exist_ok=True)
         if spec.get("podInfoOnMount"):
             meta = pod["metadata"]
@@ -247,18 +257,30 @@ class CSIVolumes:
             context["csi.storage.k8s.io/pod.namespace"] = meta.get("namespace", "")
             context["csi.storage.k8s.io/pod.uid"] = meta["uid"]
             context["csi.storage.k8s.io/serviceAccount.name"] = pod["spec"].get("serviceAccountName", "")
-            context.setdefault("csi.storage.k8s.io/ephemeral", "true" if inline else "false")
+            context["csi.storage.k8s.io/ephemeral"] = "true" if inline else "false"
+        context |= await self._service_account_tokens(pod, spec)
         data = {"driver": driver.name, "handle": request["volume_id"], "target": target, "staging": request.get("staging_target_path", "")}
         _record(folder, data)
         full = {**request, "target_path": target, "readonly": read_only, "secrets": secrets, "volume_context": context}
         await self._call(driver, "NodePublishVolume", "NodePublishVolumeRequest", full)
-        if _owned_by_kubelet(spec, request, pod) and not read_only and "volume_mount_group" not in (request["volume_capability"].get("mount") or {}):
+        if not there and _owned_by_kubelet(spec, request, pod) and not read_only and "volume_mount_group" not in (request["volume_capability"].get("mount") or {}):
             from knarr.kubelet.volumes import ownership
 
             shared = pod["spec"].get("securityContext") or {}
             mismatch = shared.get("fsGroupChangePolicy") == "OnRootMismatch"
             await asyncio.to_thread(ownership.give_to_group, target, shared["fsGroup"], only_on_mismatch=mismatch)
-        return MountedVolume(name, target, read_only=read_only)
+        return mounted
+
+    async def _service_account_tokens(self, pod: Object, spec: Object) -> dict[str, str]:
+        """Tokens of the pod's account, for the audiences that the driver asks for."""
+        found: dict[str, Object] = {}
+        for wanted in spec.get("tokenRequests") or []:
+            audience = wanted.get("audience") or ""
+            try:
+                found[audience], _ = await self._tokens.status(pod, audience, wanted.get("expirationSeconds") or _TOKEN_SECONDS)
+            except (errors.StatusError, *UNREACHABLE) as e:
+                raise VolumeError(f"kubernetes.io/csi: mounter.SetUpAt failed to get service accoount token attributes: {e}") from e
+        return {"csi.storage.k8s.io/serviceAccount.tokens": orjson.dumps(found, option=orjson.OPT_SORT_KEYS).decode()} if found else {}
 
     async def _stage(self, driver: _Driver, persistent: Object, capability: Message, publish_context: dict[str, str]) -> str:
         """Stage once per node; the path, "" for a driver that does not stage."""

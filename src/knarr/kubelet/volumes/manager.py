@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from knarr.aiokits import clock
 from knarr.aiokits.log import get_logger
 from knarr.api.types import Object
 from knarr.kubelet import podutil
@@ -155,12 +156,15 @@ class Volumes:
             state.volumes[name] = MountedVolume(name, path)
         elif "image" in volume:
             state.volumes[name] = await self._mount_image(pod, volume, pull_secrets)
-        elif name not in state.volumes:
+        elif (held := state.volumes.get(name)) is None or (held.again_at is not None and held.again_at <= clock.now()):
             mounted, groups = await self._claims.mount(pod, volume, self.pod_dir(uid))
-            if not mounted.block:
+            if not mounted.block and held is None:
                 await self._own_claim(pod, mounted)
             state.volumes[name] = mounted
             state.groups += [g for g in groups if g not in state.groups]
+        again_at = state.volumes[name].again_at
+        if again_at is not None:
+            state.renew_at = again_at if state.renew_at is None else min(state.renew_at, again_at)
 
     async def _mount_payload(self, pod: Object, volume: Object, state: PodVolumes, context: payloads.PayloadContext) -> MountedVolume:
         name, uid = volume["name"], podutil.uid(pod)

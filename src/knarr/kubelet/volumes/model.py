@@ -28,3 +28,5 @@ class MountedVolume:
     block: bool = False
     image: str = ""
     """Image id when the volume is an image."""
+    again_at: float | None = None
+    """When a volume that is in use wants to be set up again, as CSI drivers may ask."""
