@@ -12,7 +12,8 @@ import pytest
 
 from knarr.api.resources import ENDPOINT_SLICES, NAMESPACES, SERVICES
 from knarr.network.dns import DNSServer, wire
-from knarr.network.dns.forward import HostResolvers
+from knarr.network.dns.forward import HostResolvers, Resolver
+from knarr.network.dns.publish import dns_slice
 
 from .fed import FedInformers
 from .world import endpoint_slice, ready, service
@@ -279,9 +280,36 @@ def test_a_stub_resolver_on_the_loopback_is_replaced_by_its_own_upstreams(tmp_pa
     plain.write_text("nameserver 127.0.0.53\noptions edns0\n")
     systemd.write_text("nameserver 192.0.2.53\nnameserver 10.244.0.1\n")
     resolvers = HostResolvers(["10.244.0.1"], [plain, systemd])
-    assert resolvers.current() == ["192.0.2.53"]
+    assert resolvers.current() == [("192.0.2.53", 53)]
     plain.write_text("nameserver 192.0.2.99\n")
-    assert resolvers.current() == ["192.0.2.99"]
+    assert resolvers.current() == [("192.0.2.99", 53)]
+
+
+def test_a_node_in_a_namespace_has_the_machine_ask_what_the_machine_alone_reaches(tmp_path):
+    path = tmp_path / "resolv.conf"
+    path.write_text("nameserver 127.0.0.1\nnameserver ::1\nnameserver 0.0.0.0\nnameserver fe80::1%eth0\n")
+    machine = Resolver("10.244.0.1", 10053)
+    resolvers = HostResolvers(["10.244.1.1"], [path], machine=lambda: [machine])
+    assert resolvers.current() == [machine]
+    # The machine itself asks the router it is told of, and its zone is kept.
+    assert HostResolvers([], [path]).current() == [("fe80::1%eth0", 53)]
+    path.write_text("nameserver 127.0.0.1\nnameserver 192.0.2.9\n")
+    assert resolvers.current() == [("192.0.2.9", 53)]
+
+
+async def test_the_machines_own_server_is_found_by_its_endpoints_and_asks_for_others(dns, tmp_path):
+    path = tmp_path / "resolv.conf"
+    path.write_text("nameserver 127.0.0.1\n")
+    informers = FedInformers()
+    server = DNSServer(informers, listen=["127.0.0.1"], port=0, metrics_port=0, machine_nodes=["first"])
+    server.forwarder._resolvers.__self__._paths = [path]
+    await server.start()
+    asker = Asker(informers, server, dns.upstream)
+    assert (await asker.ask("example.com")).header.rcode == 2
+    informers.put(ENDPOINT_SLICES, dns_slice(None, "other", ["127.0.0.3"]), dns_slice(None, "first", ["127.0.0.1"], dns.server.port))
+    assert await asker.values("example.com") == ["93.184.216.34"]
+    assert dns.upstream.asked == ["example.com."]
+    await server.close()
 
 
 def test_a_query_of_ours_is_read_by_others_and_their_answer_by_us():

@@ -352,6 +352,7 @@ class Node:
         port = 53 if network.own_routes else 10053
         server = DNSServer(
             informers, listen=network.gateways, port=port, cluster_domain=self.config.cluster_domain, avoid=[self.config.dns_ip],
+            machine_nodes=[node.name for node in self.config.nodes if not node.netns] if self.node.netns else (),
             upstreams=self.config.dns_upstreams or None, stub_domains=self.config.stub_domains,
             # The policies' informer of pods, which is there anyway.
             autopath=informers.get(PODS, transform=trim_pod) if self.config.autopath else None,

@@ -5,7 +5,8 @@ read. Equal questions in flight are asked once.
 Invariants: every upstream query has its own socket (a fresh source port) and a random id, and an answer counts only
 when id and question agree. Cache and questions in flight are bounded: when full, the oldest entries go, and a question
 too many is refused. Resolvers of this machine that would lead back to us are never used: with a stub resolver on the
-loopback, its own upstreams are read from systemd-resolved.
+loopback, its own upstreams are read from systemd-resolved. A node in a network namespace does not reach the machine's
+loopback; when nothing else is named there, the DNS server of the node that is the machine asks in its stead.
 Source: coredns plugins forward and cache; resolv.conf(5).
 """
 
@@ -20,6 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
+from typing import NamedTuple
 
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
@@ -45,6 +47,14 @@ class Overloaded(Exception):
     """Too many questions are waiting for resolvers."""
 
 
+class Resolver(NamedTuple):
+    """A server that answers for names outside the cluster."""
+
+    address: str
+    """May have an IPv6 zone, as link-local addresses need."""
+    port: int = 53
+
+
 def read_nameservers(path: Path) -> list[str]:
     """The nameserver lines of a resolv.conf; empty when it cannot be read."""
     try:
@@ -56,20 +66,39 @@ def read_nameservers(path: Path) -> list[str]:
         words = line.split()
         if len(words) >= 2 and words[0] == "nameserver":
             with contextlib.suppress(ValueError):
-                found.append(str(ip_address(words[1].split("%")[0])))
+                found.append(str(ip_address(words[1])))
     return found
 
 
-class HostResolvers:
-    """The host's resolvers, read again when the files change."""
+def _at_home(server: str) -> bool:
+    """Whether an address means the machine whose file names it: a loopback one, or none at all."""
+    address = ip_address(server)
+    return address.is_loopback or address.is_unspecified
 
-    def __init__(self, own_addresses: Collection[str], paths: Sequence[Path] = (_RESOLV_CONF, _SYSTEMD_RESOLV_CONF)) -> None:
+
+class HostResolvers:
+    """The host's resolvers, read again when the files change.
+
+    Args:
+      own_addresses: Servers that are we ourselves.
+      paths: Files to read; the first that names servers elsewhere counts.
+      machine: For a node in a network namespace of its own: the DNS servers of the machine's own node. They are asked when the
+        files name only what the machine alone reaches.
+    """
+
+    def __init__(
+        self,
+        own_addresses: Collection[str],
+        paths: Sequence[Path] = (_RESOLV_CONF, _SYSTEMD_RESOLV_CONF),
+        machine: Callable[[], Sequence[Resolver]] | None = None,
+    ) -> None:
         self._own = set(own_addresses)
         self._paths = list(paths)
+        self._machine = machine
         self._seen: tuple[object, ...] = ()
-        self._servers: list[str] = []
+        self._servers: list[Resolver] = []
 
-    def current(self) -> list[str]:
+    def current(self) -> list[Resolver]:
         """Resolvers in order; checks the files' times, which costs microseconds."""
         stamps = []
         for path in self._paths:
@@ -81,17 +110,25 @@ class HostResolvers:
         if tuple(stamps) != self._seen:
             self._seen = tuple(stamps)
             self._servers = self._read()
-            log.info("resolvers of the host", servers=" ".join(self._servers) or "none")
+            log.info("resolvers of the host", servers=" ".join(server.address for server in self._servers) or "none")
+        if not self._servers and self._machine is not None:
+            return list(self._machine())
         return self._servers
 
-    def _read(self) -> list[str]:
+    def _read(self) -> list[Resolver]:
         for path in self._paths:
-            found = [server for server in read_nameservers(path) if server not in self._own]
-            direct = [server for server in found if not ip_address(server).is_loopback]
+            direct = [server for server in self._named(path) if not _at_home(server)]
+            if self._machine is not None:
+                direct = [server for server in direct if not ip_address(server).is_link_local]
             if direct:
-                return direct
+                return [Resolver(server) for server in direct]
+        if self._machine is not None:
+            return []
         # Only loopback stubs: better than nothing, as none of them is ours.
-        return [server for path in self._paths for server in read_nameservers(path) if server not in self._own]
+        return [Resolver(server) for path in self._paths for server in self._named(path)]
+
+    def _named(self, path: Path) -> list[str]:
+        return [server for server in read_nameservers(path) if server not in self._own]
 
 
 class Exchange(asyncio.DatagramProtocol):
@@ -132,20 +169,17 @@ class Forwarder:
 
     Args:
       resolvers: Gives the servers to ask, best first, at each question.
-      stub_domains: Domain to its own servers, e.g. {"corp.example": ["10.0.0.53"]}.
+      stub_domains: Domain to its own servers, e.g. {"corp.example": [Resolver("10.0.0.53")]}.
     """
 
-    def __init__(
-        self, resolvers: Callable[[], Sequence[str]], stub_domains: Mapping[str, Sequence[str]] | None = None, *, port: int = 53
-    ) -> None:
+    def __init__(self, resolvers: Callable[[], Sequence[Resolver]], stub_domains: Mapping[str, Sequence[Resolver]] | None = None) -> None:
         self._resolvers = resolvers
         self._stubs = {domain.strip(".").lower(): list(servers) for domain, servers in (stub_domains or {}).items()}
-        self._port = port
         self._random = random.SystemRandom()
         self._cache: OrderedDict[bytes, _Cached] = OrderedDict()
         self._in_flight: dict[bytes, asyncio.Future[bytes]] = {}
         self._tasks = Tasks()
-        self._bad_until: dict[str, float] = {}
+        self._bad_until: dict[Resolver, float] = {}
         self.hits = self.misses = self.failures = 0
 
     def cached(self, query: Query, data: bytes) -> bytes | None:
@@ -204,11 +238,11 @@ class Forwarder:
         finally:
             self._in_flight.pop(key, None)
 
-    def _servers_for(self, name: str) -> list[str]:
+    def _servers_for(self, name: str) -> list[Resolver]:
         rest = name
         while rest:
             if rest in self._stubs:
-                return self._stubs[rest]
+                return list(self._stubs[rest])
             rest = rest.partition(".")[2]
         return list(self._resolvers())
 
@@ -235,7 +269,7 @@ class Forwarder:
             return fallback
         raise failure
 
-    async def _ask_one(self, server: str, query: Query, data: bytes) -> bytes:
+    async def _ask_one(self, server: Resolver, query: Query, data: bytes) -> bytes:
         loop = asyncio.get_running_loop()
         identity = self._random.getrandbits(16)
         # Recursion is what the asker wants of us, so we want it of the resolver.
@@ -243,7 +277,7 @@ class Forwarder:
         message = struct.pack(">HH", identity, flags) + data[4:]
         result: asyncio.Future[bytes] = loop.create_future()
         transport, _protocol = await loop.create_datagram_endpoint(
-            lambda: Exchange(identity, query.question.lower(), result), remote_addr=(server, self._port)
+            lambda: Exchange(identity, query.question.lower(), result), remote_addr=server
         )
         try:
             async with asyncio.timeout(_TRY_SECONDS):
@@ -255,9 +289,9 @@ class Forwarder:
             answer = await self._ask_tcp(server, message, query)
         return answer
 
-    async def _ask_tcp(self, server: str, message: bytes, query: Query) -> bytes:
+    async def _ask_tcp(self, server: Resolver, message: bytes, query: Query) -> bytes:
         async with asyncio.timeout(_TRY_SECONDS):
-            reader, writer = await asyncio.open_connection(server, self._port)
+            reader, writer = await asyncio.open_connection(server.address, server.port)
             try:
                 writer.write(struct.pack(">H", len(message)) + message)
                 length = struct.unpack(">H", await reader.readexactly(2))[0]

@@ -10,7 +10,7 @@ Invariants: only objects of these names are touched; the Service is made when mi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from knarr.aiokits.backoff import Backoff
@@ -22,6 +22,8 @@ from knarr.api.types import Object
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
 from knarr.http.errors import HTTPError
+from knarr.network.dns.forward import Resolver
+from knarr.network.dns.records import Store
 
 log = get_logger(__name__)
 
@@ -53,6 +55,23 @@ def dns_service(cluster_ips: Sequence[str]) -> Object:
         "metadata": {"name": NAME, "namespace": NAMESPACE, "labels": labels, "annotations": annotations},
         "spec": spec,
     }
+
+
+def servers_of(slices: Store, nodes: Collection[str]) -> list[Resolver]:
+    """The DNS servers that some nodes have published.
+
+    Args:
+      slices: EndpointSlices with the index "service".
+    """
+    return [
+        Resolver(address, int(port["port"]))
+        for part in slices.by_index("service", f"{NAMESPACE}/{NAME}")
+        for port in part.get("ports") or ()
+        if port.get("name") == "dns" and port.get("port")
+        for endpoint in part.get("endpoints") or ()
+        if endpoint.get("nodeName") in nodes
+        for address in endpoint.get("addresses") or ()
+    ]
 
 
 def dns_slice(node: Object | None, node_name: str, addresses: Sequence[str], port: int = 53) -> Object:

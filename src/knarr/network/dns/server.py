@@ -16,7 +16,7 @@ import errno
 import socket
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
@@ -24,8 +24,9 @@ from knarr.api.resources import ENDPOINT_SLICES, NAMESPACES, SERVICES
 from knarr.api.types import Object
 from knarr.client.informer import Informer, Informers
 from knarr.network.dns.autopath import Autopath
-from knarr.network.dns.forward import Forwarder, HostResolvers, Overloaded, Unanswered
+from knarr.network.dns.forward import Forwarder, HostResolvers, Overloaded, Resolver, Unanswered
 from knarr.network.dns.metrics import render
+from knarr.network.dns.publish import servers_of
 from knarr.network.dns.records import ClusterZone, Resolved, service_addresses, slice_addresses
 from knarr.network.dns.wire import (
     AAAA,
@@ -86,6 +87,8 @@ class DNSServer:
       cluster_domain: e.g. "cluster.local".
       upstreams: Servers for other names; None reads the host's resolv.conf and follows its changes.
       stub_domains: Domains with servers of their own.
+      machine_nodes: For a node in a network namespace of its own: the nodes that are the machine, whose DNS servers reach resolvers
+        on its loopback and are asked when there are no others.
       port, fallback_port: Where to listen; the second is taken when some server of the host holds the first (0 means: then fail).
       autopath: Informer of Pods, to walk through their search paths here; None leaves that to them.
       metrics_port: Serves /metrics on the same addresses; 0 does not.
@@ -106,6 +109,7 @@ class DNSServer:
         ready_port: int = 0,
         ttl_seconds: int = 5,
         avoid: Sequence[str] = (),
+        machine_nodes: Collection[str] = (),
         autopath: Informer | None = None,
     ) -> None:
         self._informers = informers
@@ -118,9 +122,15 @@ class DNSServer:
         self.zone = ClusterZone(self._services, self._slices, self._namespaces, domain=cluster_domain, ttl_seconds=ttl_seconds)
         self._listen = list(listen)
         self._port, self._fallback_port = port, fallback_port
-        resolvers = HostResolvers([*listen, *avoid])
+        machine = (lambda: servers_of(self._slices, machine_nodes)) if machine_nodes else None
+        host = HostResolvers([*listen, *avoid], machine=machine)
+
+        def resolvers(addresses: Sequence[str]) -> list[Resolver]:
+            return [Resolver(address, upstream_port) for address in addresses]
+
         self.forwarder = Forwarder(
-            (lambda: list(upstreams)) if upstreams is not None else resolvers.current, stub_domains, port=upstream_port
+            (lambda: resolvers(upstreams)) if upstreams is not None else host.current,
+            {domain: resolvers(servers) for domain, servers in (stub_domains or {}).items()},
         )
         self._autopath = Autopath(autopath, self.zone.domain) if autopath is not None else None
         self._metrics_port, self._ready_port = metrics_port, ready_port
