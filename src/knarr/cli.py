@@ -120,6 +120,10 @@ def _add_network(up: argparse.ArgumentParser) -> None:
         "--announce", nargs="?", const="auto", default=None, metavar="INTERFACE",
         help="answer ARP and NDP for LoadBalancer addresses, so that the local network reaches them; --announce=off takes it back",
     )  # fmt: skip
+    up.add_argument(
+        "--pod-network", choices=["auto", "cni"], default=None,
+        help="who makes the pods' network: auto is the built-in one unless there is a CNI configuration; with cni nodes wait for one, as Flannel's manifest brings it",
+    )  # fmt: skip
     up.add_argument("--cni-conf-dir", default=None, metavar="FOLDER", help="where a CNI configuration is looked for, which then replaces the built-in pod network (default: /etc/cni/net.d)")
     up.add_argument("--cni-bin-dir", default=None, metavar="FOLDER[,FOLDER]", help="where its plugins are (default: /opt/cni/bin,/usr/lib/cni)")
     up.add_argument("--dns-upstream", default=None, metavar="SERVER[,SERVER]", help="servers for names outside the cluster (default: those of this machine, as they change); an empty text takes it back")

@@ -135,26 +135,29 @@ esac
 
 
 def test_a_foreign_configuration_makes_the_network_and_its_status_and_garbage_collection_count(machine: Moving, tmp_path: Path) -> None:
+    def ready() -> tuple[str, str]:
+        conditions = machine.get("nodes")["items"][0]["status"]["conditions"]
+        return next((item["status"], item["message"]) for item in conditions if item["type"] == "Ready")
+
     (tmp_path / "wrapped").write_text(PLUGIN)
     (tmp_path / "wrapped").chmod(0o755)
     ranges = [[{"subnet": "10.88.0.0/24"}]]
     ipam = {"type": "host-local", "ranges": ranges, "dataDir": str(tmp_path / "leases"), "routes": [{"dst": "0.0.0.0/0"}]}
     bridge = {"type": "wrapped", "bridge": "knarrtestcni", "isGateway": True, "ipMasq": True, "hairpinMode": True, "ipam": ipam}
-    (tmp_path / "conf").mkdir()
-    (tmp_path / "conf" / "10-test.conflist").write_text(json.dumps({"cniVersion": "1.1.0", "name": "test", "plugins": [bridge]}))
     # Nodes look every ten seconds else.
     (tmp_path / "kubelet.yaml").write_text("apiVersion: kubelet.config.k8s.io/v1beta1\nkind: KubeletConfiguration\nnodeStatusUpdateFrequency: 1s\n")
     assert LABEL in machine.get("nodes")["items"][0]["metadata"]["labels"]
     machine.knarr("down")
-    machine.knarr("up", "--announce=off", "--kubelet-config", str(tmp_path / "kubelet.yaml"), "--cni-conf-dir", str(tmp_path / "conf"), "--cni-bin-dir", f"{tmp_path},/usr/lib/cni")
+    network = ["--pod-network", "cni", "--cni-conf-dir", str(tmp_path / "conf"), "--cni-bin-dir", f"{tmp_path},/usr/lib/cni"]
+    assert "wait for a CNI configuration" in machine.knarr("up", "--announce=off", "--kubelet-config", str(tmp_path / "kubelet.yaml"), *network).stderr
+    wait_for("a node that waits", lambda: ready()[0] == "False" and "no CNI configuration" in ready()[1], 20)
+    # As the manifest of a network does while the node runs.
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "10-test.conflist").write_text(json.dumps({"cniVersion": "1.1.0", "name": "test", "plugins": [bridge]}))
     wait_for("no mark of announcing", lambda: LABEL not in machine.get("nodes")["items"][0]["metadata"]["labels"], 20)
     wait_for("the pod in the other network", lambda: machine.get("pod", "web")["status"].get("podIP", "").startswith("10.88.0."), 30)
     machine.kubectl("wait", "--for=condition=Ready", "pod/web", "--timeout=30s")
     wait_for("a Service over it", lambda: machine.fetch("http://web/") == "200", 20)
-
-    def ready() -> tuple[str, str]:
-        conditions = machine.get("nodes")["items"][0]["status"]["conditions"]
-        return next((item["status"], item["message"]) for item in conditions if item["type"] == "Ready")
 
     (tmp_path / "broken").touch()
     wait_for("a node that is not ready", lambda: ready()[0] == "False" and "the fabric is down" in ready()[1], 40)

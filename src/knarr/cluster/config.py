@@ -84,6 +84,8 @@ class ClusterConfig:
     """Servers for names outside the cluster; none means those of the host."""
     stub_domains: dict[str, list[str]] = field(default_factory=dict)
     """Domains with DNS servers of their own."""
+    pod_network: str = "auto"
+    """ "auto": the built-in one unless there is another network's configuration; "cni": another one, for which nodes wait."""
     cni_conf_dir: str = "/etc/cni/net.d"
     """Where another network's configuration is looked for, which then makes the pods' network."""
     cni_bin_dirs: list[str] = field(default_factory=lambda: ["/opt/cni/bin", "/usr/lib/cni"])

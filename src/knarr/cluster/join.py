@@ -184,6 +184,7 @@ def _write(options: JoinOptions, node_name: str, authority: bytes, settings: dic
     config.pod_cidr = settings["podCIDR"]
     config.balancer_range = settings["loadBalancerCIDR"]
     config.announce = "auto" if settings.get("announce") else ""
+    config.pod_network = settings.get("podNetwork") or config.pod_network
     config.autopath = bool(settings.get("autopath"))
     config.dns_upstreams = list(settings.get("dnsUpstreams") or ())
     config.stub_domains = dict(settings.get("stubDomains") or {})

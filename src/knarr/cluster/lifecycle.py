@@ -251,7 +251,13 @@ def _become_supervisor(config: ClusterConfig, listener: socket.socket | None, wr
 
 
 def _wait_ready(config: ClusterConfig, reader: int, progress: Progress) -> None:
-    awaited = [*([] if config.joined else [READY_API]), *(f"{READY_NODE} {node.name}" for node in config.nodes if not node.stopped), READY_DNS]
+    from knarr.network import cni
+
+    awaited = [] if config.joined else [READY_API]
+    # What will be applied to the cluster, a network's manifest, cannot be waited for here.
+    without_network = config.pod_network == "cni" and cni.installed(Path(config.cni_conf_dir)) is None
+    if not without_network:
+        awaited += [*(f"{READY_NODE} {node.name}" for node in config.nodes if not node.stopped), READY_DNS]
     texts = {READY_API: f"API server answers on https://127.0.0.1:{config.api_port}", READY_DNS: "DNS resolves"}
     deadline = time.monotonic() + UP_SECONDS
     buffer = b""
@@ -268,6 +274,8 @@ def _wait_ready(config: ClusterConfig, reader: int, progress: Progress) -> None:
                 if line in awaited:
                     awaited.remove(line)
                     progress.done(texts.get(line, f"{line} is Ready"))
+    if without_network:
+        progress.done(f"nodes wait for a CNI configuration in {config.cni_conf_dir}")
 
 
 def merge_kubeconfig(config: ClusterConfig, keys: pki.ClusterPKI) -> Path:

@@ -30,6 +30,7 @@ class NetworkOptions:
     balancer_pool: str | None = None
     announce: str | None = None
     autopath: bool | None = None
+    pod_network: str | None = None
     cni_conf_dir: str | None = None
     cni_bin_dirs: str | None = None
     dns_upstreams: str | None = None
@@ -40,7 +41,7 @@ def read(options: argparse.Namespace) -> NetworkOptions:
     """The parsed options."""
     return NetworkOptions(
         options.service_cidr, options.pod_cidr, options.node_port_range, options.load_balancer_pool, options.announce, options.dns_autopath,
-        options.cni_conf_dir, options.cni_bin_dir, options.dns_upstream, tuple(options.dns_stub_domain),
+        options.pod_network, options.cni_conf_dir, options.cni_bin_dir, options.dns_upstream, tuple(options.dns_stub_domain),
     )  # fmt: skip
 
 
@@ -70,6 +71,8 @@ def apply(config: ClusterConfig, options: NetworkOptions, *, fresh: bool) -> boo
         config.announce = "" if options.announce == "off" else options.announce
     if options.autopath is not None:
         config.autopath = options.autopath
+    if options.pod_network is not None:
+        config.pod_network = options.pod_network
     if options.cni_conf_dir is not None:
         config.cni_conf_dir = os.path.abspath(options.cni_conf_dir)
     if options.cni_bin_dirs is not None:
@@ -84,7 +87,7 @@ def apply(config: ClusterConfig, options: NetworkOptions, *, fresh: bool) -> boo
 
 def _changeable(config: ClusterConfig) -> tuple[object, ...]:
     dns = config.autopath, tuple(config.dns_upstreams), tuple((name, tuple(servers)) for name, servers in config.stub_domains.items())
-    return config.balancer_range, config.announce, config.cni_conf_dir, tuple(config.cni_bin_dirs), dns
+    return config.balancer_range, config.announce, config.pod_network, config.cni_conf_dir, tuple(config.cni_bin_dirs), dns
 
 
 def _servers(name: str, text: str) -> list[str]:

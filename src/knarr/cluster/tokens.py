@@ -53,6 +53,7 @@ def settings(config: ClusterConfig) -> dict[str, Any]:
         "podCIDR": config.pod_cidr,
         "loadBalancerCIDR": ",".join(config.balancer_pool),
         "announce": config.announce,
+        "podNetwork": config.pod_network,
         "autopath": config.autopath,
         "dnsUpstreams": config.dns_upstreams,
         "stubDomains": config.stub_domains,

@@ -133,8 +133,10 @@ class Node:
         from knarr.network.podnet import BridgeNetwork
 
         config = self.config
-        if (plugins := cni.installed(Path(config.cni_conf_dir))) is not None:
-            log.info("pods get their network from the CNI configuration", network=plugins.name, folder=config.cni_conf_dir)
+        plugins = cni.installed(Path(config.cni_conf_dir))
+        if plugins is not None or config.pod_network == "cni":
+            network = plugins.name if plugins is not None else "none yet"
+            log.info("pods get their network from the CNI configuration", network=network, folder=config.cni_conf_dir)
             return PluginNetwork(
                 node_address=self.address, state_dir=self.state / "network", config_dir=config.cni_conf_dir, plugin_dirs=config.cni_bin_dirs
             )
