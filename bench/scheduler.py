@@ -20,9 +20,10 @@ from bench.servers import TOKEN
 from knarr.aiokits import collector
 from knarr.api.resources import PODS
 from knarr.client.config import ClientConfig
+from knarr.client.leanpods import lean_pod
 from knarr.client.rest import Client
 from knarr.scheduler.config import SchedulerConfig
-from knarr.scheduler.handlers import NOT_FINISHED, slim_pod
+from knarr.scheduler.handlers import NOT_FINISHED
 from knarr.scheduler.scheduler import Scheduler
 
 _INTERVAL_SECONDS = 0.02
@@ -37,7 +38,7 @@ async def main(url: str, folder: Path) -> None:
         if new["spec"].get("nodeName") and not old["spec"].get("nodeName"):
             bound[new["metadata"]["namespace"]] += 1
 
-    scheduler.informers.get(PODS, field_selector=NOT_FINISHED, transform=slim_pod).add_handler(None, updated)
+    scheduler.informers.get(PODS, field_selector=NOT_FINISHED, transform=lean_pod).add_handler(None, updated)
     async with asyncio.TaskGroup() as group:
         group.create_task(scheduler.run())
         await scheduler.ready.wait()

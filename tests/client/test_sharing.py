@@ -1,15 +1,20 @@
-"""Equal parts of pods are kept once, and what is dropped of bound pods changes nothing for the scheduler."""
+"""Equal parts of pods are kept once, what is dropped of pods changes nothing for their readers, and informers of one family keep them once."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from knarr.api.meta import deep_copy
+from knarr.api.resources import CONFIG_MAPS
 from knarr.client import sharing
+from knarr.client.informer import Family, Informers
+from knarr.client.leanpods import lean_pod, pod_ips
 from knarr.client.sharing import Parts
-from knarr.scheduler.handlers import slim_pod
+from knarr.controllers.context import trim_to_metadata
 from knarr.scheduler.podinfo import shape_key
 from knarr.scheduler.resources import pod_requests
+from knarr.testing.apiserver import running_apiserver
 
 
 def _pod(name: str, node: str = "") -> dict[str, Any]:
@@ -41,16 +46,52 @@ def test_the_number_of_known_parts_is_bounded() -> None:
     assert len(parts._known) <= sharing.MAXIMUM_PARTS
 
 
-def test_the_scheduler_sees_a_slim_pod_as_it_would_see_the_whole() -> None:
+def test_the_scheduler_sees_a_lean_pod_as_it_would_see_the_whole() -> None:
     whole = _pod("one", "node")
-    slim = slim_pod(deep_copy(whole))
-    assert pod_requests(slim) == pod_requests(whole)
-    assert shape_key({**slim, "status": {}}) == shape_key({**whole, "status": {}})
-    assert [volume["name"] for volume in slim["spec"]["volumes"]] == ["data"]
-    assert "env" not in slim["spec"]["containers"][0]
+    lean = lean_pod(deep_copy(whole))
+    assert pod_requests(lean) == pod_requests(whole)
+    assert shape_key({**lean, "status": {}}) == shape_key({**whole, "status": {}})
+    assert [volume["name"] for volume in lean["spec"]["volumes"]] == ["data"]
+    assert "env" not in lean["spec"]["containers"][0]
 
 
-def test_a_pod_without_a_node_stays_whole_for_extenders() -> None:
-    whole = _pod("one")
-    del whole["metadata"]["managedFields"]
-    assert slim_pod(_pod("one")) == whole
+def test_lean_pods_of_one_workload_share_all_but_who_and_where_they_are() -> None:
+    one, two = (lean_pod(_pod(name, "node")) for name in ("one", "two"))
+    for group, name in (("spec", "containers"), ("spec", "tolerations"), ("status", "conditions"), ("status", "containerStatuses")):
+        assert one[group][name] is two[group][name]
+    assert one["metadata"] == {"name": "one", "namespace": "default", "uid": "one", "labels": {"app": "x"}}
+
+
+def test_the_only_address_of_a_pod_is_kept_once_and_read_from_either_field() -> None:
+    for status, wanted in (
+        ({}, []),
+        ({"podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}]}, ["10.0.0.1"]),
+        ({"podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}]}, ["10.0.0.1", "fd00::1"]),
+    ):
+        pod = {"metadata": {"name": "one"}, "spec": {}, "status": status}
+        assert pod_ips(deep_copy(pod)) == pod_ips(lean_pod(deep_copy(pod))) == wanted
+    assert "podIPs" not in lean_pod({"metadata": {}, "spec": {}, "status": {"podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}]}})["status"]
+
+
+async def test_informers_of_a_family_keep_one_object_between_them_and_part_when_one_closes() -> None:
+    family = Family()
+    async with running_apiserver() as server:
+        await server.client.create(CONFIG_MAPS, {"metadata": {"name": "one"}}, "default")
+        first, second = Informers(server.client, family), Informers(server.client, family)
+        stranger = Informers(server.client)
+        one, two, other = (each.get(CONFIG_MAPS, "default", transform=trim_to_metadata) for each in (first, second, stranger))
+        for each in (first, second, stranger):
+            await each.start()
+            await each.wait_synced()
+        assert one.get("default", "one") is two.get("default", "one")
+        assert one.get("default", "one") == other.get("default", "one")
+        assert one.get("default", "one") is not other.get("default", "one")
+        await first.close()
+        seen = asyncio.Event()
+        two.add_handler(on_update=lambda _old, _new: seen.set())
+        await server.client.patch(CONFIG_MAPS, "one", "default", {"metadata": {"labels": {"a": "b"}}})
+        await asyncio.wait_for(seen.wait(), 10)
+        assert two.get("default", "one")["metadata"]["labels"] == {"a": "b"}
+        assert "labels" not in one.get("default", "one")["metadata"]
+        await second.close()
+        await stranger.close()

@@ -62,6 +62,7 @@ class Informer:
         field_selector: str,
         label_selector: str,
         transform: Transform | None,
+        relatives: list[Informer] | None = None,
     ) -> None:
         self.resource = resource
         self.namespace = namespace
@@ -71,6 +72,7 @@ class Informer:
         self._field_selector = field_selector
         self._label_selector = label_selector
         self._transform = transform or _drop_managed_fields
+        self._relatives: list[Informer] = relatives if relatives is not None else []
         self._objects: dict[str, dict[str, Object]] = {}
         self._indexes: dict[str, tuple[IndexFunction, dict[str, dict[tuple[str, str], Object]]]] = {}
         self._added: list[Handler] = []
@@ -148,6 +150,12 @@ class Informer:
 
     # Keeping up
 
+    def leave_family(self) -> None:
+        """Neither take objects of relatives any more, nor give them any: what is no longer kept up is not kept alive."""
+        if self in self._relatives:
+            self._relatives.remove(self)
+        self._relatives = []
+
     def _call(self, handler: Callable[..., None], *objects: Object) -> None:
         try:
             handler(*objects)
@@ -155,8 +163,19 @@ class Informer:
             # One component's fault must not stop the copy that others share.
             log.error("informer handler failed", resource=self.resource.plural, error=repr(error), exc_info=error)
 
+    def _kept(self, obj: Object) -> Object:
+        """Give what to keep of an object from the server: what a relative keeps of this very version, if one does."""
+        meta = obj["metadata"]
+        for other in self._relatives:
+            known = other.get(meta.get("namespace"), meta["name"]) if other is not self else None
+            if known is not None:
+                theirs = known["metadata"]
+                if theirs.get("resourceVersion") == meta.get("resourceVersion") and theirs.get("uid") == meta.get("uid"):
+                    return known
+        return self._transform(obj)
+
     def _store(self, obj: Object) -> None:
-        obj = self._transform(obj)
+        obj = self._kept(obj)
         meta = obj["metadata"]
         namespace, name = meta.get("namespace", ""), meta["name"]
         objects = self._objects.get(namespace)
@@ -302,11 +321,31 @@ def _reindex(
             entries[key] = new
 
 
-class Informers:
-    """The shared informers of one process: the same question is asked of the server once."""
+class Family:
+    """Informers of several clients in one process, that keep equal objects once.
 
-    def __init__(self, client: Client) -> None:
+    Those of one resource with one transform, whatever their selectors, look into each other's stores: the controllers and the
+    scheduler would otherwise each keep all pods.
+    """
+
+    def __init__(self) -> None:
+        self._members: dict[tuple[str, str, str, Transform], list[Informer]] = {}
+
+    def relatives(self, resource: Resource, transform: Transform) -> list[Informer]:
+        """Give the list that informers of a resource and a transform have in common."""
+        return self._members.setdefault((resource.group, resource.version, resource.plural, transform), [])
+
+
+class Informers:
+    """The shared informers of one process: the same question is asked of the server once.
+
+    Args:
+      family: with whose informers objects are shared.
+    """
+
+    def __init__(self, client: Client, family: Family | None = None) -> None:
         self.client = client
+        self._family = family
         self._informers: dict[tuple[str, str, str, str | None, str, str, Transform | None], Informer] = {}
         self._tasks = Tasks()
         self._running: dict[int, asyncio.Task[None]] = {}
@@ -330,7 +369,9 @@ class Informers:
         key = (resource.group, resource.version, resource.plural, namespace, field_selector, label_selector, transform)
         informer = self._informers.get(key)
         if informer is None:
-            informer = Informer(self.client, resource, namespace, field_selector, label_selector, transform)
+            relatives = self._family.relatives(resource, transform) if self._family is not None and transform is not None else []
+            informer = Informer(self.client, resource, namespace, field_selector, label_selector, transform, relatives)
+            relatives.append(informer)
             self._informers[key] = informer
         return informer
 
@@ -345,6 +386,7 @@ class Informers:
     async def stop_informer(self, informer: Informer) -> None:
         """Stop and forget one informer, e.g. of a resource that is no longer served."""
         self._informers = {key: value for key, value in self._informers.items() if value is not informer}
+        informer.leave_family()
         task = self._running.pop(id(informer), None)
         if task is not None:
             task.cancel()
@@ -359,3 +401,5 @@ class Informers:
         """Stop all informers; their stores stay readable."""
         await self._tasks.close()
         self._running.clear()
+        for informer in self._informers.values():
+            informer.leave_family()

@@ -16,10 +16,9 @@ from knarr.api.scheme import Resource
 from knarr.api.types import Object
 from knarr.client.controller import Controller
 from knarr.client.events import EventRecorder
-from knarr.client.informer import Informer, Informers, Selector
+from knarr.client.informer import Family, Informer, Informers, Selector
+from knarr.client.leanpods import lean_pod
 from knarr.client.rest import Client
-from knarr.client.sharing import Parts
-from knarr.controllers.quota import crosses_namespaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,52 +75,6 @@ class Component(Protocol):
     async def run(self) -> None: ...
 
 
-def trim_pod(pod: Object) -> Object:
-    """Drop what no controller reads: how containers start, and who manages which field."""
-    meta = pod["metadata"]
-    meta.pop("managedFields", None)
-    annotations = meta.get("annotations")
-    if annotations:
-        annotations.pop("kubectl.kubernetes.io/last-applied-configuration", None)
-    spec = pod.get("spec") or {}
-    for group in ("containers", "initContainers", "ephemeralContainers"):
-        for container in spec.get(group) or ():
-            for name in _CONTAINER_FIELDS:
-                container.pop(name, None)
-    for name in ("imagePullSecrets", "securityContext", "dnsConfig", "hostAliases", "readinessGates", "topologySpreadConstraints"):
-        spec.pop(name, None)
-    affinity = spec.pop("affinity", None)
-    if affinity and crosses_namespaces(affinity):
-        spec["affinity"] = {name: affinity[name] for name in ("podAffinity", "podAntiAffinity") if name in affinity}
-    # Before it is bound, only its affinity tells which node a daemon's pod is meant for.
-    if affinity and "nodeName" not in spec and any(ref["kind"] == "DaemonSet" for ref in meta.get("ownerReferences") or ()):
-        spec["affinity"] = {**(spec.get("affinity") or {}), "nodeAffinity": affinity.get("nodeAffinity")}
-    return _parts.pod(pod)
-
-
-_parts = Parts()
-
-
-_CONTAINER_FIELDS = (
-    "args",
-    "command",
-    "env",
-    "envFrom",
-    "image",
-    "imagePullPolicy",
-    "lifecycle",
-    "livenessProbe",
-    "readinessProbe",
-    "startupProbe",
-    "securityContext",
-    "terminationMessagePath",
-    "terminationMessagePolicy",
-    "volumeDevices",
-    "volumeMounts",
-    "workingDir",
-)
-
-
 def trim_node(node: Object) -> Object:
     """Drop managed fields and the list of images, which is most of a node."""
     node["metadata"].pop("managedFields", None)
@@ -141,7 +94,7 @@ def trim_to_metadata(obj: Object) -> Object:
 
 # What controllers make and find again by its owner.
 _OWNED = (PODS, REPLICA_SETS, CONTROLLER_REVISIONS)
-_TRIMS = {PODS: trim_pod, NODES: trim_node, CONFIG_MAPS: trim_to_metadata, EVENTS: trim_to_metadata}
+_TRIMS = {PODS: lean_pod, NODES: trim_node, CONFIG_MAPS: trim_to_metadata, EVENTS: trim_to_metadata}
 
 
 def controller_uid_index(obj: Object) -> list[str]:
@@ -186,10 +139,10 @@ def node_name_index(pod: Object) -> list[str]:
 class Context:
     """The shared parts of all controllers of one manager."""
 
-    def __init__(self, client: Client, config: ControllersConfig, informers: Informers | None = None) -> None:
+    def __init__(self, client: Client, config: ControllersConfig, informers: Informers | None = None, family: Family | None = None) -> None:
         self.client = client
         self.config = config
-        self.informers = informers or Informers(client)
+        self.informers = informers or Informers(client, family)
         self._recorders: dict[str, EventRecorder] = {}
         self._shared: dict[Resource, Informer] = {}
 

@@ -14,6 +14,7 @@ from knarr.api.errors import StatusError
 from knarr.api.resources import ENDPOINTS, SERVICES
 from knarr.api.types import Object
 from knarr.client.controller import Controller
+from knarr.client.leanpods import pod_ips
 from knarr.controllers import podutil
 from knarr.controllers.context import Context, object_key
 from knarr.controllers.ownwrites import OwnWrites
@@ -182,7 +183,7 @@ def _address(service: Object, pod: Object) -> Object | None:
         wants_v6 = ":" in pod["status"].get("podIP", "")
     else:
         wants_v6 = ":" in service["spec"]["clusterIP"]
-    ip = next((item["ip"] for item in pod["status"].get("podIPs") or () if (":" in item["ip"]) == wants_v6), None)
+    ip = next((item for item in pod_ips(pod) if (":" in item) == wants_v6), None)
     if ip is None:
         return None
     pod_meta = pod["metadata"]

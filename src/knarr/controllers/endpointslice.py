@@ -17,6 +17,7 @@ from knarr.api.errors import StatusError
 from knarr.api.resources import ENDPOINT_SLICES, SERVICES
 from knarr.api.types import Object
 from knarr.client.controller import Controller, Result
+from knarr.client.leanpods import pod_ips
 from knarr.controllers import podutil
 from knarr.controllers.context import Context, object_key
 from knarr.controllers.ownwrites import OwnWrites
@@ -159,8 +160,7 @@ class EndpointSliceController:
         await self._apply(key, service, plan, trigger)
 
     def _endpoint(self, key: str, pod: Object, service: Object, family: str) -> Object | None:
-        status = pod.get("status") or {}
-        addresses = [item["ip"] for item in status.get("podIPs") or () if (":" in item["ip"]) == (family == "IPv6")]
+        addresses = [address for address in pod_ips(pod) if (":" in address) == (family == "IPv6")]
         if not addresses:
             return None
         node_name = pod["spec"].get("nodeName", "")

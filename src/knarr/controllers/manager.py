@@ -15,7 +15,7 @@ from knarr.aiokits.backoff import Backoff
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
 from knarr.api.types import Object
-from knarr.client.informer import Informers
+from knarr.client.informer import Family, Informers
 from knarr.client.leaderelection import LeaderElectionConfig, LeaderElector
 from knarr.client.rest import Client
 from knarr.controllers import metrics
@@ -75,13 +75,17 @@ class ControllerManager:
 
     Args:
       client: identified as whoever may do everything; owned by the caller.
+      family: whose informers keep objects together with these, without `informers`.
     """
 
-    def __init__(self, client: Client, config: ControllersConfig | None = None, informers: Informers | None = None) -> None:
+    def __init__(
+        self, client: Client, config: ControllersConfig | None = None, informers: Informers | None = None, *, family: Family | None = None
+    ) -> None:
         self.config = config or ControllersConfig()
         self.names = selected(self.config.enabled, self.config.feature_gates)
         self._client = client
         self._informers = informers
+        self._family = family
         self._ready = asyncio.Event()
 
     @property
@@ -116,7 +120,7 @@ class ControllerManager:
             await LeaderElector(self._client, election).run(self._run)
 
     async def _run(self) -> None:
-        ctx = Context(self._client, self.config, self._informers)
+        ctx = Context(self._client, self.config, self._informers, self._family)
         components = [(name, _constructor(name)(ctx)) for name in self.names]
         try:
             async with Tasks() as tasks:

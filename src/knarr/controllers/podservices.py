@@ -9,6 +9,7 @@ from knarr.aiokits import clock
 from knarr.api.selectors import LabelSelector, from_map
 from knarr.api.types import Object
 from knarr.client.informer import Informer
+from knarr.client.leanpods import pod_ips
 from knarr.controllers import podutil
 from knarr.controllers.context import label_index, matching, object_key
 from knarr.controllers.selectorcache import SelectorCache
@@ -76,13 +77,13 @@ def _identity(pod: Object) -> tuple[object, ...]:
 def _endpoint_state(pod: Object) -> tuple[object, ...]:
     status = pod.get("status") or {}
     finished = status.get("phase") in ("Succeeded", "Failed")
-    return (pod["metadata"].get("deletionTimestamp"), podutil.is_ready(pod), status.get("podIPs"), finished)
+    return (pod["metadata"].get("deletionTimestamp"), podutil.is_ready(pod), pod_ips(pod), finished)
 
 
 def belongs_in_endpoints(pod: Object, include_terminating: bool) -> bool:
     """Whether a pod can be an endpoint at all: it has an address and is not over."""
     status = pod.get("status") or {}
-    if status.get("phase") in ("Succeeded", "Failed") or not (status.get("podIP") or status.get("podIPs")):
+    if status.get("phase") in ("Succeeded", "Failed") or not pod_ips(pod):
         return False
     return include_terminating or "deletionTimestamp" not in pod["metadata"]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from knarr.api import resources
 from knarr.api.scheme import Resource
 from knarr.client.informer import Informers
-from knarr.client.sharing import Parts
+from knarr.client.leanpods import lean_pod
 from knarr.client.slicetracker import SliceTracker
 from knarr.scheduler.config import ExtenderConfig
 from knarr.scheduler.events import (
@@ -37,53 +37,19 @@ Object = dict[str, Any]
 NOT_FINISHED = "status.phase!=Succeeded,status.phase!=Failed"
 
 
-_parts = Parts()
-_CONTAINER_FIELDS = frozenset({"name", "image", "resources", "ports", "restartPolicy"})
-_PLAIN_VOLUMES = frozenset({"projected", "configMap", "secret", "emptyDir", "downwardAPI", "hostPath"})
-_TOLD_CONDITIONS = frozenset({"PodScheduled", "DisruptionTarget", "PodResizePending"})
-
-
-def slim_pod(pod: Object) -> Object:
-    """Drop what scheduling never reads; pods are most of the scheduler's memory. Those without a node stay whole, as `why` and events tell of them."""
-    metadata, spec = pod["metadata"], pod["spec"]
-    metadata.pop("managedFields", None)
-    annotations = metadata.get("annotations")
-    if annotations:
-        annotations.pop("kubectl.kubernetes.io/last-applied-configuration", None)
-    if not spec.get("nodeName"):
-        return pod
-    for group in ("containers", "initContainers"):
-        if spec.get(group):
-            spec[group] = [{key: value for key, value in container.items() if key in _CONTAINER_FIELDS} for container in spec[group]]
-    if spec.get("volumes"):
-        spec["volumes"] = [volume for volume in spec["volumes"] if _PLAIN_VOLUMES.isdisjoint(volume)]
-    _slim_status(pod.get("status") or {})
-    return _parts.pod(pod)
-
-
 def pod_transform(extenders: Sequence[ExtenderConfig]) -> Callable[[Object], Object]:
     """What is dropped of pods: what upstream drops, too, as far as extenders see them."""
     if not extenders:
-        return slim_pod
+        return lean_pod
     victims_too = any(extender.preempt_verb and not extender.node_cache_capable for extender in extenders)
 
     def keep(pod: Object) -> Object:
         if pod["spec"].get("nodeName") and not victims_too:
-            return slim_pod(pod)
+            return lean_pod(pod)
         pod["metadata"].pop("managedFields", None)
         return pod
 
     return keep
-
-
-def _slim_status(status: Object) -> None:
-    if status.get("conditions"):
-        status["conditions"] = [condition for condition in status["conditions"] if condition.get("type") in _TOLD_CONDITIONS]
-    for group in ("containerStatuses", "initContainerStatuses"):
-        if status.get(group):
-            # Only what a resize changes, and whether there is one.
-            status[group] = [{key: one[key] for key in ("name", "resources", "allocatedResources") if key in one} for one in status[group]]
-    status.pop("ephemeralContainerStatuses", None)
 
 
 def _slim_workload(obj: Object) -> Object:

@@ -170,7 +170,7 @@ def shape_key(pod: Pod) -> bytes:
             # Only a resize under way makes the status differ from the specification.
             resized = [(s["name"], s.get("resources"), s.get("allocatedResources")) for s in statuses if s.get("resources")] or None
             if resized:
-                resized.append(status.get("conditions"))
+                resized.append(("", [c for c in status.get("conditions") or () if c.get("type") == "PodResizePending"], None))
     return orjson.dumps(
         (
             metadata.get("namespace"),

@@ -23,7 +23,7 @@ from knarr.aiokits.tasks import Tasks
 from knarr.api.errors import StatusError
 from knarr.api.resources import PODS
 from knarr.client.events import EventRecorder
-from knarr.client.informer import Informers
+from knarr.client.informer import Family, Informers
 from knarr.client.rest import Client
 from knarr.http.errors import HTTPError
 from knarr.scheduler import queue
@@ -59,13 +59,16 @@ class Scheduler:
     Args:
       client: with the rights of system:kube-scheduler.
       informers: shared with other components of the process; own ones when None.
+      family: whose informers keep objects together with its own.
     """
 
-    def __init__(self, client: Client, config: SchedulerConfig | None = None, *, informers: Informers | None = None) -> None:
+    def __init__(
+        self, client: Client, config: SchedulerConfig | None = None, *, informers: Informers | None = None, family: Family | None = None
+    ) -> None:
         self.config = config or SchedulerConfig()
         self.client = client
         self._own_informers = informers is None
-        self.informers = informers or Informers(client)
+        self.informers = informers or Informers(client, family)
         self.optional_informers = Informers(client)
         """Of kinds that need not be served."""
         self.handle = Handle(randomness=random.Random(self.config.random_seed), feature_gates=self.config.feature_gates)

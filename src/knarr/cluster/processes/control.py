@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from knarr.client.informer import Informers
+from knarr.client.informer import Family, Informers
 from knarr.client.rest import Client
 from knarr.cluster import addons, addresses, controllerargs, nodes, pki, relocation, renewal
 from knarr.cluster.config import ClusterConfig
@@ -41,11 +41,13 @@ def main(config: ClusterConfig, announce: Announce) -> None:
         # The first cluster of a machine has the well-known ports; nothing listens before the first Ingress of the class is there.
         listen = Listen(http_port=8000 + config.slot, https_port=8400 + config.slot) if config.slot else Listen()
         shown = [address] if (address := addresses.primary_address()) else []
-        ingress = IngressController(controllers, informers, folder=config.state / "ingress", listen=listen, status_addresses=shown)
+        folder = config.state / "ingress"
+        ingress = IngressController(controllers, informers, folder=folder, listen=listen, status_addresses=shown, gateway_services=True)
         file = config.scheduler_file
         deciding_as = read_text(file.read_bytes()) if file.is_file() else SchedulerConfig()
-        deciding = Scheduler(scheduler, replace(deciding_as, feature_gates={**gates, **deciding_as.feature_gates}))
-        managing = ControllerManager(controllers, controllers_config(config, gates))
+        family = Family()
+        deciding = Scheduler(scheduler, replace(deciding_as, feature_gates={**gates, **deciding_as.feature_gates}), family=family)
+        managing = ControllerManager(controllers, controllers_config(config, gates), family=family)
         components = (
             endpoints.Component(
                 "kube-controller-manager", endpoints.CONTROLLER_MANAGER_PORT, controllers, lambda: managing.ready, managing.exposition, managing.settings

@@ -17,6 +17,9 @@ ORPHAN = "orphan"
 FOREGROUND = "foregroundDeletion"
 
 
+_NOBODY: frozenset[Node] = frozenset()
+
+
 class Node:
     """One object that owns, is owned, or waits for its dependents."""
 
@@ -29,11 +32,21 @@ class Node:
         self.namespace = namespace
         self.name = name
         self.owners: list[Object] = []
-        self.dependents: set[Node] = set()
+        self.dependents: set[Node] | frozenset[Node] = _NOBODY
+        """Most objects own nothing, and an empty set of their own would be half of what they cost."""
         self.being_deleted = False
         self.deleting_dependents = False
         self.observed = False
         self.waits = False
+
+    def add_dependent(self, node: Node) -> None:
+        if isinstance(self.dependents, frozenset):
+            self.dependents = set()
+        self.dependents.add(node)
+
+    def drop_dependent(self, node: Node) -> None:
+        if isinstance(self.dependents, set):
+            self.dependents.discard(node)
 
     def blocking_dependents(self) -> list[Node]:
         """Dependents whose reference to this node says that they must go first."""
@@ -125,7 +138,7 @@ class Graph:
             owner = self.nodes.get(uid)
             if owner is None:
                 continue
-            owner.dependents.discard(node)
+            owner.drop_dependent(node)
             unblocked = unblocked or bool(before[uid].get("blockOwnerDeletion"))
             self._wake_waiting(uid)
             self._drop_if_idle(owner)
@@ -144,7 +157,7 @@ class Graph:
             # Same namespace until seen otherwise; the controller finds out whether it exists.
             owner = Node(reference["uid"], reference["apiVersion"], reference["kind"], node.namespace, reference["name"])
             self.nodes[owner.uid] = owner
-        owner.dependents.add(node)
+        owner.add_dependent(node)
         if not owner.observed or owner.being_deleted:
             self._delete(node.uid)
         elif (owner.kind, owner.name) != (reference["kind"], reference["name"]):
@@ -178,7 +191,7 @@ class Graph:
         for reference in node.owners:
             owner = self.nodes.get(reference["uid"])
             if owner is not None:
-                owner.dependents.discard(node)
+                owner.drop_dependent(node)
                 if owner.deleting_dependents:
                     self._delete(owner.uid)
                 else:
