@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from knarr.network.ingress.alternatives import settle
-from knarr.network.ingress.gateway import add_routes, intersect
+from knarr.network.ingress.gateway import Published, World, add_routes, intersect
 from knarr.network.ingress.gateways import _keep_times
 from knarr.network.ingress.model import Routes
+
+SHARED = Published(("192.0.2.7",))
 
 
 def gateway(*listeners: dict[str, Any], namespace: str = "infra") -> dict[str, Any]:
@@ -33,19 +35,29 @@ def to(
     return {"matches": [{"path": {"type": kind, "value": path}}], "backendRefs": refs, "filters": list(filters)}
 
 
-def build(gateways: list[dict[str, Any]], routes: list[dict[str, Any]], **more: Any) -> tuple[Routes, Any]:
+def build(
+    gateways: list[dict[str, Any]],
+    routes: list[dict[str, Any]],
+    *,
+    kind: str = "HTTPRoute",
+    has_secret: dict[str, bool] | None = None,
+    grants: list[dict[str, Any]] | None = None,
+    published: Published = SHARED,
+    **more: Any,
+) -> tuple[Routes, Any]:
     table = Routes()
     known = {"a": [("10.0.0.1", 80)], "b": [("10.0.0.2", 80)]}
     find = lambda _namespace, name, _port: known.get(name, f"service {name} does not exist")
-    outcome = add_routes(
-        table,
-        gateways,
-        routes,
-        find,
-        **{"has_secret": {}, "namespace_labels": {"app": {"team": "x"}}, "shown": [{"ip": "192.0.2.7"}], **more},
-    )
+    labels = {"app": {"team": "x"}}
+    world = World(addresses=find, has_secret=has_secret or {}, namespace_labels=labels, published=lambda _gateway: published, grants=grants or [], **more)
+    outcome = add_routes(table, gateways, {kind: routes}, world)
     settle(table)
     return table, outcome
+
+
+def told(outcome: Any, kind: str = "HTTPRoute", parent: int = 0) -> dict[str, tuple[str, str]]:
+    """The conditions of the one route."""
+    return state(outcome.routes[kind]["app/r"]["parents"][parent]["conditions"])
 
 
 def state(conditions: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
@@ -57,8 +69,7 @@ def test_a_route_of_an_allowed_namespace_is_served_and_accepted():
     target = table.prefix["foo.test|/"].split("|")[0]
     assert table.targets[f"{target}#0"] == "10.0.0.1|80"
     assert "foo.test|/exact" in table.exact
-    parent = outcome.routes["app/r"]["parents"][0]
-    assert state(parent["conditions"]) == {"Accepted": ("True", "Accepted"), "ResolvedRefs": ("True", "ResolvedRefs")}
+    assert told(outcome) == {"Accepted": ("True", "Accepted"), "ResolvedRefs": ("True", "ResolvedRefs")}
     status = outcome.gateways["infra/gw"]
     assert status["addresses"] == [{"type": "IPAddress", "value": "192.0.2.7"}]
     assert status["listeners"][0]["attachedRoutes"] == 1
@@ -81,18 +92,18 @@ def test_what_is_not_allowed_or_supported_is_told_and_not_served():
     for reason, (gateways, wanted) in cases.items():
         table, outcome = build(gateways, [wanted])
         assert not table.prefix, reason
-        assert state(outcome.routes["app/r"]["parents"][0]["conditions"])["Accepted"] == ("False", reason)
+        assert told(outcome)["Accepted"] == ("False", reason)
 
 
 def test_namespaces_may_be_selected_and_missing_backends_answer_500():
     selector = {"namespaces": {"from": "Selector", "selector": {"matchLabels": {"team": "x"}}}}
     table, outcome = build([gateway(listener(allowedRoutes=selector))], [route(to("nothing"))])
-    assert table.rules[table.prefix["*|/"].split("|")[0]].endswith("~reply:500")
-    assert state(outcome.routes["app/r"]["parents"][0]["conditions"])["ResolvedRefs"] == ("False", "BackendNotFound")
+    assert table.targets[table.prefix["*|/"].split("|")[0] + "#0"] == "nowhere|0"
+    assert told(outcome)["ResolvedRefs"] == ("False", "BackendNotFound")
 
 
 def test_https_listeners_bring_their_certificate_and_keep_plain_requests_out():
-    secure = listener("https", protocol="HTTPS", hostname="safe.test", tls={"certificateRefs": [{"name": "cert"}]})
+    secure = listener("https", port=443, protocol="HTTPS", hostname="safe.test", tls={"certificateRefs": [{"name": "cert"}]})
     table, outcome = build([gateway(secure)], [route(to("a"))], has_secret={"infra/cert": True})
     assert table.certificates == {"safe.test": "infra/cert"}
     assert table.prefix["safe.test|/"].endswith("|T|")
@@ -119,7 +130,7 @@ def test_conditions_are_tried_in_order_of_precedence_and_fall_back_to_shorter_pa
         to("b"),
     ]
     table, outcome = build([gateway(listener())], [route(*rules)])
-    assert state(outcome.routes["app/r"]["parents"][0]["conditions"])["Accepted"] == ("True", "Accepted")
+    assert told(outcome)["Accepted"] == ("True", "Accepted")
     ways = table.rules[table.prefix["*|/p/"].split("|")[0]].split(";")
     assert [way.split("~")[0].split(":")[0] for way in ways] == ["m", "h", "t"]
     assert table.prefix["*|/"].split("|")[0].startswith("gw/")
@@ -149,20 +160,20 @@ def test_a_condition_keeps_its_time_until_its_status_changes():
 def test_another_namespace_is_used_only_if_it_grants_that():
     elsewhere = {"backendRefs": [{"name": "a", "port": 80, "namespace": "data"}]}
     table, outcome = build([gateway(listener())], [route(elsewhere)])
-    assert state(outcome.routes["app/r"]["parents"][0]["conditions"])["ResolvedRefs"] == ("False", "RefNotPermitted")
+    assert told(outcome)["ResolvedRefs"] == ("False", "RefNotPermitted")
     grant = {
         "metadata": {"namespace": "data", "name": "g"},
         "spec": {"from": [{"group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "namespace": "app"}], "to": [{"group": "", "kind": "Service"}]},
     }
     table, outcome = build([gateway(listener())], [route(elsewhere)], grants=[grant])
-    assert state(outcome.routes["app/r"]["parents"][0]["conditions"])["ResolvedRefs"] == ("True", "ResolvedRefs")
+    assert told(outcome)["ResolvedRefs"] == ("True", "ResolvedRefs")
     assert table.targets[table.prefix["*|/"].split("|")[0] + "#0"] == "10.0.0.1|80"
     for side, change in (("to", {"name": "b"}), ("to", {"kind": "Secret"}), ("from", {"namespace": "other"}), ("from", {"kind": "Gateway"})):
         spec = {**grant["spec"], side: [{**grant["spec"][side][0], **change}]}
         _table, outcome = build([gateway(listener())], [route(elsewhere)], grants=[{**grant, "spec": spec}])
-        assert state(outcome.routes["app/r"]["parents"][0]["conditions"])["ResolvedRefs"][1] == "RefNotPermitted", change
+        assert told(outcome)["ResolvedRefs"][1] == "RefNotPermitted", change
     tls = {"certificateRefs": [{"name": "cert", "namespace": "data"}]}
-    secure = gateway(listener("https", protocol="HTTPS", hostname="safe.test", tls=tls))
+    secure = gateway(listener("https", port=443, protocol="HTTPS", hostname="safe.test", tls=tls))
     permit = {**grant, "spec": {"from": [{"group": "gateway.networking.k8s.io", "kind": "Gateway", "namespace": "infra"}], "to": [{"group": "", "kind": "Secret", "name": "cert"}]}}
     for grants, reason in (([], "RefNotPermitted"), ([permit], "ResolvedRefs")):
         _table, outcome = build([secure], [], has_secret={"data/cert": True}, grants=grants)
@@ -176,7 +187,7 @@ def test_timeouts_and_copies_are_actions():
     assert "timeout:500," in text
     assert "mirror:25:" in text
     table, outcome = build([gateway(listener())], [route({**to("a"), "timeouts": {"request": "soon"}})])
-    assert state(outcome.routes["app/r"]["parents"][0]["conditions"])["Accepted"] == ("False", "UnsupportedValue")
+    assert told(outcome)["Accepted"] == ("False", "UnsupportedValue")
     table, _outcome = build([gateway(listener())], [route({**to("a"), "timeouts": {"request": "0s"}})])
     assert table.prefix["*|/"].endswith("|P|")
 
@@ -184,9 +195,8 @@ def test_timeouts_and_copies_are_actions():
 def test_a_grpc_route_leads_its_methods_over_http_2():
     method = lambda **asked: {"matches": [{"method": asked}], "backendRefs": [{"name": "a", "port": 80}]}
     rules = [method(service="shop.Cart", method="Add"), method(service="shop.Cart"), method(method="Ping"), {"backendRefs": [{"name": "b", "port": 80}]}]
-    table, outcome = build([gateway(listener())], [], grpc_routes=[route(*rules, hostnames=["g.test"])])
+    table, outcome = build([gateway(listener())], [route(*rules, hostnames=["g.test"])], kind="GRPCRoute")
     assert table.exact["g.test|/shop.Cart/Add"].split("|")[1] == "PG"
     assert table.prefix["g.test|/shop.Cart/"].split("|")[1] == "PG"
     assert "^g\\.test[|](?:/[^/]+/Ping)$" in table.regex
-    assert state(outcome.grpc_routes["app/r"]["parents"][0]["conditions"])["Accepted"][0] == "True"
-    assert outcome.routes == {}
+    assert told(outcome, "GRPCRoute")["Accepted"][0] == "True"

@@ -36,6 +36,9 @@ BALANCER_RULES: list[dict[str, Any]] = [
     {"apiGroups": ["networking.k8s.io"], "resources": ["ingresses", "ingressclasses"], "verbs": [*READ, "create"]},
     {"apiGroups": ["networking.k8s.io"], "resources": ["ingresses/status"], "verbs": ["patch", "update"]},
     {"apiGroups": ["gateway.networking.k8s.io"], "resources": ["*"], "verbs": [*READ, "patch", "update"]},
+    {"apiGroups": ["gateway.networking.k8s.io"], "resources": ["gatewayclasses"], "verbs": ["create"]},
+    {"apiGroups": [""], "resources": ["services"], "verbs": ["create", "delete"]},
+    {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["create", "patch", "delete"]},
 ]
 """What the control process' load balancer and ingress controllers may do beyond upstream's controller manager."""
 

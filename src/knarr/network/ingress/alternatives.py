@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 Kind = Literal["exact", "prefix", "regex"]
 Place = tuple[Kind, str, str]
-"""Kind of path, host ("*" for any), path (prefixes end in "/")."""
+"""Kind of path, host ("*" for any) or site of a Gateway's door (with a "/"), path (prefixes end in "/")."""
 LISTED = "L"
 """Flag of a map entry whose target names a list."""
 ONLY_PLAIN, ONLY_TLS = "P", "T"
 
 Condition = tuple[str, str, str]
-"""(what, name, value): "m" method, "h"/"H" header equals or matches, "q"/"Q" query parameter, "t" over TLS, "w" share in percent, "i" source addresses, "c" cookie equals; with "!" in front it must not hold."""
+"""(what, name, value): "m" method, "h"/"H" header equals or matches, "q"/"Q" query parameter, "t" over TLS, "w" share in percent, "i" source addresses, "c" cookie equals, "d" as "w", but of no weight in the order; with "!" in front it must not hold."""
 Action = tuple[str, ...]
 """What to do: see `script`."""
 
@@ -52,7 +52,7 @@ class Alternative:
 
     def order(self) -> tuple[object, ...]:
         """Sorting key: the method counts most, then the number of headers, then of query parameters."""
-        kinds = [what.lower().lstrip("!") for what, _name, _value in self.conditions]
+        kinds = [what.lower().lstrip("!") for what, _name, _value in self.conditions if what != "d"]
         return "m" not in kinds, -kinds.count("h"), -kinds.count("q"), -len(kinds), self.rank
 
     def plain(self) -> str | None:
@@ -129,7 +129,9 @@ def _wider(routes: Routes, collected: dict[Place, list[Alternative]], kind: Kind
         return
     whole = path.rstrip("/") + "/"
     wild = "*" + host[host.find(".") :] if "." in host and not host.startswith("*") else ""
-    for site in dict.fromkeys((host, *((wild,) if wild else ()), "*")):
+    # What belongs to a door of a Gateway is nobody else's.
+    sites = (host,) if "/" in host else dict.fromkeys((host, *((wild,) if wild else ()), "*"))
+    for site in sites:
         keys = {key for key in routes.prefix if key.startswith(f"{site}|")} | {f"{site}|{p}" for k, s, p in collected if (k, s) == ("prefix", site)}
         for key in sorted(keys, key=len, reverse=True):
             prefix = key[len(site) + 1 :]

@@ -38,6 +38,7 @@ from knarr.network.ingress.alternatives import settle
 from knarr.network.ingress.annotations import secret_of
 from knarr.network.ingress.gateway import Outcome
 from knarr.network.ingress.gateways import GatewaySupport
+from knarr.network.ingress.gatewayservices import Ports
 from knarr.network.ingress.haproxy import PASSWORD_SOCKET, Certificates, HAProxy, HAProxyError, Listen, certificate_name, program, usable
 from knarr.network.ingress.model import ENDPOINTS, Routes, build, is_ours
 from knarr.network.ingress.passwords import Passwords, read_users
@@ -56,7 +57,8 @@ class IngressController:
       folder: Private folder for the proxy, on a tmpfs.
       listen: Where the proxy listens.
       status_addresses: What Ingress status shows: addresses under which the proxy is reached.
-      class_name: Name of our IngressClass.
+      class_name: Name of our IngressClass, and of the GatewayClass that we make where Gateways are defined.
+      gateway_services: Gateways get Services of type LoadBalancer, and by them addresses of their own.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class IngressController:
         listen: Listen | None = None,
         status_addresses: Sequence[str] = (),
         class_name: str = "knarr",
+        gateway_services: bool = False,
     ) -> None:
         self._client = client
         self._informers = informers
@@ -80,10 +83,11 @@ class IngressController:
         self._class = class_name
         self._status = [{"ip": address} for address in status_addresses]
         self._recorder = EventRecorder(client, "ingress-controller")
-        self.proxy = HAProxy(Path(folder), listen or Listen(), _self_signed())
+        self._listen = listen or Listen()
+        self.proxy = HAProxy(Path(folder), self._listen, _self_signed())
         self._wake = asyncio.Event()
         self._tasks = Tasks()
-        self._gateways = GatewaySupport(client, informers, self._wake, self._status)
+        self._gateways = GatewaySupport(client, informers, self._wake, self._status, class_name=class_name, own_addresses=gateway_services)
         self._started = False
         self._reported: dict[str, str] = {}
         self._by_endpoints: set[str] = set()
@@ -189,6 +193,9 @@ class IngressController:
         self._report(routes, ingresses)
         for ingress in ingresses:
             await self._write_status(ingress)
+        if self._status:
+            ports = Ports(self._status[0]["ip"], self._listen.http_port, self._listen.https_port, self.proxy.stream_port())
+            await self._gateways.bring_about(outcome, ports)
         await self._gateways.write_statuses(outcome)
 
     def _addresses(self, namespace: str, name: str, port: Mapping[str, Any]) -> list[tuple[str, int]] | str:

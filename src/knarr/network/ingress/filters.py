@@ -1,4 +1,4 @@
-"""Filters of HTTPRoutes as flags and actions of the proxy: redirects, rewrites, changes of headers. Pure.
+"""Filters of HTTPRoutes as flags and actions of the proxy: redirects, rewrites, changes of headers, CORS. Pure.
 
 Role: `gateway` reads the filters of each rule. What a filter asks for that cannot be done raises Unsupported.
 Source: gateway-api HTTPRouteFilter.
@@ -15,6 +15,8 @@ from knarr.network.ingress.annotations import MOVED
 from knarr.network.ingress.annotations import TO_HTTPS as TO_HTTPS_308
 from knarr.network.ingress.model import TO_HTTPS_301, TO_HTTPS_302
 
+OF_RULES = ("RequestRedirect", "URLRewrite", "RequestMirror", "CORS")
+"""Filters that a whole rule may have, a single backend not."""
 _TO_HTTPS = {301: TO_HTTPS_301, 302: TO_HTTPS_302, 308: TO_HTTPS_308}
 
 
@@ -49,6 +51,8 @@ def read(item: Mapping[str, Any], prefix: str) -> Effect:
         return _headers("request", item.get("requestHeaderModifier") or {})
     if kind == "ResponseHeaderModifier":
         return _headers("answer", item.get("responseHeaderModifier") or {})
+    if kind == "CORS":
+        return _cors(item.get("cors") or {})
     raise Unsupported(f"filter {kind} is not supported")
 
 
@@ -91,3 +95,10 @@ def _headers(side: str, change: Mapping[str, Any]) -> Effect:
         actions.extend((f"{side}-{verb}", item["name"], item["value"]) for item in change.get(verb) or ())
     actions.extend((f"{side}-remove", name) for name in change.get("remove") or ())
     return Effect(actions=tuple(actions))
+
+
+def _cors(cors: Mapping[str, Any]) -> Effect:
+    text = {name: ", ".join(cors.get(name) or ()) for name in ("allowMethods", "allowHeaders", "exposeHeaders")}
+    credentials = "true" if cors.get("allowCredentials") else ""
+    origins = cors.get("allowOrigins") or ()
+    return Effect(actions=(("cors", credentials, *text.values(), str(cors.get("maxAge") or 5), *origins),))

@@ -16,21 +16,35 @@ from knarr.aiokits.clock import now_rfc3339
 from knarr.aiokits.log import get_logger
 from knarr.api import errors
 from knarr.api.errors import StatusError
-from knarr.api.resources import CUSTOM_RESOURCE_DEFINITIONS, NAMESPACES
+from knarr.api.resources import CONFIG_MAPS, CUSTOM_RESOURCE_DEFINITIONS, ENDPOINT_SLICES, NAMESPACES, SERVICES
 from knarr.api.scheme import Resource
 from knarr.api.types import Object
 from knarr.client.informer import Informer, Informers
 from knarr.client.rest import Client
 from knarr.network.ingress import gateway
-from knarr.network.ingress.gateway import CONTROLLER, GATEWAY_CLASSES, GATEWAYS, GRPC_ROUTES, HTTP_ROUTES, REFERENCE_GRANTS, Outcome
-from knarr.network.ingress.gatewaybackends import GROUP
+from knarr.network.ingress.backendtls import Policies
+from knarr.network.ingress.gateway import Outcome, Published, World
+from knarr.network.ingress.gatewayapi import (
+    BACKEND_TLS_POLICIES,
+    CONTROLLER,
+    FEATURES,
+    GATEWAY_CLASSES,
+    GATEWAYS,
+    GROUP,
+    HTTP_ROUTES,
+    REFERENCE_GRANTS,
+    ROUTES,
+    condition,
+)
+from knarr.network.ingress.gatewayservices import GatewayServices, Ports, is_of_gateway
 from knarr.network.ingress.model import Addresses, Routes
+from knarr.network.loadbalancer import ingress_addresses
 from knarr.network.objects import object_key
 
 log = get_logger(__name__)
 
 _KINDS = (GATEWAY_CLASSES, GATEWAYS, HTTP_ROUTES)
-_OPTIONAL = (GRPC_ROUTES, REFERENCE_GRANTS)
+_OPTIONAL = (*ROUTES[1:], REFERENCE_GRANTS, BACKEND_TLS_POLICIES)
 """Served by some releases of the definitions only."""
 
 
@@ -44,9 +58,18 @@ def _slim(obj: Object) -> Object:
 
 
 class GatewaySupport:
-    """See the module. `wake` is set when something changed."""
+    """See the module.
 
-    def __init__(self, client: Client, informers: Informers, wake: asyncio.Event, shown: Sequence[Mapping[str, str]]) -> None:
+    Args:
+      wake: Set when something changed.
+      shown: Addresses of this machine, under which all Gateways are reached.
+      class_name: Name of the GatewayClass that we make.
+      own_addresses: Every Gateway gets a Service of type LoadBalancer; there must be somebody who gives those addresses.
+    """
+
+    def __init__(
+        self, client: Client, informers: Informers, wake: asyncio.Event, shown: Sequence[Mapping[str, str]], *, class_name: str, own_addresses: bool
+    ) -> None:
         self._client = client
         self._informers = informers
         self._wake = wake
@@ -54,13 +77,30 @@ class GatewaySupport:
         self._definitions = informers.get(CUSTOM_RESOURCE_DEFINITIONS, transform=_slim)
         self._namespaces = informers.get(NAMESPACES)
         self._watched: dict[Resource, Informer] = {}
+        self._class = class_name
+        self._services = informers.get(SERVICES)
+        self._own = GatewayServices(client, self._services, informers.get(ENDPOINT_SLICES)) if own_addresses else None
 
     def subscribe(self) -> None:
         """Follow the definitions."""
         self._definitions.add_handler(self._definition_seen, lambda _old, new: self._definition_seen(new))
+        self._namespaces.add_handler(self._namespace_seen, self._namespace_changed)
+        self._services.add_handler(on_update=self._service_changed)
 
     def _definition_seen(self, obj: Object) -> None:
         if obj["metadata"]["name"].endswith("." + GROUP):
+            self._wake.set()
+
+    def _namespace_seen(self, _obj: Object) -> None:
+        if self._watched:
+            self._wake.set()
+
+    def _namespace_changed(self, old: Object, new: Object) -> None:
+        if old["metadata"].get("labels") != new["metadata"].get("labels"):
+            self._namespace_seen(new)
+
+    def _service_changed(self, old: Object, new: Object) -> None:
+        if is_of_gateway(new) and ingress_addresses(old) != ingress_addresses(new):
             self._wake.set()
 
     def _served(self, resource: Resource) -> bool:
@@ -82,21 +122,35 @@ class GatewaySupport:
         if not all(self._served(resource) for resource in _KINDS):
             return
         fresh = [resource for resource in (*_KINDS, *_OPTIONAL) if resource not in self._watched and self._served(resource)]
-        if not fresh:
-            return
+        if BACKEND_TLS_POLICIES in self._watched and CONFIG_MAPS not in self._watched and self._list(BACKEND_TLS_POLICIES):
+            # Authorities lie in them; nobody else here needs them.
+            fresh.append(CONFIG_MAPS)
         for resource in fresh:
             informer = self._informers.get(resource)
             informer.add_handler(self._seen, self._changed, self._seen)
             self._watched[resource] = informer
-        await self._informers.start()
-        for informer in self._watched.values():
-            await informer.wait_synced()
+        if fresh:
+            await self._informers.start()
+            for informer in self._watched.values():
+                await informer.wait_synced()
+        await self._ensure_class()
+
+    async def _ensure_class(self) -> None:
+        if self._watched[GATEWAY_CLASSES].get(None, self._class) is not None:
+            return
+        metadata = {"name": self._class, "labels": {"app.kubernetes.io/managed-by": "knarr"}}
+        wanted = {"apiVersion": GATEWAY_CLASSES.api_version, "kind": GATEWAY_CLASSES.kind, "metadata": metadata, "spec": {"controllerName": CONTROLLER}}
+        try:
+            await self._client.create(GATEWAY_CLASSES, wanted)
+        except StatusError as error:
+            if not errors.is_already_exists(error):
+                raise
 
     def _seen(self, _obj: Object) -> None:
         self._wake.set()
 
     def _changed(self, old: Object, new: Object) -> None:
-        if old.get("spec") != new.get("spec") or old["metadata"].get("deletionTimestamp") != new["metadata"].get("deletionTimestamp"):
+        if old.get("spec") != new.get("spec") or old.get("data") != new.get("data") or old["metadata"].get("deletionTimestamp") != new["metadata"].get("deletionTimestamp"):
             self._wake.set()
 
     def _classes(self) -> list[Object]:
@@ -109,22 +163,38 @@ class GatewaySupport:
         names = {obj["metadata"]["name"] for obj in self._classes()}
         return [obj for obj in self._watched[GATEWAYS].list() if (obj.get("spec") or {}).get("gatewayClassName") in names]
 
+    def _published(self, obj: Object) -> Published:
+        return self._own.published(obj) if self._own else Published(tuple(item["ip"] for item in self._shown))
+
     def add_routes(self, routes: Routes, addresses: Addresses, has_secret: Mapping[str, bool]) -> Outcome:
-        """Add all HTTPRoutes of our Gateways; see gateway.add_routes."""
+        """Add all routes of our Gateways; see gateway.add_routes."""
         if not self.active:
             return Outcome()
         labels = {obj["metadata"]["name"]: obj["metadata"].get("labels") or {} for obj in self._namespaces.list()}
-        return gateway.add_routes(
-            routes,
-            self.gateways(),
-            self._watched[HTTP_ROUTES].list(),
-            addresses,
+        maps = self._watched.get(CONFIG_MAPS)
+        policies = Policies(routes, self._list(BACKEND_TLS_POLICIES), maps.get_key if maps else lambda _key: None, self._port_name)
+        world = World(
+            addresses=addresses,
             has_secret=has_secret,
             namespace_labels=labels,
-            shown=self._shown,
-            grpc_routes=self._list(GRPC_ROUTES),
+            published=self._published,
             grants=self._list(REFERENCE_GRANTS),
+            protocols=lambda *asked: str(self._port(*asked).get("appProtocol") or ""),
+            policies=policies,
         )
+        return gateway.add_routes(routes, self.gateways(), {resource.kind: self._list(resource) for resource in ROUTES}, world)
+
+    def _port(self, namespace: str, name: str, port: Mapping[str, Any]) -> Mapping[str, Any]:
+        service = self._services.get(namespace, name) or {}
+        return next((item for item in (service.get("spec") or {}).get("ports") or () if item.get("port") == port.get("number")), {})
+
+    def _port_name(self, namespace: str, name: str, port: Mapping[str, Any]) -> str:
+        return str(self._port(namespace, name, port).get("name") or "")
+
+    async def bring_about(self, outcome: Outcome, ports: Ports) -> None:
+        """Give every Gateway its Service."""
+        if self.active and self._own:
+            await self._own.bring_about(self.gateways(), outcome.listeners, ports)
 
     async def write_statuses(self, outcome: Outcome) -> None:
         """Bring statuses to what came out; unchanged ones are not written."""
@@ -132,17 +202,23 @@ class GatewaySupport:
             return
         for obj in self._classes():
             generation = obj["metadata"].get("generation") or 0
-            await self._write(GATEWAY_CLASSES, obj, {"conditions": [gateway.condition("Accepted", True, "Accepted", "", generation)]})
+            status = {"conditions": [condition("Accepted", True, "Accepted", "", generation)], "supportedFeatures": [{"name": name} for name in FEATURES]}
+            await self._write(GATEWAY_CLASSES, obj, status)
         for obj in self.gateways():
-            status = outcome.gateways.get(object_key(obj))
-            if status is not None:
-                await self._write(GATEWAYS, obj, status)
-        for resource, statuses in ((HTTP_ROUTES, outcome.routes), (GRPC_ROUTES, outcome.grpc_routes)):
-            for obj in self._list(resource):
-                foreign = [item for item in (obj.get("status") or {}).get("parents") or () if item.get("controllerName") != CONTROLLER]
-                ours = statuses.get(object_key(obj), {"parents": []})["parents"]
-                if ours or len(foreign) != len((obj.get("status") or {}).get("parents") or ()):
-                    await self._write(resource, obj, {"parents": [*foreign, *ours]})
+            if (found := outcome.gateways.get(object_key(obj))) is not None:
+                await self._write(GATEWAYS, obj, found)
+        for resource in ROUTES:
+            await self._write_shares(resource, "parents", outcome.routes.get(resource.kind, {}))
+        await self._write_shares(BACKEND_TLS_POLICIES, "ancestors", outcome.policies)
+
+    async def _write_shares(self, resource: Resource, part: str, statuses: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write our entries of a list that other controllers write to, too."""
+        for obj in self._list(resource):
+            present = (obj.get("status") or {}).get(part) or ()
+            foreign = [item for item in present if item.get("controllerName") != CONTROLLER]
+            ours = statuses.get(object_key(obj), {}).get(part, [])
+            if ours or len(foreign) != len(present):
+                await self._write(resource, obj, {part: [*foreign, *ours]})
 
     async def _write(self, resource: Resource, obj: Object, status: dict[str, Any]) -> None:
         before = obj.get("status") or {}
@@ -181,4 +257,4 @@ def _keep_times(before: Any, after: Any) -> None:
 
 
 def _identity(part: Any) -> Any:
-    return (part.get("name") or part.get("parentRef")) if isinstance(part, dict) else None
+    return (part.get("name") or part.get("parentRef") or part.get("ancestorRef")) if isinstance(part, dict) else None

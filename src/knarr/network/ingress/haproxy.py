@@ -14,9 +14,9 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import hashlib
-import resource
 import shutil
 import signal
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,17 +24,17 @@ from pathlib import Path
 from knarr.aiokits.backoff import Backoff
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
-from knarr.network.ingress.alternatives import LISTED, ONLY_PLAIN, ONLY_TLS
-from knarr.network.ingress.annotations import HTTP2_BACKEND, HTTPS_BACKEND, MOVED, TO_HTTPS
-from knarr.network.ingress.model import TO_HTTPS_301, TO_HTTPS_302, Routes
+from knarr.network.ingress.haproxyconfig import SECURE, Listen, render, server_line
+from knarr.network.ingress.model import Routes, Server
 from knarr.network.ingress.script import SCRIPT
 
+__all__ = ["Certificates", "HAProxy", "HAProxyError", "Listen", "certificate_name", "program", "usable"]
 log = get_logger(__name__)
 
 PASSWORD_SOCKET = "passwords.sock"
-LIMITS = {"rps": ("(5s)", "http_req_rate"), "rpm": ("(60s)", "http_req_rate"), "connections": ("", "conn_cur")}
-"""Kinds of limits: the table's window and what it counts."""
-MAPS = ("targets", "rules", "exact", "prefix", "regex", "hosts")
+MAPS = ("targets", "rules", "exact", "prefix", "regex", "streams", "patterns", "hosts", "doors")
+_REGULAR = ("regex", "patterns")
+"""Maps of regular expressions."""
 _REFERRED = ("targets", "rules")
 """Maps that the others refer to: what is new comes before them, what is gone leaves after them."""
 _PR_SET_PDEATHSIG = 1
@@ -43,16 +43,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 class HAProxyError(Exception):
     """HAProxy refused its configuration or a command; the text is its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Listen:
-    """Where the proxy listens."""
-
-    addresses: tuple[str, ...] = ("*",)
-    http_port: int = 80
-    https_port: int = 443
-    threads: int = 2
 
 
 @dataclass(slots=True)
@@ -68,129 +58,12 @@ def program() -> str | None:
     return shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/sbin:/usr/local/sbin")
 
 
-def _route(folder: Path) -> str:
-    """Find the rule of a request: host first, then path."""
-    return f"""  http-request set-var(txn.host) req.hdr(host),field(1,:),lower
-  http-request set-var(txn.wild) var(txn.host),regsub(^[^.]*,*)
-  http-request set-var(txn.site) var(txn.host),map_str({folder}/hosts.map)
-  http-request set-var(txn.site) var(txn.wild),map_str({folder}/hosts.map) unless {{ var(txn.site) -m found }}
-  http-request set-var(txn.site) str(*) unless {{ var(txn.site) -m found }}
-  http-request set-var(txn.path) path
-  http-request set-var(txn.exact) var(txn.site),concat(|,txn.path)
-  http-request set-var(txn.prefix) var(txn.exact),concat(/)
-  http-request set-var(txn.rule) var(txn.exact),map_str({folder}/exact.map)
-  http-request set-var(txn.rule) var(txn.exact),map_reg({folder}/regex.map) unless {{ var(txn.rule) -m found }}
-  http-request set-var(txn.rule) var(txn.prefix),map_beg({folder}/prefix.map) unless {{ var(txn.rule) -m found }}
-  http-request set-var(txn.spare) str(*),concat(|,txn.path),concat(/)
-  http-request set-var(txn.rule) var(txn.spare),map_beg({folder}/prefix.map) unless {{ var(txn.rule) -m found }}
-  http-request return status 404 content-type text/plain string "default backend - 404" unless {{ var(txn.rule) -m found }}
-  http-request set-var(txn.target) var(txn.rule),field(1,|)
-  http-request set-var(txn.flags) var(txn.rule),field(2,|)
-  http-request set-var(txn.argument) var(txn.rule),field(3,|)
-  http-request set-header X-Forwarded-Host %[req.hdr(host)]
-  http-request lua.choose if {{ var(txn.flags) -m sub {LISTED} }}
-{_limits()}
-  http-request wait-for-body time 2s if {{ var(txn.mirror) -m found }}
-  http-request lua.mirror if {{ var(txn.mirror) -m found }}
-  http-response lua.answered if {{ var(txn.after) -m found }}"""
+@dataclass(slots=True)
+class Tls:
+    """How the proxy speaks TLS: servers by name, and authorities' certificates by file name."""
 
-
-def _limits() -> str:
-    """Refuse who comes too often; the script has set what is counted and how much is allowed."""
-    lines = []
-    for counter, (kind, (_window, measure)) in enumerate(LIMITS.items()):
-        found = f"{{ var(txn.{kind}_key) -m found }}"
-        lines += [
-            f"  http-request track-sc{counter} var(txn.{kind}_key) table {kind} if {found}",
-            f"  http-request deny deny_status 503 if {found} {{ sc_{measure}({counter}),sub(txn.{kind}_limit) gt 0 }}",
-        ]
-    return "\n".join(lines)
-
-
-def _tables() -> str:
-    return "\n".join(
-        f"backend {kind}\n  stick-table type string len 64 size 100k expire {10 if window.endswith('s)') else 70}s store {measure}{window}"
-        for kind, (window, measure) in LIMITS.items()
-    )
-
-
-def _forward(folder: Path) -> str:
-    """Send a request to where its rule says."""
-    return f"""  http-request redirect location %[var(txn.argument)] code 301 if {{ var(txn.flags) -m sub {MOVED} }}
-  http-request set-var(txn.count) var(txn.target),map_str({folder}/targets.map,0),add(0)
-  http-request return status 503 content-type text/plain string "no endpoints" if {{ var(txn.count) -m int 0 }}
-  http-request set-var(txn.index) rand,mod(txn.count) unless {{ var(txn.place) -m found }}
-  http-request set-var(txn.place) var(txn.target),concat(\\#,txn.index),map_str({folder}/targets.map) unless {{ var(txn.place) -m found }}
-  http-request set-var(txn.address) var(txn.place),field(1,|)
-  http-request set-var(txn.port) var(txn.place),field(2,|)
-  http-request set-path %[var(txn.argument)] if {{ var(txn.argument) -m len gt 0 }}
-  http-request set-header X-Real-IP %[src]
-  http-request set-header X-Forwarded-Port %[dst_port]
-  use_backend secure if {{ var(txn.flags) -m sub {HTTPS_BACKEND} }}
-  use_backend http2 if {{ var(txn.flags) -m sub {HTTP2_BACKEND} }}
-  default_backend plain"""
-
-
-def render(folder: Path, listen: Listen) -> str:
-    """The configuration; it never changes while the listening places stay."""
-    binds = "\n".join(f"  bind {address}:{listen.http_port}" for address in listen.addresses)
-    secure = "\n".join(
-        f"  bind {address}:{listen.https_port} ssl crt-list {folder}/certs.list alpn h2,http/1.1" for address in listen.addresses
-    )
-    route, forward = _route(folder), _forward(folder)
-    backend = """  option forwardfor
-  http-request set-dst var(txn.address)
-  http-request set-dst-port var(txn.port)
-  http-request set-timeout server var(txn.timeout) if { var(txn.timeout) -m found }
-  http-request disable-l7-retry if { var(txn.timeout) -m found }
-  retry-on conn-failure empty-response response-timeout 0rtt-rejected
-  http-reuse safe"""
-    # Each connection needs two descriptors, and HAProxy refuses to start with fewer than it was promised.
-    connections = max(100, min(20_000, (resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 200) // 2 - 100))
-    return f"""global
-  stats socket {folder}/admin.sock mode 600 level admin
-  maxconn {connections}
-  nbthread {listen.threads}
-  tune.ssl.default-dh-param 2048
-  ssl-default-bind-options ssl-min-ver TLSv1.2
-  hard-stop-after 60s
-  lua-load-per-thread {folder}/script.lua
-defaults
-  mode http
-  timeout connect 3s
-  timeout client 65s
-  timeout server 65s
-  timeout http-request 15s
-  timeout http-keep-alive 65s
-  timeout tunnel 1h
-  retries 3
-  option redispatch
-frontend http
-{binds}
-{route}
-  http-request return status 404 content-type text/plain string "default backend - 404" if {{ var(txn.flags) -m sub {ONLY_TLS} }}
-  http-request redirect scheme https code 308 if {{ var(txn.flags) -m sub {TO_HTTPS} }}
-  http-request redirect scheme https code 301 if {{ var(txn.flags) -m sub {TO_HTTPS_301} }}
-  http-request redirect scheme https code 302 if {{ var(txn.flags) -m sub {TO_HTTPS_302} }}
-  http-request set-header X-Forwarded-Proto http
-{forward}
-frontend https
-{secure}
-{route}
-  http-request return status 404 content-type text/plain string "default backend - 404" if {{ var(txn.flags) -m sub {ONLY_PLAIN} }}
-  http-request set-header X-Forwarded-Proto https
-{forward}
-backend plain
-{backend}
-  server any 0.0.0.0:0
-backend secure
-{backend}
-  server any 0.0.0.0:0 ssl verify none sni req.hdr(host),field(1,:) alpn h2,http/1.1
-backend http2
-{backend}
-  server any 0.0.0.0:0 proto h2
-{_tables()}
-"""
+    servers: dict[str, Server] = field(default_factory=dict)
+    authorities: dict[str, str] = field(default_factory=dict)
 
 
 class HAProxy:
@@ -206,6 +79,8 @@ class HAProxy:
         self._default_pem = default_pem
         self._maps: dict[str, dict[str, str]] = {name: {} for name in MAPS}
         self._certificates = Certificates()
+        self._tls = Tls()
+        self._streams: socket.socket | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._ready = asyncio.Event()
         self._changing = asyncio.Lock()
@@ -215,6 +90,17 @@ class HAProxy:
     def pid(self) -> int | None:
         """The child's process id while it runs."""
         return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    def stream_port(self) -> int:
+        """The port for TLS of Gateways that may go on undecrypted. It stays the same while we live, across deaths of the child."""
+        return int(self._stream_socket().getsockname()[1])
+
+    def _stream_socket(self) -> socket.socket:
+        if self._streams is None:
+            place = self._listen.addresses[0]
+            self._streams = socket.create_server(("0.0.0.0" if place == "*" else place, 0), backlog=1024)
+            self._streams.setblocking(False)
+        return self._streams
 
     async def run(self) -> None:
         """Keep the child running until cancelled; it is gone on return."""
@@ -230,6 +116,9 @@ class HAProxy:
                 await backoff.sleep()
         finally:
             await self._stop()
+            if self._streams is not None:
+                self._streams.close()
+                self._streams = None
             shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _run_once(self) -> None:
@@ -237,12 +126,13 @@ class HAProxy:
         if binary is None:
             raise HAProxyError("haproxy is not installed (apt-get install haproxy)")
         self._write_files()
-        begun_with = self._maps, self._certificates
-        config = self._folder / "haproxy.cfg"
-        config.write_text(render(self._folder, self._listen))
+        begun_with = self._maps, self._certificates, self._tls
+        config, stream = self._folder / "haproxy.cfg", self._stream_socket().fileno()
+        config.write_text(render(self._folder, self._listen, stream, self._tls.servers))
         self._process = process = await asyncio.create_subprocess_exec(
-            binary, "-db", "-f", str(config), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, preexec_fn=_die_with_parent
-        )
+            binary, "-db", "-f", str(config),
+            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, preexec_fn=_die_with_parent, pass_fds=(stream,),
+        )  # fmt: skip
         noise = bytearray()
         if process.stderr is not None:
             self._tasks.spawn(_keep_tail(process.stderr, noise), "ingress proxy: messages")
@@ -250,7 +140,7 @@ class HAProxy:
             if await self._wait_socket(process):
                 async with self._changing:
                     # What came while it started may be in the files only.
-                    await self._apply_running(*begun_with, self._certificates)
+                    await self._apply_running(*begun_with)
                     self._ready.set()
                 log.info("ingress proxy runs", pid=process.pid, http_port=self._listen.http_port)
             await process.wait()
@@ -296,25 +186,27 @@ class HAProxy:
           HAProxyError: the running child refused something; files are right, so a restart would be, too.
         """
         async with self._changing:
-            before, self._maps = self._maps, {name: dict(getattr(routes, name)) for name in MAPS}
-            old, self._certificates = self._certificates, certificates
+            before, self._maps = (self._maps, self._certificates, self._tls), {name: dict(getattr(routes, name)) for name in MAPS}
+            self._certificates, self._tls = certificates, Tls(dict(routes.servers), dict(routes.authorities))
             if not self._folder.exists():
                 return
             self._write_files()
             if self._ready.is_set():
-                await self._change(before, old, certificates)
+                await self._change(*before)
 
-    async def _change(self, before: Mapping[str, dict[str, str]], old: Certificates, certificates: Certificates) -> None:
+    async def _change(self, before: Mapping[str, dict[str, str]], old: Certificates, tls: Tls) -> None:
         try:
-            await self._apply_running(before, old, certificates)
+            await self._apply_running(before, old, tls)
         except (HAProxyError, OSError, TimeoutError):
             # What it holds now is unknown; the files are right, so a fresh child is, too.
             if self.pid is not None and self._process is not None:
                 self._process.terminate()
             raise
 
-    async def _apply_running(self, before: Mapping[str, dict[str, str]], old: Certificates, certificates: Certificates) -> None:
-        await self._apply_certificates(old, certificates)
+    async def _apply_running(self, before: Mapping[str, dict[str, str]], old: Certificates, tls: Tls) -> None:
+        await self._add_authorities(tls.authorities)
+        await self._apply_certificates(old, self._certificates)
+        await self._add_servers(tls.servers)
         merged = {name: {**before[name], **self._maps[name]} for name in _REFERRED}
         for name in _REFERRED:
             if merged[name] != before[name]:
@@ -325,13 +217,51 @@ class HAProxy:
         for name in reversed(_REFERRED):
             if merged[name] != self._maps[name]:
                 await self._replace(name, self._maps[name])
+        await self._forget(tls)
+
+    async def _add_authorities(self, old: Mapping[str, str]) -> None:
+        for name, pem in self._tls.authorities.items():
+            if name in old:
+                continue
+            path = self._folder / name
+            await self._command(f"new ssl ca-file {path}")
+            await self._command(f"set ssl ca-file {path} <<\n{_no_blank_lines(pem)}")
+            answer = await self._command(f"commit ssl ca-file {path}")
+            if "Success" not in answer:
+                raise HAProxyError(f"authorities {name}: {answer.strip()}")
+
+    async def _add_servers(self, old: Mapping[str, Server]) -> None:
+        for name, server in self._tls.servers.items():
+            if name not in old:
+                answer = await self._command(f"add server {SECURE}/{name} {server_line(self._folder, server)}")
+                if "registered" not in answer:
+                    raise HAProxyError(f"server {name}: {answer.strip()}")
+                await self._command(f"enable server {SECURE}/{name}")
+
+    async def _forget(self, old: Tls) -> None:
+        """What nothing refers to any more. What is still in use by a request stays; a fresh child is without it."""
+        for name in old.servers:
+            if name not in self._tls.servers:
+                await self._command(f"set server {SECURE}/{name} state maint")
+                answer = await self._command(f"del server {SECURE}/{name}")
+                if "deleted" not in answer:
+                    # It would be in the way when it is wanted again.
+                    self._tls.servers[name] = old.servers[name]
+        for name in old.authorities:
+            if name not in self._tls.authorities:
+                if "deleted" in await self._command(f"del ssl ca-file {self._folder}/{name}"):
+                    (self._folder / name).unlink(missing_ok=True)
+                else:
+                    self._tls.authorities[name] = old.authorities[name]
 
     def _write_files(self) -> None:
-        _write(self._folder / "script.lua", SCRIPT.replace("FOLDER", str(self._folder)).replace("HTTPS_PORT", str(self._listen.https_port)))
+        _write(self._folder / "script.lua", SCRIPT.replace("FOLDER", str(self._folder)))
         for name in MAPS:
             _write(self._folder / f"{name}.map", "".join(f"{key} {text}\n" for key, text in _ordered(name, self._maps[name])))
         lines = [f"{self._folder}/default.pem"]
         _write(self._folder / "default.pem", self._default_pem)
+        for name, pem in self._tls.authorities.items():
+            _write(self._folder / name, pem)
         for name, pem in self._certificates.pems.items():
             _write(self._folder / name, pem)
             lines.append(f"{self._folder}/{name} {' '.join(self._certificates.hosts[name])}")
@@ -397,7 +327,7 @@ async def _keep_tail(stream: asyncio.StreamReader, tail: bytearray) -> None:
 
 def _ordered(name: str, content: Mapping[str, str]) -> list[tuple[str, str]]:
     """A map's entries; of several expressions that match a path the first counts, so the long ones come first."""
-    return sorted(content.items(), key=lambda item: (-len(item[0]) if name == "regex" else 0, item))
+    return sorted(content.items(), key=lambda item: (-len(item[0]) if name in _REGULAR else 0, item))
 
 
 def _no_blank_lines(pem: str) -> str:

@@ -23,6 +23,28 @@ from knarr.network.objects import object_key
 
 CLASS_ANNOTATION = "kubernetes.io/ingress.class"
 TO_HTTPS_301, TO_HTTPS_302 = "1", "2"
+NOWHERE = ("nowhere", 0)
+"""The place of a backend that does not exist: the proxy answers 500 for it."""
+PASS, TERMINATE = "P", "T"
+"""What is done with the TLS of a stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """How the proxy speaks TLS to backends.
+
+    Attributes:
+      sni: The name asked for; "" is the request's host.
+      authority: File name of the authorities that must have signed the backend's certificate; "" takes any certificate, "@system-ca"
+        the machine's own authorities.
+      name: The name that the certificate must have.
+      certificate: File name of our own certificate.
+    """
+
+    sni: str = ""
+    authority: str = ""
+    name: str = ""
+    certificate: str = ""
 
 
 @dataclass(slots=True)
@@ -30,11 +52,16 @@ class Routes:
     """The routing table.
 
     Attributes:
-      hosts: Host name or "*.domain" (lower case) that has rules; itself as value.
+      hosts: Host name or "*.domain" (lower case) that has rules; itself as value. Behind a door (`doors`) the door's name is in front.
+      doors: "address:port" of a Gateway to its name, which ends in "/".
+      patterns: Regular expression of a door with a host name to what stands in place of the host name in the maps below.
+      streams: As hosts, to "PASS|target" or "TERMINATE|target" of what goes on as a stream of bytes.
       exact, prefix: "host|path" to "target|flags|argument"; prefixes end in "/".
       regex: Regular expression of "host|path" to the same.
       rules: Lists of alternatives by name, for the proxy's script.
       alternatives, lists: What `alternatives.settle` makes regex, rules and some of exact and prefix from.
+      servers: Ways to speak TLS to backends, by name.
+      authorities: Certificates of authorities (PEM), by the file name that servers and certificates refer to.
       targets: Target to its number of addresses, and "target#index" to "address|port".
       certificates: Host name to the Secret ("namespace/name") whose certificate serves it; "" holds none.
       problems: (Ingress key, text) of what cannot be served.
@@ -45,6 +72,11 @@ class Routes:
     prefix: dict[str, str] = field(default_factory=dict)
     regex: dict[str, str] = field(default_factory=dict)
     rules: dict[str, str] = field(default_factory=dict)
+    doors: dict[str, str] = field(default_factory=dict)
+    patterns: dict[str, str] = field(default_factory=dict)
+    streams: dict[str, str] = field(default_factory=dict)
+    servers: dict[str, Server] = field(default_factory=dict)
+    authorities: dict[str, str] = field(default_factory=dict)
     alternatives: dict[Place, list[Alternative]] = field(default_factory=dict)
     lists: dict[Place, str] = field(default_factory=dict)
     targets: dict[str, str] = field(default_factory=dict)

@@ -7,7 +7,8 @@ Actions: request-set/-add/-remove and answer-set/-add/-remove NAME VALUE (header
 capture PATTERN REPLACEMENT (of the whole path); redirect CODE SCHEME HOST PORT KIND OLD NEW
 (KIND: full, prefix, url, or keep for the path as it is); reply CODE [NAME VALUE]...; password REALM NAME (basic authentication
 against `passwords`); judge PLACE PATH HOST SIGNIN HEADERS (another server is asked whether the request may pass); hash TEXT (the endpoint follows from variables); limit KIND NAME NUMBER NETWORKS (what the configuration counts, but not for these); size BYTES; timeout
-MILLISECONDS; sticky COOKIE ATTRIBUTES; origin PATTERN... (allowed origins of CORS); mirror PERCENT TARGET (a copy of the request goes there, too).
+MILLISECONDS; sticky COOKIE ATTRIBUTES; origin PATTERN... (allowed origins of CORS); mirror PERCENT TARGET (a copy of the request goes there, too);
+cors CREDENTIALS METHODS HEADERS EXPOSED SECONDS ORIGIN... (answers preflight requests, "*" is what was asked for); server NAME (how TLS is spoken).
 """
 
 SCRIPT = r"""
@@ -35,6 +36,10 @@ local function items(text)
     out[#out + 1] = fields
   end
   return out
+end
+
+local function over_tls(txn)
+  return tonumber(txn.f:ssl_fc()) == 1
 end
 
 local function matches(txn, pattern, text)
@@ -77,8 +82,8 @@ function holds(txn, condition)
   local what, name, wanted = condition[1], condition[2], condition[3] or ""
   if what:sub(1, 1) == "!" then return not holds(txn, {what:sub(2), name, wanted}) end
   if what == "m" then return txn.sf:method() == wanted end
-  if what == "t" then return (txn.sf:dst_port() == HTTPS_PORT and "1" or "0") == wanted end
-  if what == "w" then return math.random(100) <= tonumber(wanted) end
+  if what == "t" then return (over_tls(txn) and "1" or "0") == wanted end
+  if what == "w" or what == "d" then return math.random() * 100 < tonumber(wanted) end
   if what == "i" then return source_is_in(txn, wanted) end
   local value
   if what == "c" then return cookie(txn, name) == wanted end
@@ -106,7 +111,7 @@ end
 
 local function redirect(txn, action)
   local code, scheme, host, port, kind, old, new = tonumber(action[2]), action[3], action[4], action[5], action[6], action[7], action[8]
-  local own = txn.sf:dst_port() == HTTPS_PORT and "https" or "http"
+  local own = over_tls(txn) and "https" or "http"
   local path, query = txn.sf:path(), txn.sf:query() or ""
   local asked, asked_port = (header(txn, "host") or ""):match("^(.-):?(%d*)$")
   if kind == "full" then path = new elseif kind == "prefix" then path = replaced_prefix(path, old, new) end
@@ -182,7 +187,7 @@ local function variable(txn, name)
   if name == "uri" then return txn.sf:path() end
   if name == "remote_addr" then return txn.sf:src() end
   if name == "host" then return (header(txn, "host") or ""):gsub(":%d+$", "") end
-  if name == "scheme" then return txn.sf:dst_port() == HTTPS_PORT and "https" or "http" end
+  if name == "scheme" then return over_tls(txn) and "https" or "http" end
   local kind, rest = name:match("^(%a+)_(.+)$")
   if kind == "http" then return header(txn, rest:gsub("_", "-")) or "" end
   if kind == "arg" then return parameter(txn, rest) or "" end
@@ -262,8 +267,7 @@ local function origin(txn, action)
   end
 end
 
-local function mirror(txn)
-  local target = txn:get_var("txn.mirror")
+local function copy(txn, target)
   local count = tonumber(targets:lookup(target) or "0")
   if count == 0 then return end
   local address, port = targets:lookup(target .. "#" .. (math.random(count) - 1)):match("^([^|]*)|([^|]*)")
@@ -279,6 +283,40 @@ local function mirror(txn)
   end)
 end
 
+local function mirror(txn)
+  for target in txn:get_var("txn.mirror"):gmatch("%S+") do copy(txn, target) end
+end
+
+local function cors_headers(action, asked_method, asked_headers)
+  local out = {}
+  if action[2] ~= "" then out["Access-Control-Allow-Credentials"] = "true" end
+  if action[5] ~= "" then out["Access-Control-Expose-Headers"] = action[5] end
+  if asked_method then
+    out["Access-Control-Allow-Methods"] = action[3] == "*" and asked_method or action[3] ~= "" and action[3] or nil
+    out["Access-Control-Allow-Headers"] = action[4] == "*" and asked_headers or action[4] ~= "" and action[4] or nil
+    out["Access-Control-Max-Age"] = action[6]
+  end
+  return out
+end
+
+local function cors(txn, action)
+  local given = header(txn, "origin")
+  if not given then return end
+  origin(txn, {"origin", table.unpack(action, 7)})
+  local wanted = header(txn, "access-control-request-method")
+  if txn.sf:method() ~= "OPTIONS" or not wanted then
+    if txn:get_var("txn.origin") then txn:set_var("txn.cors", 1) end
+    return
+  end
+  local reply, allowed = txn:reply({status = 204}), txn:get_var("txn.origin")
+  if allowed then
+    reply:add_header("Access-Control-Allow-Origin", allowed)
+    reply:add_header("Vary", "Origin")
+    for name, text in pairs(cors_headers(action, wanted, header(txn, "access-control-request-headers"))) do reply:add_header(name, text) end
+  end
+  txn:done(reply)
+end
+
 local change = {
   ["password"] = password,
   ["limit"] = limit,
@@ -290,8 +328,10 @@ local change = {
   ["timeout"] = function(txn, action) txn:set_var("txn.timeout", tonumber(action[2])) end,
   ["sticky"] = sticky,
   ["origin"] = origin,
+  ["cors"] = cors,
+  ["server"] = function(txn, action) txn:set_var("txn.server", action[2]) end,
   ["mirror"] = function(txn, action)
-    if math.random(100) <= tonumber(action[2]) then txn:set_var("txn.mirror", action[3]) end
+    if math.random() * 100 < tonumber(action[2]) then txn:set_var("txn.mirror", (txn:get_var("txn.mirror") or "") .. " " .. action[3]) end
   end,
   ["request-set"] = function(txn, action) txn.http:req_set_header(action[2], action[3]) end,
   ["request-add"] = function(txn, action) txn.http:req_add_header(action[2], action[3]) end,
@@ -345,7 +385,10 @@ core.register_action("answered", {"http-res"}, function(txn)
   for _, action in ipairs(items(txn:get_var("txn.after"))) do
     if action[1] == "answer-set" then txn.http:res_set_header(action[2], action[3])
     elseif action[1] == "answer-add" then txn.http:res_add_header(action[2], action[3])
-    elseif action[1] == "answer-remove" then txn.http:res_del_header(action[2]) end
+    elseif action[1] == "answer-remove" then txn.http:res_del_header(action[2])
+    elseif action[1] == "cors" and allowed then
+      for name, text in pairs(cors_headers(action)) do txn.http:res_set_header(name, text) end
+    end
   end
 end, 0)
 """
