@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from knarr.storage import Event, open_store, secretbox
-from knarr.storage.encryption import DecryptionError, EncryptedStore, load_rules
+from knarr.storage import Event, secretbox
+from knarr.storage.encryption import DecryptionError, EncryptedStore
 from knarr.storage.memory import MemoryStore
 
 
@@ -36,7 +36,7 @@ async def _raw(inner: MemoryStore, key: str) -> bytes:
 @pytest.mark.parametrize("kind", ["aesgcm", "aescbc", "secretbox"])
 async def test_only_the_named_resources_are_encrypted_and_read_back(tmp_path: Path, kind: str) -> None:
     inner = MemoryStore()
-    store = EncryptedStore(inner, load_rules(_config(tmp_path, _key(kind, "one", 1))))
+    store = EncryptedStore(inner, _config(tmp_path, _key(kind, "one", 1)))
     await store.start()
     seen: list[Event] = []
     store.subscribe(seen.extend)
@@ -81,7 +81,7 @@ def test_secretbox_is_that_of_nacl() -> None:
 
 async def test_a_value_moved_to_another_key_or_tampered_with_is_refused(tmp_path: Path) -> None:
     inner = MemoryStore()
-    store = EncryptedStore(inner, load_rules(_config(tmp_path, _key("aesgcm", "one", 1))))
+    store = EncryptedStore(inner, _config(tmp_path, _key("aesgcm", "one", 1)))
     await store.start()
     await store.put(SECRET, b"{}", expected=0)
     await inner.put(SECRET + "2", await _raw(inner, SECRET), expected=0)
@@ -93,9 +93,9 @@ async def test_a_value_moved_to_another_key_or_tampered_with_is_refused(tmp_path
 async def test_a_new_first_key_takes_over_and_old_data_is_rewritten(tmp_path: Path) -> None:
     inner = MemoryStore()
     await inner.put(WIDGET, b'{"clear":1}', expected=0)
-    old = EncryptedStore(inner, load_rules(_config(tmp_path, _key("aescbc", "one", 1))))
+    old = EncryptedStore(inner, _config(tmp_path, _key("aescbc", "one", 1)))
     await old.put(SECRET, b'{"data":"hush"}', expected=0)
-    new = EncryptedStore(inner, load_rules(_config(tmp_path, _key("aesgcm", "two", 2), _key("aescbc", "one", 1), "identity: {}")))
+    new = EncryptedStore(inner, _config(tmp_path, _key("aesgcm", "two", 2), _key("aescbc", "one", 1), "identity: {}"))
     await new.start()
     async with asyncio.timeout(5):
         while not all([(await _raw(inner, key)).startswith(b"k8s:enc:aesgcm:v1:two:") for key in (SECRET, WIDGET)]):
@@ -108,6 +108,6 @@ async def test_a_new_first_key_takes_over_and_old_data_is_rewritten(tmp_path: Pa
 
 def test_a_bad_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not supported"):
-        open_store("memory://", encryption_config=str(_config(tmp_path, "kms: {}")))
-    with pytest.raises(ValueError, match="16, 24 or 32 are needed"):
-        open_store("memory://", encryption_config=str(_config(tmp_path, "aesgcm: {keys: [{name: x, secret: YWJj}]}")))
+        EncryptedStore(MemoryStore(), _config(tmp_path, "vault: {}"))
+    with pytest.raises(ValueError, match=r"got 3, expected one of \[16 24 32\]"):
+        EncryptedStore(MemoryStore(), _config(tmp_path, "aesgcm: {keys: [{name: x, secret: YWJj}]}"))

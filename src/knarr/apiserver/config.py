@@ -73,6 +73,8 @@ class APIServerConfig:
     """Plugin name -> configuration object."""
     encryption_config: str = ""
     """Path of an EncryptionConfiguration; "" stores in the clear."""
+    encryption_config_reload: bool = False
+    """Whether that file is read again when it changes."""
     audit_policy: str = ""
     """Path of an audit Policy; "" switches auditing off."""
     audit_log_path: str = ""

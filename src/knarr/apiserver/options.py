@@ -36,6 +36,7 @@ _DURATIONS = {
     "event-ttl": "event_ttl_seconds", "audit-webhook-batch-max-wait": "audit_webhook_batch_seconds",
     "shutdown-delay-duration": "shutdown_delay_seconds", "service-account-max-token-expiration": "service_account_max_token_seconds",
 }  # fmt: skip
+_SWITCHES = {"encryption-provider-config-automatic-reload": "encryption_config_reload"}
 _OIDC = frozenset(
     "issuer-url client-id username-claim username-prefix groups-claim groups-prefix required-claim ca-file signing-algs".split()
 )
@@ -43,7 +44,7 @@ _CONFIGURATION = "admission-control-config-file"
 _STRUCTURED: dict[str, Callable[[str], dict[str, Any]]] = {
     "authentication-config": structured.authentication_settings, "authorization-config": structured.authorization_settings,
 }  # fmt: skip
-KNOWN = sorted([*_FILES, *_TEXTS, *_LISTS, *_NUMBERS, *_DURATIONS, *_STRUCTURED, _CONFIGURATION, "anonymous-auth", "feature-gates", "runtime-config", *(f"oidc-{name}" for name in _OIDC)])
+KNOWN = sorted([*_FILES, *_TEXTS, *_LISTS, *_NUMBERS, *_DURATIONS, *_SWITCHES, *_STRUCTURED, _CONFIGURATION, "anonymous-auth", "feature-gates", "runtime-config", *(f"oidc-{name}" for name in _OIDC)])
 
 
 class OptionError(ValueError):
@@ -102,6 +103,8 @@ def _reader(name: str) -> tuple[str, Callable[[str], Any]]:
         return _NUMBERS[name], int
     if name in _DURATIONS:
         return _DURATIONS[name], _seconds
+    if name in _SWITCHES:
+        return _SWITCHES[name], _switch
     if name == "anonymous-auth":
         return "anonymous_paths", _anonymous
     if name == "feature-gates":
@@ -116,10 +119,14 @@ def _reader(name: str) -> tuple[str, Callable[[str], Any]]:
     return setting, str
 
 
-def _anonymous(value: str) -> tuple[str, ...]:
+def _switch(value: str) -> bool:
     if value not in ("true", "false"):
         raise ValueError("must be true or false")
-    return ("*",) if value == "true" else ()
+    return value == "true"
+
+
+def _anonymous(value: str) -> tuple[str, ...]:
+    return ("*",) if _switch(value) else ()
 
 
 def _runtime_config(value: str) -> tuple[str, ...]:

@@ -72,6 +72,8 @@ class Paths:
         elif first == "version":
             self._json(request, version())
         elif first in ("healthz", "livez", "readyz"):
+            if self._server.encryption is not None:
+                await self._server.encryption.refresh()
             self._health(request, first, stripped[len(first) + 2:])
         elif stripped in ("/metrics", "/metrics/slis"):
             body = self._server.metrics.render() if stripped == "/metrics" else "\n".join([*self._health_metrics(), ""]).encode()
@@ -145,6 +147,9 @@ class Paths:
         ok = lambda: ""
         hook = lambda: "" if server.is_ready() else "not finished"
         checks: dict[str, Callable[[], str]] = {"ping": ok, "log": ok, "etcd": server.store_trouble}
+        encryption = server.encryption
+        if encryption is not None and encryption.checked and kind != "livez":
+            checks["kms-providers"] = lambda: encryption.trouble
         if kind == "readyz":
             checks["etcd-readiness"] = server.store_trouble
             checks["informer-sync"] = hook

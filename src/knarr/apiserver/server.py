@@ -11,7 +11,7 @@ import contextlib
 import ssl
 from collections.abc import Callable, Coroutine
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
@@ -44,6 +44,10 @@ from knarr.apiserver.watching import Watcher, close_watchers
 from knarr.http.anycertificate import ask_only
 from knarr.http.server import HTTPServer, Request
 from knarr.storage.factory import open_store
+from knarr.storage.protocol import RevisionStore
+
+if TYPE_CHECKING:
+    from knarr.apiserver.encryption import Encryption
 
 log = get_logger(__name__)
 _NO_CHECK_TIME = 0x200000
@@ -61,7 +65,8 @@ class APIServer:
         self.config = config
         self.tasks = Tasks()
         self.instance_id = new_uid()
-        self.storage = Storage(open_store(config.store, encryption_config=config.encryption_config))
+        self.encryption: Encryption | None = None
+        self.storage = Storage(self._open_store())
         self.registry = builtin.Registry()
         self.auth: Auth | None = None
         self.admission: AdmissionChain | None = None
@@ -86,6 +91,18 @@ class APIServer:
         self._watchers: set[Watcher] = set()
         self._bookmark_timer: asyncio.TimerHandle | None = None
 
+    def _open_store(self) -> RevisionStore:
+        config = self.config
+        if not config.encryption_config:
+            return open_store(config.store)
+        from knarr.apiserver.encryption import Encryption, Measures, server_identity
+        from knarr.storage.encryption import EncryptedStore
+
+        measures = Measures(server_identity(config))
+        store = EncryptedStore(open_store(config.store), config.encryption_config, measures)
+        self.encryption = Encryption(config, store, measures)
+        return store
+
     # -- life ------------------------------------------------------------------------------------------------------------------
     async def start(self) -> None:
         """Load, build, write what every cluster has, and listen.
@@ -102,6 +119,10 @@ class APIServer:
         self.metrics.sources += [
             self.flow.metrics, self.storage.metrics, build_info, lambda: feature_metrics(config.feature_gates), celtimes.lines, lambda: self.metrics.deprecated(self._is_deprecated),
         ]  # fmt: skip
+        if self.encryption is not None:
+            self.metrics.sources.append(self.encryption.metrics)
+            if self.encryption.reloads is not None:
+                self.tasks.spawn_eternal(self.encryption.reloads.follow(), "configuration-reload")
         self.auth = auth = build_auth(self)
         self.metrics.sources += [one.metrics for one in auth.reloads]
         self.paths.handlers.update(auth.paths)

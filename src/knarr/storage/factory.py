@@ -8,25 +8,12 @@ from urllib.parse import parse_qs, urlsplit
 from knarr.storage.protocol import RevisionStore
 
 
-def open_store(url: str, *, encryption_config: str = "") -> RevisionStore:
+def open_store(url: str) -> RevisionStore:
     """Make the store that a URL names; it still has to be started.
 
-    Args:
-      encryption_config: Path of an EncryptionConfiguration; "" stores in the clear.
-
     Raises:
-      ValueError: no store has this scheme, the URL lacks something, or the encryption configuration is not valid.
-      OSError: the encryption configuration cannot be read.
+      ValueError: no store has this scheme, or the URL lacks something.
     """
-    store = _open(url)
-    if encryption_config:
-        from knarr.storage.encryption import EncryptedStore, load_rules
-
-        return EncryptedStore(store, load_rules(encryption_config))
-    return store
-
-
-def _open(url: str) -> RevisionStore:
     parts = urlsplit(url)
     if parts.scheme == "memory":
         from knarr.storage.memory import MemoryStore
