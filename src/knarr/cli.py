@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     up.add_argument("--controllers", default=None, help="controllers to run, e.g. *,-deployment")
     up.add_argument("--tls-san", action="append", default=[], metavar="NAME|ADDRESS", help="further name of the API server for its certificate, e.g. one that other machines join by")
     up.add_argument("--controller-manager-arg", action="append", default=[], metavar="NAME=VALUE", help="option of kube-controller-manager, e.g. node-monitor-grace-period=40s")
+    _add_credential_providers(up)
     up.add_argument("--kubelet-config", default=None, metavar="FILE", help="KubeletConfiguration for the nodes of this machine; an empty name takes it back")
     up.add_argument("--scheduler-config", default=None, metavar="FILE", help="KubeSchedulerConfiguration: profiles, plugins, extenders; an empty name takes it back")
     _add_network(up)
@@ -131,12 +132,19 @@ def _add_network(up: argparse.ArgumentParser) -> None:
     up.add_argument("--dns-autopath", action=argparse.BooleanOptionalAction, default=None, help="walk through search paths in the DNS server instead of the pods")
 
 
+def _add_credential_providers(parser: argparse.ArgumentParser) -> None:
+    name = "--image-credential-provider"
+    parser.add_argument(f"{name}-config", default=None, metavar="FILE|FOLDER", help="plugins that give nodes credentials for images; an empty name takes it back")
+    parser.add_argument(f"{name}-bin-dir", default=None, metavar="FOLDER", help="where their programs are")
+
+
 def _add_join(join: argparse.ArgumentParser) -> None:
     join.add_argument("server", metavar="HOST:PORT", help="the API server")
     join.add_argument("--token", required=True, help="what `knarr token create` printed")
     join.add_argument("--discovery-token-ca-cert-hash", action="append", default=[], metavar="sha256:HEX", help="the authority that is believed")
     join.add_argument("--discovery-token-unsafe-skip-ca-verification", action="store_true", help="believe any authority that knows the token")
     join.add_argument("--node-name", default="", help="the node's name (default: this machine's host name)")
+    _add_credential_providers(join)
     join.add_argument("--kubelet-config", default=None, metavar="FILE", help="KubeletConfiguration for this node")
     join.add_argument("--oci-runtime", default="runc", metavar="runc|crun|unix:///SOCKET", help="program that makes containers, or the socket of containerd or CRI-O")
 
@@ -229,6 +237,7 @@ def run_up(options: argparse.Namespace) -> int:
                 apiserver_arguments=tuple(options.apiserver_arg),
                 tls_names=tuple(options.tls_san),
                 kubelet_config=options.kubelet_config,
+                credential_providers=(options.image_credential_provider_config, options.image_credential_provider_bin_dir),
                 controller_arguments=tuple(options.controller_manager_arg),
                 scheduler_config=options.scheduler_config,
                 kubeconfig=not options.no_kubeconfig,
@@ -259,6 +268,7 @@ def run_join(options: argparse.Namespace) -> int:
                 data_dir=options.data_dir,
                 oci_runtime=options.oci_runtime,
                 kubelet_config=options.kubelet_config,
+                credential_providers=(options.image_credential_provider_config, options.image_credential_provider_bin_dir),
             ),
             progress,
         )

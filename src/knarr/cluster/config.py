@@ -91,6 +91,10 @@ class ClusterConfig:
     cni_bin_dirs: list[str] = field(default_factory=lambda: ["/opt/cni/bin", "/usr/lib/cni"])
     autopath: bool = False
     """Whether the DNS server walks through search paths for the pods."""
+    credential_provider_config: str = ""
+    """File or folder that says which plugins give nodes credentials for images; "" for none."""
+    credential_provider_bin_dir: str = ""
+    """Folder with those plugins."""
     machine_node: str = ""
     """Of the cluster joined: the node that is the control machine itself."""
     machine_cidr: str = ""

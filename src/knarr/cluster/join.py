@@ -56,6 +56,7 @@ class JoinOptions:
     data_dir: str | None = None
     oci_runtime: str = "runc"
     kubelet_config: str | None = None
+    credential_providers: tuple[str | None, str | None] = (None, None)
 
 
 def join(options: JoinOptions, progress: Progress) -> ClusterConfig:
@@ -77,7 +78,10 @@ def join(options: JoinOptions, progress: Progress) -> ClusterConfig:
         raise CommandError(f"https://{options.server}: {error or 'no answer in time'}") from error
     config = _write(options, node_name, authority, settings, pair)
     try:
-        lifecycle.up(lifecycle.UpOptions(name=config.name, data_dir=config.data_dir, kubelet_config=options.kubelet_config, kubeconfig=False), progress)
+        taken = lifecycle.UpOptions(
+            name=config.name, data_dir=config.data_dir, kubelet_config=options.kubelet_config, credential_providers=options.credential_providers, kubeconfig=False
+        )
+        lifecycle.up(taken, progress)
     except CommandError:
         if not lifecycle.is_running(config):
             shutil.rmtree(config.data, ignore_errors=True)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 UP_SECONDS = 60.0
 DOWN_SECONDS = 30.0
-READY_API, READY_NODE, READY_DNS = "api", "node", "dns"
+READY_API, KNOWN_NODE, READY_NODE, READY_DNS = "api", "known", "node", "dns"
 
 
 class CommandError(Exception):
@@ -54,6 +54,8 @@ class UpOptions:
     """Empty keeps what the cluster has."""
     kubelet_config: str | None = None
     """File whose content the nodes of this machine use from now on; "" for none."""
+    credential_providers: tuple[str | None, str | None] = (None, None)
+    """Configuration of plugins that give credentials for images, and the folder of their programs; "" for none."""
     scheduler_config: str | None = None
     """File that the scheduler uses from now on; "" for none."""
     kubeconfig: bool = True
@@ -128,6 +130,7 @@ def up(options: UpOptions, progress: Progress) -> ClusterConfig:
         except ValueError as error:
             raise CommandError(str(error)) from error
         config.controller_arguments = list(options.controller_arguments)
+    _take_credential_providers(config, *options.credential_providers)
     content = _kubelet_settings(options.kubelet_config) if options.kubelet_config else b""
     scheduling = _scheduler_settings(options.scheduler_config) if options.scheduler_config else b""
     if is_running(config):
@@ -135,7 +138,7 @@ def up(options: UpOptions, progress: Progress) -> ClusterConfig:
             raise CommandError(f"cluster {config.name!r} is running; `knarr down` first to change its network")
         if options.scheduler_config is not None:
             raise CommandError(f"cluster {config.name!r} is running; `knarr down` first to change its scheduler's configuration")
-        if options.kubelet_config is not None:
+        if options.kubelet_config is not None or any(item is not None for item in options.credential_providers):
             raise CommandError(f"cluster {config.name!r} is running; `knarr down` first to change its kubelets' configuration")
         progress.done(f"cluster {config.name} is running already")
         return config
@@ -175,6 +178,25 @@ def _kubelet_settings(path: str) -> bytes:
     except (OSError, configfile.ConfigFileError) as error:
         raise CommandError(f"{path}: {error.strerror if isinstance(error, OSError) else error}") from error
     return content
+
+
+def _take_credential_providers(config: ClusterConfig, path: str | None, folder: str | None) -> None:
+    """Check plugins for image credentials, and have the nodes use them. Raises CommandError."""
+    from knarr.kubelet.credentials import providerconfig
+
+    if path is not None:
+        config.credential_provider_config = os.path.abspath(path) if path else ""
+    if folder is not None:
+        config.credential_provider_bin_dir = os.path.abspath(folder) if folder else ""
+    if path is None and folder is None:
+        return
+    if bool(config.credential_provider_config) != bool(config.credential_provider_bin_dir):
+        raise CommandError("--image-credential-provider-config and --image-credential-provider-bin-dir need each other")
+    if config.credential_provider_config:
+        try:
+            providerconfig.load(config.credential_provider_config, config.credential_provider_bin_dir)
+        except providerconfig.ProviderConfigError as error:
+            raise CommandError(str(error)) from error
 
 
 def _checked(arguments: Sequence[str]) -> list[str]:
@@ -256,9 +278,11 @@ def _wait_ready(config: ClusterConfig, reader: int, progress: Progress) -> None:
     awaited = [] if config.joined else [READY_API]
     # What will be applied to the cluster, a network's manifest, cannot be waited for here.
     without_network = config.pod_network == "cni" and cni.installed(Path(config.cni_conf_dir)) is None
+    awaited += [f"{KNOWN_NODE if without_network else READY_NODE} {node.name}" for node in config.nodes if not node.stopped]
     if not without_network:
-        awaited += [*(f"{READY_NODE} {node.name}" for node in config.nodes if not node.stopped), READY_DNS]
+        awaited.append(READY_DNS)
     texts = {READY_API: f"API server answers on https://127.0.0.1:{config.api_port}", READY_DNS: "DNS resolves"}
+    texts |= {f"{KNOWN_NODE} {node.name}": f"node {node.name} is registered" for node in config.nodes}
     deadline = time.monotonic() + UP_SECONDS
     buffer = b""
     with os.fdopen(reader, "rb", buffering=0) as pipe:

@@ -149,6 +149,14 @@ class KubeletConfig:
     seccomp_default: bool = False
     registry_credentials_file: str = ""
     """A docker config.json whose credentials every pull may use."""
+    credential_provider_config: str = ""
+    """File or folder of CredentialProviderConfigs: plugins that give credentials for images; empty means none."""
+    credential_provider_bin_dir: str = ""
+    """Folder with the plugins' programs."""
+    image_verification_policy: str = "NeverVerifyPreloadedImages"
+    """Which images that are here are given only to pods whose credentials could have pulled them (records.POLICIES)."""
+    image_verification_allowlist: tuple[str, ...] = ()
+    """Images that NeverVerifyAllowlistedImages is about."""
     volume_plugin_dirs: tuple[str, ...] = ()
     device_plugins_dir: str = ""
     """Where device plugins find kubelet.sock; empty means <root_dir>/device-plugins."""

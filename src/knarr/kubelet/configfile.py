@@ -18,6 +18,7 @@ from knarr.kubelet.affinity import hints
 from knarr.kubelet.affinity.cpus import OPTIONS
 from knarr.kubelet.affinity.machine import parse_cpus
 from knarr.kubelet.config import SIGNALS, EvictionConfig, KubeletConfig
+from knarr.kubelet.credentials import records
 
 API_VERSION, KIND = "kubelet.config.k8s.io/v1beta1", "KubeletConfiguration"
 
@@ -115,6 +116,13 @@ def _enforcements(value: Any) -> tuple[str, ...]:
     return () if "none" in found else found
 
 
+def _image_patterns(value: Any) -> tuple[str, ...]:
+    found = _texts(value)
+    for pattern in found:
+        records.check_pattern(pattern)
+    return found
+
+
 def _cpu_options(value: Any) -> tuple[str, ...]:
     found = _map(value)
     for name in found:
@@ -175,6 +183,8 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "shutdownGracePeriodCriticalPods": ("shutdown_grace_period_critical_seconds", _seconds),
     "shutdownGracePeriodByPodPriority": ("shutdown_grace_period_by_priority", _priorities),
     "seccompDefault": ("seccomp_default", _flag),
+    "imagePullCredentialsVerificationPolicy": ("image_verification_policy", _one_of(*records.POLICIES)),
+    "preloadedImagesVerificationAllowlist": ("image_verification_allowlist", _image_patterns),
     "registerNode": ("register_node", _flag),
 }
 _EVICTION: dict[str, tuple[str, Callable[[Any], Any]]] = {
@@ -188,7 +198,7 @@ _HANDLED = ("apiVersion", "kind", "evictionHard", "mergeDefaultEvictionSettings"
 _IDLE = frozenset(
     """enableServer syncFrequency fileCheckFrequency httpCheckFrequency staticPodURL staticPodURLHeader address port readOnlyPort
     tlsCertFile tlsPrivateKeyFile tlsCipherSuites tlsMinVersion rotateCertificates serverTLSBootstrap registryPullQPS registryBurst
-    imagePullCredentialsVerificationPolicy preloadedImagesVerificationAllowlist eventRecordQPS eventBurst enableDebuggingHandlers
+    eventRecordQPS eventBurst enableDebuggingHandlers
     enableContentionProfiling healthzPort healthzBindAddress oomScoreAdj streamingConnectionIdleTimeout
     volumeStatsAggPeriod kubeletCgroups systemCgroups cgroupRoot cgroupDriver singleProcessOOMKill cpuManagerReconcilePeriod
     topologyManagerPolicyOptions qosReserved runtimeRequestTimeout hairpinMode podCIDR runOnce cpuCFSQuotaPeriod nodeStatusMaxImages
@@ -283,6 +293,8 @@ def _check(config: KubeletConfig) -> None:
             raise ConfigFileError(f"evictionSoft: grace period must be specified for the soft eviction threshold {signal}")
     if config.image_gc_low_threshold_percent >= config.image_gc_high_threshold_percent:
         raise ConfigFileError("imageGCLowThresholdPercent must be less than imageGCHighThresholdPercent")
+    if config.image_verification_allowlist and config.image_verification_policy != records.ALLOWLISTED:
+        raise ConfigFileError(f"preloadedImagesVerificationAllowlist is only for imagePullCredentialsVerificationPolicy {records.ALLOWLISTED}")
     if config.crash_loop_max_seconds < 1 or config.crash_loop_max_seconds > 300:
         raise ConfigFileError("crashLoopBackOff.maxContainerRestartPeriod must be between 1s and 300s")
 

@@ -169,6 +169,7 @@ class GarbageCollector:
         node, now = self._node, clock.now()
         in_use = {c.image_id for c in await node.runtime.list_containers()}
         images = await node.image_service.list_images()
+        node.images.records.prune({image.id for image in images}, now)
         for image in images:
             self._first_seen.setdefault(image.id, now)
             if image.id in in_use:

@@ -1,18 +1,15 @@
 """Images for containers: presence, pull policy, credentials, back-off, and the events and reasons that users know.
 
-Caller: pod_sync. Bound: `max_parallel_image_pulls` pulls at a time. Source: pkg/kubelet/images/image_manager.go,
-pkg/credentialprovider.
+Caller: pod_sync. Bound: `max_parallel_image_pulls` pulls at a time. An image that is here is given to a pod only when it may have it
+(credentials.records). Source: pkg/kubelet/images/image_manager.go, pkg/kubelet/kuberuntime/kuberuntime_image.go.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import orjson
 
@@ -20,9 +17,13 @@ from knarr.aiokits import clock
 from knarr.aiokits.log import get_logger
 from knarr.api.types import Object
 from knarr.kubelet import podutil
+from knarr.kubelet.credentials import keyring
+from knarr.kubelet.credentials.keyring import Credential
+from knarr.kubelet.credentials.provider import Providers
+from knarr.kubelet.credentials.records import PullRecords
 from knarr.kubelet.durations import go_duration
 from knarr.kubelet.lifecycle import CrashBackOff
-from knarr.runtime.cri import AuthConfig, Image, ImagePullError, ImageService, RuntimeFault
+from knarr.runtime.cri import Image, ImagePullError, ImageService, RuntimeFault
 
 log = get_logger(__name__)
 
@@ -66,6 +67,13 @@ def normalize(reference: str) -> str:
     return reference
 
 
+def repository(reference: str) -> str:
+    """A normalized reference without tag and digest."""
+    name = reference.partition("@")[0]
+    head, slash, last = name.rpartition("/")
+    return head + slash + last.partition(":")[0]
+
+
 def _size(image: Image | None) -> int:
     return image.size_bytes if image else 0
 
@@ -74,9 +82,19 @@ class ImageManager:
     """Makes images present for containers."""
 
     def __init__(
-        self, service: ImageService, *, parallel: int, initial_seconds: float, maximum_seconds: float, credentials_file: str = ""
+        self,
+        service: ImageService,
+        records: PullRecords,
+        *,
+        parallel: int,
+        initial_seconds: float,
+        maximum_seconds: float,
+        credentials_file: str = "",
+        providers: Providers | None = None,
     ) -> None:
         self._service = service
+        self.records = records
+        self._providers = providers
         self._slots = asyncio.Semaphore(parallel)
         self._back_off = CrashBackOff(initial_seconds, maximum_seconds)
         self._failed_at: dict[str, float] = {}
@@ -98,18 +116,23 @@ class ImageManager:
             event("Warning", "InspectFailed", message)
             raise ImageProblem("InvalidImageName", message) from e
         policy = policy or ("Always" if reference.endswith(":latest") else "IfNotPresent")
-        present: Image | None = None
-        if policy != "Always":
-            present = await self._inspect(reference, image, event)
+        present = await self._inspect(reference, image, event) if policy != "Always" else None
+        credentials: list[Credential] | None = None
         if present is not None:
-            event("Normal", "Pulled", f'Container image "{image}" already present on machine and can be accessed by the pod')
-            self.used_at[present.id] = clock.now()
-            return present
+            name, accessible = repository(reference), self.records.open(reference, repository(reference), present.id)
+            if accessible is None:
+                credentials = await self._credentials(pod, name, secrets)
+                accessible = self.records.allows(name, present.id, credentials)
+            if accessible:
+                event("Normal", "Pulled", f'Container image "{image}" already present on machine and can be accessed by the pod')
+                self.used_at[present.id] = clock.now()
+                return present
         if policy == "Never":
+            # Also of an image that is here but not for this pod: whether it is here is nothing that the pod is to learn.
             message = f'Container image "{image}" is not present with pull policy of Never'
             event("Warning", "ErrImageNeverPull", message)
             raise ImageProblem("ErrImageNeverPull", message)
-        pulled = await self._pull(pod, reference, image, secrets, event)
+        pulled = await self._pull(pod, reference, image, secrets, event, credentials)
         self.used_at[pulled.id] = clock.now()
         return pulled
 
@@ -121,7 +144,9 @@ class ImageManager:
             event("Warning", "InspectFailed", message)
             raise ImageProblem("ImageInspectError", message, 10.0) from e
 
-    async def _pull(self, pod: Object, reference: str, image: str, secrets: Sequence[Object], event: Event) -> Image:
+    async def _pull(
+        self, pod: Object, reference: str, image: str, secrets: Sequence[Object], event: Event, credentials: list[Credential] | None
+    ) -> Image:
         key = f"{podutil.uid(pod)}_{image}"
         now = clock.now()
         waiting = self._back_off.remaining(key, self._failed_at.get(key, 0.0), now) if key in self._failed_at else 0.0
@@ -133,11 +158,12 @@ class ImageManager:
         self._last_error.pop(key, None)
         event("Normal", "Pulling", f'Pulling image "{image}"')
         started = clock.now()
-        auth = self._credentials(reference, secrets)
         try:
+            if credentials is None:
+                credentials = await self._credentials(pod, repository(reference), secrets)
             async with self._slots:
                 pull_started = clock.now()
-                image_id = await self._service.pull_image(reference, auth, pod["metadata"].get("namespace", ""))
+                image_id = await self._recorded_pull(pod, reference, credentials)
             found = await self._service.image_status(image_id)
         except RuntimeFault as e:
             event("Warning", "Failed", f'Failed to pull image "{image}": {e}')
@@ -166,19 +192,43 @@ class ImageManager:
             self._failed_at.pop(key, None)
             self._last_error.pop(key, None)
 
-    def _credentials(self, reference: str, secrets: Sequence[Object]) -> list[AuthConfig]:
-        configs = [c for c in map(_docker_config, secrets) if c]
+    async def _recorded_pull(self, pod: Object, reference: str, credentials: Sequence[Credential]) -> str:
+        """The image's id. Raises RuntimeFault."""
+        records, image_id = self.records, ""
+        try:
+            records.intend(reference)
+        except OSError as e:
+            raise RuntimeFault(f"failed to record image pull intent: {e}") from e
+        try:
+            image_id, used = await self._pull_with(pod, reference, credentials)
+            records.pulled(reference, repository(reference), image_id, used)
+        finally:
+            if not image_id:
+                records.failed(reference)
+        return image_id
+
+    async def _pull_with(self, pod: Object, reference: str, credentials: Sequence[Credential]) -> tuple[str, Credential | None]:
+        """(image id, credential that was good). Each is tried in order; none at all only where there are none. Raises RuntimeFault."""
+        namespace, faults = pod["metadata"].get("namespace", ""), list[RuntimeFault]()
+        for credential in credentials or (None,):
+            try:
+                return await self._service.pull_image(reference, [credential.auth] if credential else [], namespace), credential
+            except RuntimeFault as e:
+                faults.append(e)
+        if len({str(e) for e in faults}) > 1:
+            faults[-1].args = (f"[{', '.join(dict.fromkeys(str(e) for e in faults))}]",)
+        raise faults[-1]
+
+    async def _credentials(self, pod: Object, name: str, secrets: Sequence[Object]) -> list[Credential]:
+        """For an image (registry and repository): the pod's secrets', then the node's, then what plugins give."""
+        found = keyring.choose(keyring.of_secrets(secrets), name)
         if self._credentials_file and os.path.exists(self._credentials_file):
             with open(self._credentials_file, "rb") as file:
-                configs.append(orjson.loads(file.read()))
-        found: list[tuple[int, AuthConfig]] = []
-        for config in configs:
-            for server, entry in (config.get("auths") or config).items():
-                length = _matches(server, reference)
-                if length and isinstance(entry, dict):
-                    found.append((length, _auth(server, entry)))
-        found.sort(key=lambda item: -item[0])
-        return [auth for _, auth in found]
+                document = orjson.loads(file.read())
+            found += keyring.choose(keyring.of_config(document.get("auths") or document), name)
+        if self._providers is not None:
+            found += await self._providers.credentials(pod, name)
+        return found
 
 
 def _pull_fault(image: str, fault: RuntimeFault) -> tuple[str, str]:
@@ -188,49 +238,3 @@ def _pull_fault(image: str, fault: RuntimeFault) -> tuple[str, str]:
         if reason == name:
             return reason, f"image pull failed for {image} because {why}" + text.removeprefix(name)
     return reason, text
-
-
-def _docker_config(secret: Object) -> dict[str, Any] | None:
-    data = secret.get("data") or {}
-    raw = data.get(".dockerconfigjson") or data.get(".dockercfg")
-    if not raw:
-        return None
-    try:
-        parsed = orjson.loads(base64.b64decode(raw))
-    except (ValueError, binascii.Error):
-        log.warning("image pull secret is no docker configuration", secret=secret["metadata"]["name"])
-        return None
-    return parsed if isinstance(parsed, dict) else None
-
-
-def _matches(server: str, reference: str) -> int:
-    """How much of the reference the server's pattern covers; 0 for no match. Hosts may have * in each label."""
-    server = re.sub(r"^https?://", "", server).rstrip("/")
-    server = re.sub(r"/v[12]$", "", server)
-    host, _, path = server.partition("/")
-    if host in ("index.docker.io", "registry-1.docker.io"):
-        host = "docker.io"
-    target_host, _, target_path = reference.partition("/")
-    labels, target_labels = host.split("."), target_host.split(".")
-    if len(labels) != len(target_labels):
-        return 0
-    for pattern, label in zip(labels, target_labels, strict=True):
-        if not re.fullmatch(re.escape(pattern).replace(r"\*", "[^.]*"), label):
-            return 0
-    if path and not target_path.startswith(path):
-        return 0
-    return len(server) or 1
-
-
-def _auth(server: str, entry: dict[str, Any]) -> AuthConfig:
-    username, password = entry.get("username", ""), entry.get("password", "")
-    if entry.get("auth") and not username:
-        decoded = base64.b64decode(entry["auth"]).decode(errors="replace")
-        username, _, password = decoded.partition(":")
-    return AuthConfig(
-        username=username,
-        password=password.rstrip("\x00"),
-        server_address=server,
-        identity_token=entry.get("identitytoken", ""),
-        registry_token=entry.get("registrytoken", ""),
-    )

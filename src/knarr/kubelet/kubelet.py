@@ -27,6 +27,9 @@ from knarr.kubelet import admission, allocatable, certificates, machine, podutil
 from knarr.kubelet.affinity.manager import Affinity
 from knarr.kubelet.cgroups import Cgroups
 from knarr.kubelet.config import KubeletConfig
+from knarr.kubelet.credentials import providerconfig, records
+from knarr.kubelet.credentials.provider import Providers
+from knarr.kubelet.credentials.records import PullRecords
 from knarr.kubelet.eviction import Eviction
 from knarr.kubelet.garbage import GarbageCollector
 from knarr.kubelet.images import ImageManager
@@ -96,6 +99,7 @@ class Kubelet:
         self._sandbox_uids: dict[str, str] = {}
         self.ready = asyncio.Event()
         """Set when pods are being handled."""
+        self.credential_providers: Providers | None = None
         self.node = self._wire(runtime, images)
         self.workers = PodWorkers(self.node, self._admit)
         self.static_pods = StaticPods(self.node, self.workers)
@@ -118,15 +122,21 @@ class Kubelet:
 
     def _wire(self, runtime: RuntimeService, images: ImageService) -> Node:
         config, client = self.config, self.client
+        objects = ReferencedObjects(client, lambda uids: self.workers.objects_changed(uids))
+        tokens = Tokens(client)
+        verify = records.policy(config.image_verification_policy, config.image_verification_allowlist)
+        if config.credential_provider_config:
+            providers = providerconfig.load(config.credential_provider_config, config.credential_provider_bin_dir)
+            self.credential_providers = Providers(providers, config.credential_provider_bin_dir, client, tokens)
         image_manager = ImageManager(
             images,
+            PullRecords(os.path.join(config.root_dir, "image_manager"), verify),
             parallel=config.max_parallel_image_pulls,
             initial_seconds=config.image_back_off_initial_seconds,
             maximum_seconds=config.image_back_off_max_seconds,
             credentials_file=config.registry_credentials_file,
+            providers=self.credential_providers,
         )
-        objects = ReferencedObjects(client, lambda uids: self.workers.objects_changed(uids))
-        tokens = Tokens(client)
 
         def payload_context(ips: Sequence[str]) -> PayloadContext:
             return PayloadContext(client, objects, tokens, ips, config.host_ips, self.capacity.allocatable)
@@ -333,6 +343,7 @@ class Kubelet:
         await self._pods.wait_synced()
         self.node.affinity.keep(podutil.uid(pod) for pod in self._pods.list())
         await self.static_pods.start()
+        await self._settle_pulls()
         await self.workers.adopt_orphans()
         await self.garbage.remove_leftovers()
         self.ready.set()
@@ -345,6 +356,17 @@ class Kubelet:
         ):
             self.meters.gauges[f"kubelet_node_startup_{name}duration_seconds"] = seconds
         await self.static_pods.run()
+
+    async def _settle_pulls(self) -> None:
+        """Learn how the pulls ended that a kubelet before this one began."""
+        pulls = self.node.images.records
+        while pulls.unsettled:
+            try:
+                pulls.settle(await self.node.image_service.list_images())
+                break
+            except RuntimeFault as e:
+                log.warning("images not listed", error=str(e))
+                await asyncio.sleep(_RETRY_SECONDS)
 
     def _on_add(self, pod: Object) -> None:
         if podutil.is_mirror(pod):
@@ -419,4 +441,6 @@ class Kubelet:
         await self.node.status.close()
         await self.node.objects.close()
         await self.csi.close()
+        if self.credential_providers is not None:
+            await self.credential_providers.close()
         await self._recorder.close()

@@ -298,6 +298,8 @@ class Node:
             port=10250 if self.node.netns else config.kubelet_port,
             serving_cert=str(serving.certificate),
             serving_key=str(serving.key),
+            credential_provider_config=config.credential_provider_config,
+            credential_provider_bin_dir=config.credential_provider_bin_dir,
             server_tls_bootstrap=config.joined,
             client_cert_file=str(config.client_certificate(self.node.name)) if config.joined else "",
             rotate_certificates=config.joined,
@@ -388,16 +390,19 @@ class Node:
         ).run()
 
     async def report_ready(self, informers: Informers, proxy: ServiceProxy) -> None:
-        """Tell `up` when the API shows this node Ready, and when a name resolves through the cluster's DNS address."""
-        ready = asyncio.Event()
+        """Tell `up` when the API knows this node, shows it Ready, and when a name resolves through the cluster's DNS address."""
+        known, ready = asyncio.Event(), asyncio.Event()
 
         def changed(obj: Object) -> None:
+            known.set()
             if any(condition["type"] == "Ready" and condition["status"] == "True" for condition in obj.get("status", {}).get("conditions", ())):
                 ready.set()
 
         own = informers.get(NODES, field_selector=f"metadata.name={self.node.name}")
         own.add_handler(on_add=changed, on_update=lambda _, new: changed(new))
         await informers.start()
+        await known.wait()
+        self.announce(f"known {self.node.name}")
         await ready.wait()
         self.announce(f"node {self.node.name}")
         await proxy.wait_synced()

@@ -295,7 +295,7 @@ class GRPCRuntime:
         """As the Protocol says; CRI tells no progress, so `progress` is never called."""
         name = str(parse_reference(reference))
         last: RuntimeFault | None = None
-        for credentials in (*auth, None):
+        for credentials in auth or (None,):
             request: dict[str, Any] = {"image": {"image": name}}
             if credentials is not None:
                 request["auth"] = convert.auth(credentials)

@@ -145,7 +145,7 @@ class Puller:
         errors: list[str] = []
         reached = False
         for base in self._bases(reference):
-            for credentials in (*auth, None):
+            for credentials in auth or (None,):
                 endpoint = _Endpoint(base, reference.path, credentials, self._mirrors)
                 try:
                     return await self._pull_from(endpoint, reference, progress)
