@@ -247,7 +247,7 @@ def run_up(options: argparse.Namespace) -> int:
         )
     finally:
         progress.clear()
-    print(f"node {config.nodes[0].name} is Ready" if config.joined else f"ready: kubectl --context {config.context} get nodes", file=sys.stderr)
+    print(f"node {config.nodes[0].name} is part of the cluster" if config.joined else f"ready: kubectl --context {config.context} get nodes", file=sys.stderr)
     return 0
 
 
@@ -274,7 +274,7 @@ def run_join(options: argparse.Namespace) -> int:
         )
     finally:
         progress.clear()
-    print(f"node {config.nodes[0].name} is Ready", file=sys.stderr)
+    print(f"node {config.nodes[0].name} is part of the cluster", file=sys.stderr)
     return 0
 
 
