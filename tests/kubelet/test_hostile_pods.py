@@ -183,6 +183,22 @@ def test_trees_of_any_depth_are_counted_and_removed(tmp_path: Path) -> None:
     assert not root.exists()
 
 
+def test_what_is_mounted_in_a_tree_is_not_counted_with_it(tmp_path: Path) -> None:
+    (tmp_path / "tree" / "inner").mkdir(parents=True)
+    (tmp_path / "tree" / "own").write_bytes(bytes(1 << 16))
+    before = disk.tree_usage(str(tmp_path / "tree"))
+    assert before[1] == 2
+    mounts.tmpfs(str(tmp_path / "tree" / "inner"), size_bytes=1 << 22)
+    try:
+        (tmp_path / "tree" / "inner" / "other").write_bytes(bytes(1 << 20))
+        size, inodes = disk.tree_usage(str(tmp_path / "tree"))
+        assert (before[0] - 4096 <= size <= before[0], inodes) == (True, 1)
+        assert held_open(tmp_path) == []
+        assert disk.tree_usage(str(tmp_path / "tree" / "inner")) == (1 << 20, 1)
+    finally:
+        mounts.unmount(str(tmp_path / "tree" / "inner"))
+
+
 def held_open(root: Path) -> list[str]:
     """What of a folder this process has open."""
     found = []

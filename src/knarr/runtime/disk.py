@@ -83,13 +83,14 @@ def _remove_deep_tree(path: str) -> None:
         raise OSError(errno.ENOTEMPTY, done.stderr.decode(errors="replace").strip()[:200] or "not removed", path)
 
 
-def walk(root: str) -> Iterator[tuple[int, list[os.DirEntry[str]]]]:
+def walk(root: str, *, one_device: bool = False) -> Iterator[tuple[int, list[os.DirEntry[str]]]]:
     """Every folder of a tree, top down, as (open file descriptor, entries); both are good until the next step.
 
     A link is never followed, not even one that takes a folder's place meanwhile; what vanishes meanwhile is left out.
-    Raises OSError when the root is no folder.
+    With `one_device` folders where something else is mounted are left out, too. Raises OSError when the root is no folder.
     """
     bases = [(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), 0)]
+    device = os.fstat(bases[0][0]).st_dev
     todo = ["."]
     fd = -1
     try:
@@ -99,6 +100,10 @@ def walk(root: str) -> Iterator[tuple[int, list[os.DirEntry[str]]]]:
                 os.close(bases.pop()[0])  # all below it is done
             try:
                 fd = syscalls.open_without_links(bases[-1][0], path, os.O_RDONLY | os.O_DIRECTORY)
+                if one_device and os.fstat(fd).st_dev != device:
+                    os.close(fd)
+                    fd = -1
+                    continue
                 with os.scandir(fd) as found:
                     entries = list(found)
             except OSError:
@@ -126,14 +131,18 @@ def make_directories(*paths: str, mode: int = 0o711) -> None:
 
 
 def tree_usage(path: str) -> tuple[int, int]:
-    """(allocated bytes, inodes) below a directory; files that vanish meanwhile are skipped, hard links count once."""
+    """(allocated bytes, inodes) below a directory, on its own device; files that vanish meanwhile are skipped, hard links count once."""
     total, inodes, seen = 0, 0, set[tuple[int, int]]()
     with contextlib.suppress(OSError):
-        for _, entries in walk(path):
+        device = os.stat(path).st_dev
+        for _, entries in walk(path, one_device=True):
             for entry in entries:
                 try:
                     info = entry.stat(follow_symlinks=False)
                 except OSError:
+                    continue
+                if stat.S_ISDIR(info.st_mode) and info.st_dev != device:
+                    # Of folders only: on an overlay files may tell the devices below it.
                     continue
                 if info.st_nlink > 1 and not stat.S_ISDIR(info.st_mode):
                     if (info.st_dev, info.st_ino) in seen:
