@@ -4,6 +4,7 @@ import pytest
 
 from knarr.api import cel
 from knarr.api.cel.values import Optional
+from knarr.api.structural.formats import go_regex
 
 OBJECT = {
     "metadata": {"name": "x", "namespace": "ns", "labels": {"a": "b"}},
@@ -68,6 +69,17 @@ def test_compile_errors(source: str, message: str) -> None:
     with pytest.raises(cel.CompileError) as caught:
         run(source)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("pattern", "good", "bad"), [
+    ("^(?i)[a-z]+$", "ABC", "1"), ("a(?i)b|c", "aB C", "Ab"), ("(x(?i)y)z", "xYz", "xyZ"), ("[(?i)]", "?", "x"), (r"\(?i", "(i", "x"), ("(?i)ab", "AB", "b"),
+])  # fmt: skip
+def test_flags_of_patterns_may_stand_anywhere(pattern: str, good: str, bad: str) -> None:
+    matches = cel.base().compile("t.matches(p)", {"t": cel.STRING, "p": cel.STRING})
+    assert matches.evaluate({"t": good, "p": pattern}) is True
+    assert matches.evaluate({"t": bad, "p": pattern}) is False
+    assert go_regex(pattern).search(good)
+    assert not go_regex(pattern).search(bad)
 
 
 def test_fields_of_typed_objects_are_checked() -> None:

@@ -32,6 +32,7 @@ from knarr.api.cel.values import (
     size,
     type_name,
 )  # fmt: skip
+from knarr.api.goregex import scoped_flags
 
 Function = Callable[..., Any]
 
@@ -358,7 +359,8 @@ def compiled(pattern: str) -> re.Pattern[str]:
     """Compile RE2 syntax with Python's engine: what RE2 does not have is refused, what is spelt otherwise is translated."""
     if re.search(r"\\[1-9]|\(\?[=!>]|\(\?<[=!]|\(\?P=|\(\?\(|[*+?}]\+", re.sub(r"\\\\|\[[^\]]*\]", "", pattern)):
         raise EvalError(f"error parsing regexp: invalid or unsupported Perl syntax: `{pattern}`")
-    translated = pattern.replace("(?<", "(?P<") if "(?<" in pattern else pattern
+    translated = scoped_flags(pattern)
+    translated = translated.replace("(?<", "(?P<") if "(?<" in translated else translated
     translated = re.sub(r"\\z", r"\\Z", translated)
     for name, body in (("alpha", "a-zA-Z"), ("digit", "0-9"), ("alnum", "a-zA-Z0-9"), ("lower", "a-z"), ("upper", "A-Z"), ("space", r"\s"), ("punct", r"!-/:-@\[-`{-~"), ("xdigit", "0-9A-Fa-f"), ("word", r"\w")):
         translated = translated.replace(f"[:{name}:]", body)

@@ -12,6 +12,7 @@ from datetime import date
 from functools import lru_cache
 
 from knarr.api import times
+from knarr.api.goregex import scoped_flags
 from knarr.api.selectors import _SUBDOMAIN
 
 _POSIX = {
@@ -35,6 +36,7 @@ def go_regex(pattern: str) -> re.Pattern[str]:
     """
     if re.search(r"\(\?(=|!|<=|<!)|\\[1-9]", pattern):
         raise PatternError("error parsing regexp: invalid or unsupported Perl syntax")
+    pattern = scoped_flags(pattern)
     out: list[str] = []
     index, in_class = 0, False
     while index < len(pattern):
