@@ -15,7 +15,7 @@ from knarr.api.resources import ENDPOINT_SLICES, INGRESS_CLASSES, INGRESSES, SEC
 from knarr.client.informer import Informers
 from knarr.network import netns, rtnl
 from knarr.network.ingress import IngressController
-from knarr.network.ingress.controller import _self_signed
+from knarr.network.ingress.certificates import self_signed
 from knarr.network.ingress.haproxy import Listen
 from knarr.network.ingress.model import build
 
@@ -199,7 +199,7 @@ def der_of(pem: str) -> str:
 
 async def test_tls_is_served_from_secrets_changes_hot_and_plain_http_is_redirected(running):
     await running.expose("a")
-    first, second = _self_signed(), _self_signed()
+    first, second = self_signed(), self_signed()
     await running.client.create(SECRETS, secret("cert", first), "default")
     await running.put(ingress("tls", [rule("safe.test", ("/", "Prefix", "a"))], tls=[{"hosts": ["safe.test"], "secretName": "cert"}]))
     status, body, head = await running.get("safe.test", "/x", tls=True)

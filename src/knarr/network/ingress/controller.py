@@ -10,20 +10,12 @@ and is told in an event.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import datetime
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-
 from knarr.aiokits.backoff import Backoff
-from knarr.aiokits.clock import now
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
 from knarr.api import errors
@@ -34,12 +26,14 @@ from knarr.client.events import EventRecorder
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
 from knarr.http.errors import HTTPError
+from knarr.network.ingress import certificates
 from knarr.network.ingress.alternatives import settle
 from knarr.network.ingress.annotations import secret_of
+from knarr.network.ingress.certificates import Certificates
 from knarr.network.ingress.gateway import Outcome
 from knarr.network.ingress.gateways import GatewaySupport
 from knarr.network.ingress.gatewayservices import Ports
-from knarr.network.ingress.haproxy import PASSWORD_SOCKET, Certificates, HAProxy, HAProxyError, Listen, certificate_name, program, usable
+from knarr.network.ingress.haproxy import PASSWORD_SOCKET, HAProxy, HAProxyError, Listen, program
 from knarr.network.ingress.model import ENDPOINTS, Routes, build, is_ours
 from knarr.network.ingress.passwords import Passwords, read_users
 from knarr.network.objects import object_key, slice_service
@@ -84,7 +78,7 @@ class IngressController:
         self._status = [{"ip": address} for address in status_addresses]
         self._recorder = EventRecorder(client, "ingress-controller")
         self._listen = listen or Listen()
-        self.proxy = HAProxy(Path(folder), self._listen, _self_signed())
+        self.proxy = HAProxy(Path(folder), self._listen, certificates.self_signed())
         self._wake = asyncio.Event()
         self._tasks = Tasks()
         self._gateways = GatewaySupport(client, informers, self._wake, self._status, class_name=class_name, own_addresses=gateway_services)
@@ -176,16 +170,16 @@ class IngressController:
         routes = build(ingresses, self._addresses)
         self._passwords.replace(self._users(routes, ingresses))
         usable_secrets = (
-            {object_key(obj): True for obj in self._secrets.list() if _secret_pem(obj) is not None} if self._gateways.active else {}
+            {object_key(obj): True for obj in self._secrets.list() if certificates.secret_pem(obj) is not None} if self._gateways.active else {}
         )
         outcome = self._gateways.add_routes(routes, self._addresses, usable_secrets)
         settle(routes)
         if program() is None:
             routes.problems.extend((object_key(ingress), "haproxy is not installed on this machine") for ingress in ingresses)
-        certificates = self._certificates(routes)
+        shown = self._certificates(routes)
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         await self._passwords.listen(self._folder / PASSWORD_SOCKET)
-        await self.proxy.apply(routes, certificates)
+        await self.proxy.apply(routes, shown)
         if not self._started:
             self._started = True
             self._tasks.spawn_eternal(self.proxy.run(), "ingress proxy")
@@ -242,19 +236,10 @@ class IngressController:
         return out
 
     def _certificates(self, routes: Routes) -> Certificates:
-        out = Certificates()
-        for host, key in sorted(routes.certificates.items()):
-            if not key:
-                continue
-            name = certificate_name(key)
-            if name not in out.pems:
-                pem = _secret_pem(self._secrets.get_key(key))
-                if pem is None:
-                    owners = {owner for owner in (object_key(i) for i in self._ours()) if owner.partition("/")[0] == key.partition("/")[0]}
-                    routes.problems.extend((owner, f"secret {key} has no usable certificate for {host}") for owner in sorted(owners)[:1])
-                    continue
-                out.pems[name] = pem
-            out.hosts.setdefault(name, []).append(host)
+        out, missing = certificates.collect(routes.certificates, self._secrets.get_key)
+        for host, key in missing:
+            owners = {owner for owner in (object_key(i) for i in self._ours()) if owner.partition("/")[0] == key.partition("/")[0]}
+            routes.problems.extend((owner, f"secret {key} has no usable certificate for {host}") for owner in sorted(owners)[:1])
         return out
 
     def _report(self, routes: Routes, ingresses: list[Object]) -> None:
@@ -279,39 +264,3 @@ class IngressController:
         except StatusError as error:
             if not errors.is_not_found(error) and not errors.is_conflict(error):
                 raise
-
-
-def _secret_pem(secret: Object | None) -> str | None:
-    """Chain and key of a TLS Secret that belong together, or None."""
-    if secret is None:
-        return None
-    try:
-        data = secret.get("data") or {}
-        chain, key = (base64.b64decode(data[name]).decode() for name in ("tls.crt", "tls.key"))
-        certificate = x509.load_pem_x509_certificate(chain.encode())
-        private = serialization.load_pem_private_key(key.encode(), None)
-        fmt = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-        if certificate.public_key().public_bytes(*fmt) != private.public_key().public_bytes(*fmt):
-            return None
-    except (KeyError, ValueError, TypeError, UnicodeDecodeError, binascii.Error):
-        return None
-    return usable((chain, key))
-
-
-def _self_signed() -> str:
-    """What is shown for names without a certificate of their own."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "Kubernetes Ingress Controller Fake Certificate")])
-    present = datetime.datetime.fromtimestamp(now(), datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(present - datetime.timedelta(days=1))
-        .not_valid_after(present + datetime.timedelta(days=3650))
-        .sign(key, hashes.SHA256())
-    )
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return usable((certificate.public_bytes(serialization.Encoding.PEM).decode(), private.decode()))

@@ -34,7 +34,7 @@ from knarr.network.ingress.gatewayapi import (
 from knarr.network.ingress.gatewaybackends import Finder, Grants, Problem, Protocols
 from knarr.network.ingress.gatewayrules import Settled, as_http, settle_rules, settle_streams, writable
 from knarr.network.ingress.listeners import Listener, gateway_status, read_listeners
-from knarr.network.ingress.model import PASS, TERMINATE, Addresses, Routes
+from knarr.network.ingress.model import ANY_NAME, PASS, TERMINATE, Addresses, Routes
 from knarr.network.objects import object_key
 
 __all__ = [
@@ -105,7 +105,7 @@ def add_routes(routes: Routes, gateways: Iterable[Object], by_kind: Mapping[str,
       gateways: Those of our classes.
       by_kind: Routes by kind: "HTTPRoute", "GRPCRoute", "TLSRoute".
     """
-    gateways, grants = list(gateways), Grants(world.grants)
+    gateways, grants = sorted(gateways, key=_age), Grants(world.grants)
     outcome = Outcome(listeners={object_key(obj): read_listeners(obj, world.has_secret, grants) for obj in gateways})
     published = {object_key(obj): world.published(obj) for obj in gateways}
     doors = {key: Doors(routes, key, mine, (*published[key].addresses, *published[key].inside)) for key, mine in outcome.listeners.items() if published[key].own}
@@ -114,17 +114,21 @@ def add_routes(routes: Routes, gateways: Iterable[Object], by_kind: Mapping[str,
     for kind, found in by_kind.items():
         making = _Making(routes, kind, listeners, world, finder, doors)
         outcome.routes[kind] = {}
-        for route in sorted(found, key=lambda obj: (obj["metadata"].get("creationTimestamp") or "", object_key(obj))):
+        for route in sorted(found, key=_age):
             if parents := _attach_all(making, route):
                 outcome.routes[kind][object_key(route)] = {"parents": parents}
     for listener in listeners:
         if listener.secret and listener.works:
-            routes.certificates.setdefault(listener.hostname or "*", listener.secret)
+            routes.certificates.setdefault(listener.hostname or f"{ANY_NAME}{listener.secret}", listener.secret)
     for obj in gateways:
         key = object_key(obj)
         outcome.gateways[key] = gateway_status(obj, outcome.listeners[key], published[key].addresses, published[key].pending)
     outcome.policies = world.policies.statuses()
     return outcome
+
+
+def _age(obj: Object) -> tuple[str, str]:
+    return obj["metadata"].get("creationTimestamp") or "", object_key(obj)
 
 
 def intersect(listener: str, route: str) -> str | None:

@@ -13,22 +13,22 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import hashlib
 import shutil
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from knarr.aiokits.backoff import Backoff
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
+from knarr.network.ingress.certificates import Certificates
 from knarr.network.ingress.haproxyconfig import SECURE, Listen, render, server_line
 from knarr.network.ingress.model import Routes, Server
 from knarr.network.ingress.script import SCRIPT
 
-__all__ = ["Certificates", "HAProxy", "HAProxyError", "Listen", "certificate_name", "program", "usable"]
+__all__ = ["HAProxy", "HAProxyError", "Listen", "program"]
 log = get_logger(__name__)
 
 PASSWORD_SOCKET = "passwords.sock"
@@ -43,14 +43,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 class HAProxyError(Exception):
     """HAProxy refused its configuration or a command; the text is its own."""
-
-
-@dataclass(slots=True)
-class Certificates:
-    """Certificate chains with keys, as PEM, by file name; and the host names of each."""
-
-    pems: dict[str, str] = field(default_factory=dict)
-    hosts: dict[str, list[str]] = field(default_factory=dict)
 
 
 def program() -> str | None:
@@ -259,7 +251,7 @@ class HAProxy:
         for name in MAPS:
             _write(self._folder / f"{name}.map", "".join(f"{key} {text}\n" for key, text in _ordered(name, self._maps[name])))
         lines = [f"{self._folder}/default.pem"]
-        _write(self._folder / "default.pem", self._default_pem)
+        _write(self._folder / "default.pem", self._certificates.fallback or self._default_pem)
         for name, pem in self._tls.authorities.items():
             _write(self._folder / name, pem)
         for name, pem in self._certificates.pems.items():
@@ -291,16 +283,21 @@ class HAProxy:
             path = self._folder / name
             if name not in old.pems:
                 await self._command(f"new ssl cert {path}")
-            await self._command(f"set ssl cert {path} <<\n{_no_blank_lines(new.pems[name])}")
-            answer = await self._command(f"commit ssl cert {path}")
-            if "Success" not in answer:
-                raise HAProxyError(f"certificate {name}: {answer.strip()}")
+            await self._show(path, new.pems[name])
             if name not in old.pems or new.hosts[name] != old.hosts[name]:
                 await self._command(f"add ssl crt-list {self._folder}/certs.list <<\n{path} {' '.join(new.hosts[name])}\n")
+        if old.fallback != new.fallback:
+            await self._show(self._folder / "default.pem", new.fallback or self._default_pem)
         for name in old.pems:
             if name not in new.pems:
                 await self._command(f"del ssl cert {self._folder}/{name}")
                 (self._folder / name).unlink(missing_ok=True)
+
+    async def _show(self, path: Path, pem: str) -> None:
+        await self._command(f"set ssl cert {path} <<\n{_no_blank_lines(pem)}")
+        answer = await self._command(f"commit ssl cert {path}")
+        if "Success" not in answer:
+            raise HAProxyError(f"certificate {path.name}: {answer.strip()}")
 
     async def _expect_silence(self, command: str) -> None:
         answer = (await self._command(command)).strip()
@@ -344,13 +341,3 @@ def _write(path: Path, text: str) -> None:
 
 def _die_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def certificate_name(secret: str) -> str:
-    """File name for a Secret's certificate."""
-    return hashlib.blake2b(secret.encode(), digest_size=10).hexdigest() + ".pem"
-
-
-def usable(pem_parts: Sequence[str]) -> str:
-    """Certificate chain and key in one text."""
-    return "\n".join(part.strip() for part in pem_parts) + "\n"

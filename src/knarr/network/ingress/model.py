@@ -22,6 +22,8 @@ from knarr.network.ingress.annotations import Behaviour, read
 from knarr.network.objects import object_key
 
 CLASS_ANNOTATION = "kubernetes.io/ingress.class"
+ANY_NAME = "*:"
+"""In front of a Secret, among host names with certificates: it serves all names that no other serves."""
 TO_HTTPS_301, TO_HTTPS_302 = "1", "2"
 NOWHERE = ("nowhere", 0)
 """The place of a backend that does not exist: the proxy answers 500 for it."""

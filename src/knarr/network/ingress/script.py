@@ -113,9 +113,11 @@ local function redirect(txn, action)
   local code, scheme, host, port, kind, old, new = tonumber(action[2]), action[3], action[4], action[5], action[6], action[7], action[8]
   local own = over_tls(txn) and "https" or "http"
   local path, query = txn.sf:path(), txn.sf:query() or ""
-  local asked, asked_port = (header(txn, "host") or ""):match("^(.-):?(%d*)$")
+  local asked, asked_port = (header(txn, "host") or ""):match("^(.-):(%d+)$")
+  if not asked then asked, asked_port = header(txn, "host") or "", "" end
   if kind == "full" then path = new elseif kind == "prefix" then path = replaced_prefix(path, old, new) end
-  if port == "" and scheme == "" then port = asked_port end
+  -- A route of a Gateway leads to its listener's port; whoever only leaves a name keeps what was asked for.
+  if port == "" and scheme == "" then port = kind == "keep" and asked_port or tostring(txn.sf:dst_port()) end
   if scheme == "" then scheme = own end
   if (scheme == "http" and port == "80") or (scheme == "https" and port == "443") then port = "" end
   local url = scheme .. "://" .. (host ~= "" and host or asked) .. (port ~= "" and ":" .. port or "") .. path
