@@ -116,8 +116,7 @@ local function redirect(txn, action)
   local asked, asked_port = (header(txn, "host") or ""):match("^(.-):(%d+)$")
   if not asked then asked, asked_port = header(txn, "host") or "", "" end
   if kind == "full" then path = new elseif kind == "prefix" then path = replaced_prefix(path, old, new) end
-  -- A route of a Gateway leads to its listener's port; whoever only leaves a name keeps what was asked for.
-  if port == "" and scheme == "" then port = kind == "keep" and asked_port or tostring(txn.sf:dst_port()) end
+  if port == "" and scheme == "" then port = txn:get_var("txn.door") and tostring(txn.sf:dst_port()) or asked_port end
   if scheme == "" then scheme = own end
   if (scheme == "http" and port == "80") or (scheme == "https" and port == "443") then port = "" end
   local url = scheme .. "://" .. (host ~= "" and host or asked) .. (port ~= "" and ":" .. port or "") .. path
@@ -265,7 +264,7 @@ local function origin(txn, action)
   if not given then return end
   for i = 2, #action do
     local pattern = action[i]:gsub("[%^%$%(%)%%%.%[%]%+%-%?]", "%%%0"):gsub("%*", "[^/]*")
-    if given:match("^" .. pattern .. "$") then txn:set_var("txn.origin", given) end
+    if action[i] == "*" or given:match("^" .. pattern .. "$") then txn:set_var("txn.origin", given) end
   end
 end
 
