@@ -138,6 +138,29 @@ async def test_a_headless_service_has_its_ready_endpoints_and_their_host_names(d
     assert len(await dns.values(f"db.default.svc.{ZONE}")) == 3
 
 
+async def test_an_endpoint_of_two_slices_has_its_address_once_and_all_its_ports(dns):
+    dns.informers.put(SERVICES, headless("db"))
+    both = [ready("10.244.0.5", hostname="db-0"), ready("fd00::5", hostname="db-0")]
+    slices = endpoint_slice("db", [("http", "TCP", 80)], both[:1]), endpoint_slice("db", [("raft", "UDP", 81)], both)
+    slices[1]["metadata"]["name"] += "-second"
+    dns.informers.put(ENDPOINT_SLICES, *slices)
+    name = f"db-0.db.default.svc.{ZONE}"
+    assert await dns.values(name) == ["10.244.0.5"]
+    assert await dns.values(name, "AAAA") == ["fd00::5"]
+    assert await dns.values(name, "SRV") == [f"0 50 80 {name}.", f"0 50 81 {name}."]
+    assert sorted(str(record.rdata) for record in (await dns.ask(name, "SRV")).ar) == ["10.244.0.5", "fd00::5"]
+
+
+async def test_the_zones_name_server_is_the_dns_service(dns):
+    assert await dns.values(ZONE, "NS") == [f"ns.dns.{ZONE}."]
+    dns.informers.put(
+        SERVICES, service("kube-dns", "10.96.0.10", [("dns", "UDP", 53)]) | {"metadata": {"name": "kube-dns", "namespace": "kube-system"}}
+    )
+    answer = await dns.ask(ZONE, "NS")
+    assert [str(record.rdata) for record in answer.rr + answer.ar] == [f"kube-dns.kube-system.svc.{ZONE}.", "10.96.0.10"]
+    assert await dns.values(f"ns.dns.{ZONE}") == ["10.96.0.10"]
+
+
 async def test_answers_follow_changes_at_once_and_begin_with_another_address_each_time(dns):
     dns.informers.put(SERVICES, headless("db"))
     dns.informers.put(ENDPOINT_SLICES, endpoint_slice("db", [("http", "TCP", 80)], [ready(f"10.244.0.{n}") for n in range(2, 6)]))

@@ -23,11 +23,10 @@ from knarr.client.informer import Informers
 from knarr.client.rest import Client
 from knarr.http.errors import HTTPError
 from knarr.network.dns.forward import Resolver
-from knarr.network.dns.records import Store
+from knarr.network.dns.records import NAME, NAMESPACE, Store
 
 log = get_logger(__name__)
 
-NAMESPACE, NAME = "kube-system", "kube-dns"
 MANAGER = "dns.knarr.dev"
 
 

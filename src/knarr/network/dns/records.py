@@ -38,6 +38,8 @@ from knarr.network.dns.wire import (
 )
 
 VERSION = "1.1.0"
+NAMESPACE, NAME = "kube-system", "kube-dns"
+"""The Service that leads to DNS servers."""
 
 
 class Store(Protocol):
@@ -120,13 +122,21 @@ class ClusterZone:
             return self._in_pods(name, labels[:-1], kind)
         if labels == ["dns-version"]:
             return self._pack(kind, [Record(name, TXT, self.ttl, text_data(VERSION))])
-        if labels in (["dns"], ["ns", "dns"]):
+        if labels == ["ns", "dns"]:
+            return self._pack(kind, [self._address(name, address) for address in self._server_addresses()])
+        if labels == ["dns"]:
             return self._pack(kind, [])
         return Resolved(NXDOMAIN)
 
     def _apex(self, kind: int) -> Resolved:
-        records = [self.soa(), Record(self.domain, NS, self.ttl, encode_name(f"ns.dns.{self.domain}"))]
-        return self._pack(kind, records)
+        target = f"{NAME}.{NAMESPACE}.svc.{self.domain}"
+        glue = [self._address(target, address) for address in self._server_addresses()]
+        server = Record(self.domain, NS, self.ttl, encode_name(target if glue else f"ns.dns.{self.domain}"))
+        return self._pack(kind, [self.soa(), server], glue if kind in (NS, ANY) else ())
+
+    def _server_addresses(self) -> list[str]:
+        service = self._services.get(NAMESPACE, NAME)
+        return service_addresses(service) if service is not None else []
 
     @staticmethod
     def _pack(kind: int, records: Iterable[Record], additionals: Iterable[Record] = ()) -> Resolved:
@@ -219,8 +229,16 @@ class ClusterZone:
         return found
 
     def _host(self, name: str, service: Object, host: str, kind: int) -> Resolved:
-        records = [self._address(name, address) for address, label, _ports in self._endpoints(service) if label.lower() == host]
-        return self._pack(kind, records) if records else Resolved(NXDOMAIN)
+        found = [(address, ports) for address, label, ports in self._endpoints(service) if label.lower() == host]
+        if not found:
+            return Resolved(NXDOMAIN)
+        # Two slices name an address when its ports differ.
+        addresses = [self._address(name, address) for address in dict.fromkeys(address for address, _ports in found)]
+        if kind not in (SRV, ANY):
+            return self._pack(kind, addresses)
+        numbers = dict.fromkeys(int(port["port"]) for _address, ports in found for port in ports if port.get("port"))
+        targets = [Record(name, SRV, self.ttl, srv_data(0, max(1, 100 // len(numbers)), number, name)) for number in numbers]
+        return self._pack(kind, [*addresses, *targets], addresses)
 
     def _ports(self, name: str, base: str, service: Object, rest: list[str], kind: int) -> Resolved:
         protocol = rest[-1][1:]
