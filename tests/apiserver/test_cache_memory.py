@@ -39,3 +39,18 @@ def test_old_events_go_although_nothing_is_written_any_more() -> None:
     assert len(cache.ring) == caches.RING_MINIMUM
     assert cache.events_after(cache.ring_start) == list(cache.ring)
     assert cache.events_after(cache.ring_start - 1) is None
+
+
+def test_equal_labels_and_selectable_values_are_kept_once() -> None:
+    cache = ResourceCache("/registry/core/pods/", ("spec.nodeName",), lambda obj: (obj["spec"]["nodeName"],))
+    for n in range(caches.LABEL_SETS + 10):
+        body = {"metadata": {"name": str(n), "namespace": "d", "labels": {"app": "x", "n": str(n // 2)}}, "spec": {"nodeName": f"node-{n // 2}"}}
+        cache.publish([(f"d/{n}", orjson.dumps({"kind": "Pod", "apiVersion": "v1", **body}), n + 1)])
+    one, two, other = (cache.objects[f"d/{n}"] for n in (0, 1, 2))
+    assert one.labels is two.labels
+    assert one.labels == {"app": "x", "n": "0"}
+    assert other.labels == {"app": "x", "n": "1"}
+    assert one.fields is not None
+    assert two.fields is not None
+    assert one.fields[0] is two.fields[0]
+    assert len(cache._labels) <= caches.LABEL_SETS
