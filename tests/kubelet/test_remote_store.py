@@ -181,6 +181,40 @@ async def test_an_empty_block_device_gets_a_file_system_and_keeps_it(bench: Benc
     await gone(bench, "second")
 
 
+async def test_a_file_system_grows_with_its_device_while_a_pod_uses_it(bench: Bench, tmp_path: Path, disk: str) -> None:
+    term = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": [bench.node_name]}]}
+    await claim(bench, {"local": {"path": disk}, "nodeAffinity": {"required": {"nodeSelectorTerms": [term]}}})
+    await bench.run("p", "sleep 1000", **USES)
+    await bench.until_ready("p", 40)
+    (mounted,) = [m for m in mounts.mount_points(str(bench.folder / "kubelet")) if "~local" in m]
+    before = os.statvfs(mounted).f_blocks
+    os.truncate(tmp_path / "disk", 64 << 20)
+    subprocess.run(["losetup", "--set-capacity", disk], check=True)
+    await bench.client.patch(PERSISTENT_VOLUMES, "v", None, {"spec": {"capacity": {"storage": "2Gi"}}})
+    pending = {"allocatedResources": {"storage": "2Gi"}, "allocatedResourceStatuses": {"storage": "NodeResizePending"}}
+    await bench.client.patch(PERSISTENT_VOLUME_CLAIMS, "c", bench.namespace, {"status": pending}, type="merge", subresource="status")
+    assert bench.kubelet is not None
+    bench.kubelet.csi.growth.look()
+    wanted = "FileSystemResizeSuccessful" if _may_grow() else "VolumeResizeFailed"
+    async with asyncio.timeout(20):
+        while not (told := [e for e in (await bench.client.list(EVENTS, bench.namespace))["items"] if e["reason"] == wanted]):
+            await asyncio.sleep(0.05)
+    held = (await bench.client.get(PERSISTENT_VOLUME_CLAIMS, "c", bench.namespace))["status"]
+    if _may_grow():
+        assert (held["capacity"], held.get("allocatedResourceStatuses")) == ({"storage": "2Gi"}, None)
+        assert os.statvfs(mounted).f_blocks > 1.8 * before
+    else:
+        assert "resize2fs: Permission denied to resize filesystem" in told[0]["message"]
+        assert held["capacity"] == {"storage": "1Gi"}
+    await gone(bench, "p")
+
+
+def _may_grow() -> bool:
+    """The kernel lets a mounted ext4 grow only for holders of CAP_SYS_RESOURCE, which the root of some containers is not."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
+    return bool(int(line.split()[1], 16) >> 24 & 1)
+
+
 async def test_a_device_that_holds_something_else_is_never_formatted(tmp_path: Path, disk: str) -> None:
     subprocess.run(["mkfs.ext4", "-q", disk], check=True)
     with pytest.raises(VolumeError, match=r'failed to mount the volume as "squashfs", it already contains ext4. Mount error: mount failed: exit status 32'):

@@ -52,6 +52,7 @@ from knarr.kubelet.userns import UserNamespaces
 from knarr.kubelet.volumes import wellknown
 from knarr.kubelet.volumes.claims import Claims
 from knarr.kubelet.volumes.csi import CSIVolumes
+from knarr.kubelet.volumes.growth import Growth
 from knarr.kubelet.volumes.manager import Volumes
 from knarr.kubelet.volumes.payloads import PayloadContext
 from knarr.runtime.cri import ImageService, RuntimeFault, RuntimeService
@@ -147,7 +148,7 @@ class Kubelet:
         def container_event(pod: Object, name: str, kind: str, reason: str, message: str) -> None:
             self._record(pod, kind, reason, message, field_path=podutil.field_path(pod, name))
 
-        self.csi = CSIVolumes(config, client, tokens, event)
+        self.csi = CSIVolumes(config, client, tokens, Growth(client, event))
         self.devices = DeviceManager(config.device_plugins_dir or os.path.join(config.root_dir, "device-plugins"), self._devices_changed)
         self.dynamic = DynamicResources(
             config.root_dir, client, config.node_name, lambda: [worker.uid for worker in self.workers.workers()]

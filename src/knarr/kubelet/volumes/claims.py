@@ -17,6 +17,7 @@ from knarr.api.types import Object
 from knarr.client.rest import Client
 from knarr.kubelet.volumes import devices, host, iscsi, local, mounts, wellknown
 from knarr.kubelet.volumes.csi import CSIVolumes
+from knarr.kubelet.volumes.growth import InUse
 from knarr.kubelet.volumes.model import MountedVolume, VolumeError
 
 log = get_logger(__name__)
@@ -74,7 +75,19 @@ class Claims:
         options = list(spec.get("mountOptions") or [])
         inner = persistent["metadata"]["name"]
         mounted = await self._mount_source(pod, volume["name"], inner, source, pod_dir, read_only=read_only or _read_only(source), options=options)
+        if "local" in source:
+            self._let_grow(pod, persistent, mounted.path)
         return mounted, groups
+
+    def _let_grow(self, pod: Object, persistent: Object, target: str) -> None:
+        """Have a file system of ours grow with its device while this pod uses it; a folder has no size of its own."""
+        device = wellknown.own(self._root, persistent["spec"]["local"]["path"])
+        if stat.S_ISBLK(os.stat(device).st_mode):
+
+            async def grow(size: int) -> None:
+                await devices.grow(device, target)
+
+            self._csi.growth.use(InUse(pod, persistent["metadata"]["name"], grow))
 
     async def _resolve(self, pod: Object, claim_name: str, *, ephemeral: bool) -> tuple[Object, Object]:
         namespace = pod["metadata"].get("namespace", "")

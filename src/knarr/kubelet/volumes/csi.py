@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,14 +58,11 @@ class _Driver:
 class CSIVolumes:
     """Volumes served by CSI drivers."""
 
-    def __init__(
-        self, config: KubeletConfig, client: Client, tokens: Tokens, event: Callable[[Object, str, str, str], None] = lambda *_: None
-    ) -> None:
-        """`event` records (pod, type, reason, message)."""
+    def __init__(self, config: KubeletConfig, client: Client, tokens: Tokens, growth: Growth) -> None:
         self._config = config
         self._tokens = tokens
         self._client = client
-        self.growth = Growth(client, self._grows, self._expand, event)
+        self.growth = growth
         self._drivers: dict[str, _Driver] = {}
         self._staging: dict[str, asyncio.Lock] = {}
 
@@ -407,9 +403,6 @@ class CSIVolumes:
         found = self._drivers.get(driver)
         return found is not None and _EXPAND in found.capabilities
 
-    async def _expand(self, driver: str, request: Message, secrets: Object | None) -> None:
-        await self._call(self._driver(driver), "NodeExpandVolume", "NodeExpandVolumeRequest", {**request, "secrets": await self._secrets(secrets)})
-
     def _use(self, pod: Object, persistent: Object, request: Message, path: str) -> None:
         """Have the file system grow with the volume while this pod uses it."""
         source = persistent["spec"]["csi"]
@@ -419,7 +412,12 @@ class CSIVolumes:
             "staging_target_path": request.get("staging_target_path", ""),
             "volume_capability": request["volume_capability"],
         }
-        self.growth.use(source["driver"], InUse(pod, persistent["metadata"]["name"], growing, source.get("nodeExpandSecretRef")))
+
+        async def grow(size: int) -> None:
+            request = {**growing, "capacity_range": {"required_bytes": size}, "secrets": await self._secrets(source.get("nodeExpandSecretRef"))}
+            await self._call(self._driver(source["driver"]), "NodeExpandVolume", "NodeExpandVolumeRequest", request)
+
+        self.growth.use(InUse(pod, persistent["metadata"]["name"], grow, lambda: self._grows(source["driver"])))
 
 
 def _owned_by_kubelet(spec: Object, request: Message, pod: Object) -> bool:

@@ -1,8 +1,8 @@
-"""File systems on block devices and on the network: looked for, checked, made and mounted by the host's own programs.
+"""File systems on block devices and on the network: looked for, checked, made, mounted and grown by the host's own programs.
 
 Caller: claims. A device is looked at by one pod at a time, so that two that start together do not both format it; several pods of
 this node may then mount it, as the kernel shares one file system. Nothing here unmounts: a pod's folder is unmounted as a whole.
-Source: k8s.io/mount-utils mount_linux.go (SafeFormatAndMount, checkAndRepairFilesystem), pkg/volume/local.
+Source: k8s.io/mount-utils mount_linux.go (SafeFormatAndMount, checkAndRepairFilesystem), resizefs_linux.go, pkg/volume/local.
 """
 
 from __future__ import annotations
@@ -87,6 +87,19 @@ async def format_and_mount(device: str, target: str, kind: str, options: list[st
             if held and held != kind:
                 raise VolumeError(f'failed to mount the volume as "{kind}", it already contains {held}. Mount error: {e}') from e
             raise
+
+
+async def grow(device: str, target: str) -> None:
+    """Let a mounted file system take all of its device. Raises VolumeError: a kind that cannot, or in the words of the program."""
+    kind = await _held_by(device)
+    commands = {"xfs": ["xfs_growfs", target], "btrfs": ["btrfs", "filesystem", "resize", "max", target]}
+    if kind in ("ext2", "ext3", "ext4"):
+        commands[kind] = ["resize2fs", device]
+    if kind not in commands:
+        raise VolumeError(f"resize of format {kind} is not supported for device {device} mounted at {target}")
+    code, output = await run(*commands[kind], timeout_seconds=_FORMAT_TIMEOUT_SECONDS)
+    if code != 0:
+        raise VolumeError(f"resize of device {device} failed: exit status {code}. {commands[kind][0]} output: {output}")
 
 
 async def _held_by(device: str) -> str:

@@ -1,7 +1,7 @@
-"""Grows the file systems of CSI volumes in use after the volumes themselves have grown.
+"""Grows the file systems of volumes in use after the volumes themselves have grown.
 
-Callers: csi (what is in use), kubelet (the loop). The cluster's resizer grows a volume and marks its claim; a node may read single
-claims, not watch them, so the claims of volumes that are in use here and whose driver grows file systems are looked at every
+Callers: csi and claims (what is in use), kubelet (the loop). Whoever grows a volume, the cluster's resizer or a human, marks its claim; a
+node may read single claims, not watch them, so the claims of volumes that are in use here and can grow are looked at every
 INTERVAL_SECONDS, as upstream does in shorter rounds, and at once when such a volume is mounted. Without such volumes nothing runs.
 Source: pkg/volume/util/operationexecutor/node_expander.go, pkg/volume/util/resize_util.go, pkg/volume/csi/expander.go.
 """
@@ -18,7 +18,6 @@ from knarr.api.resources import PERSISTENT_VOLUME_CLAIMS, PERSISTENT_VOLUMES
 from knarr.api.types import Object
 from knarr.client.rest import Client
 from knarr.kubelet.faults import UNREACHABLE
-from knarr.kubelet.plugins.wire import Message
 from knarr.kubelet.volumes.model import VolumeError
 
 log = get_logger(__name__)
@@ -34,36 +33,29 @@ class InUse:
     pod: Object
     volume: str
     """Name of the PersistentVolume."""
-    request: Message
-    """NodeExpandVolumeRequest without its size."""
-    secrets: Object | None = None
-    """Reference of the secret for growing."""
-
-
-Expand = Callable[[str, Message, Object | None], Awaitable[None]]
-"""(driver, request, secret reference): one NodeExpandVolume. Raises VolumeError."""
+    grow: Callable[[int], Awaitable[None]]
+    """To a size in bytes. Raises VolumeError."""
+    can_grow: Callable[[], bool] = lambda: True
+    """Whether that can be asked for now."""
 
 
 class Growth:
     """See the module.
 
     Args:
-      grows: whether a driver can grow file systems.
       event: (pod, type, reason, message).
     """
 
-    def __init__(self, client: Client, grows: Callable[[str], bool], expand: Expand, event: Callable[[Object, str, str, str], None]) -> None:
+    def __init__(self, client: Client, event: Callable[[Object, str, str, str], None]) -> None:
         self._client = client
-        self._grows = grows
-        self._expand = expand
         self._event = event
-        self._used: dict[tuple[str, str], tuple[str, InUse]] = {}
-        """(pod uid, volume) to (driver, what is in use)."""
+        self._used: dict[tuple[str, str], InUse] = {}
+        """By pod uid and volume."""
         self._wake = asyncio.Event()
 
-    def use(self, driver: str, used: InUse) -> None:
-        """A volume was published for a pod."""
-        self._used[used.pod["metadata"]["uid"], used.volume] = (driver, used)
+    def use(self, used: InUse) -> None:
+        """A volume was mounted for a pod."""
+        self._used[used.pod["metadata"]["uid"], used.volume] = used
         self.look()
 
     def look(self) -> None:
@@ -78,15 +70,15 @@ class Growth:
     async def run(self) -> None:
         """Eternal."""
         while True:
-            while not any(self._grows(driver) for driver, _ in self._used.values()):
+            while not any(used.can_grow() for used in self._used.values()):
                 await self._wake.wait()
                 self._wake.clear()
             seen: set[str] = set()
-            for driver, used in list(self._used.values()):
-                if self._grows(driver) and used.volume not in seen:
+            for used in list(self._used.values()):
+                if used.can_grow() and used.volume not in seen:
                     seen.add(used.volume)
                     try:
-                        await self._look(driver, used)
+                        await self._look(used)
                     except (errors.StatusError, *UNREACHABLE) as error:
                         log.warning("claim of a volume in use not read", volume=used.volume, error=str(error))
             try:
@@ -96,16 +88,15 @@ class Growth:
             except TimeoutError:
                 continue
 
-    async def _look(self, driver: str, used: InUse) -> None:
+    async def _look(self, used: InUse) -> None:
         persistent = await self._client.get(PERSISTENT_VOLUMES, used.volume)
         reference = persistent["spec"].get("claimRef") or {}
         claim = await self._client.get(PERSISTENT_VOLUME_CLAIMS, reference.get("name", ""), reference.get("namespace"))
         if claim["metadata"]["uid"] != reference.get("uid") or not pending(claim, persistent):
             return
         size = persistent["spec"]["capacity"]["storage"]
-        request = {**used.request, "capacity_range": {"required_bytes": quantity.value(size)}}
         try:
-            await self._expand(driver, request, used.secrets)
+            await used.grow(quantity.value(size))
         except VolumeError as error:
             self._event(used.pod, "Warning", "VolumeResizeFailed", f'NodeExpandVolume.NodeExpandVolume failed for volume "{used.volume}" : {error}')
             return
