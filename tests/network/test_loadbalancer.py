@@ -12,7 +12,7 @@ from knarr.aiokits.tasks import Tasks
 from knarr.api.resources import SERVICES
 from knarr.client.informer import Informers
 from knarr.network import publishing
-from knarr.network.loadbalancer import LoadBalancerController, ingress_addresses
+from knarr.network.loadbalancer import FINALIZER, LoadBalancerController, ingress_addresses
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -54,6 +54,28 @@ async def test_a_service_gets_an_address_keeps_it_and_gives_it_back(client):
     await addresses(client, "one", 0)
     await client.create(SERVICES, balancer("three", loadBalancerIP="203.0.113.1"), "default")
     assert await addresses(client, "three") == ["203.0.113.1"]
+
+
+async def test_the_finalizer_holds_a_service_until_its_address_is_given_back(client):
+    async def finalizers() -> list[str]:
+        return (await client.get(SERVICES, "one", "default"))["metadata"].get("finalizers") or []
+
+    made = balancer("one")
+    made["metadata"]["finalizers"] = ["example.com/other"]
+    await client.create(SERVICES, made, "default")
+    await addresses(client, "one")
+    assert await finalizers() == ["example.com/other", FINALIZER]
+    await client.patch(SERVICES, "one", "default", {"spec": {"type": "ClusterIP"}}, type="merge")
+    async with asyncio.timeout(5):
+        while await finalizers() != ["example.com/other"]:
+            await asyncio.sleep(0.02)
+    await client.patch(SERVICES, "one", "default", {"spec": {"type": "LoadBalancer"}, "metadata": {"finalizers": []}}, type="merge")
+    await addresses(client, "one")
+    assert await finalizers() == [FINALIZER]
+    await client.delete(SERVICES, "one", "default")
+    async with asyncio.timeout(5):
+        while (await client.list(SERVICES, "default", field_selector="metadata.name=one"))["items"]:
+            await asyncio.sleep(0.02)
 
 
 async def test_a_foreign_class_is_left_alone_and_a_full_pool_serves_the_next_when_one_goes(client):

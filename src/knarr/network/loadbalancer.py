@@ -4,9 +4,9 @@ Role: one `LoadBalancerController` per cluster (control process). It writes `sta
 nodes answer for the address, and the pod network routes the pool to this machine's bridge, so that the machine itself
 reaches it immediately.
 Invariants: Services with a loadBalancerClass other than ours are left alone, in status and deletion. The allocation's
-only record is the Service's status, so a restart loses nothing; two Services never hold one address. No finalizer: an
-address needs no cleaning up.
-Source: behaviour of cloud-provider's service controller (status, events).
+only record is the Service's status, so a restart loses nothing; two Services never hold one address. A Service that has
+one carries upstream's finalizer and stays until its address has left its status.
+Source: behaviour of cloud-provider's service controller (status, events, finalizer).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from knarr.network.pool import parse
 log = get_logger(__name__)
 
 CLASS = "knarr.dev/host"
+FINALIZER = "service.kubernetes.io/load-balancer-cleanup"
 
 
 def is_ours(service: Object) -> bool:
@@ -42,6 +43,17 @@ def ingress_addresses(service: Object) -> list[str]:
     """Addresses in a Service's load balancer status."""
     ingress = ((service.get("status") or {}).get("loadBalancer") or {}).get("ingress") or ()
     return [item["ip"] for item in ingress if item.get("ip")]
+
+
+def _finalizers(service: Object) -> list[str]:
+    return list(service["metadata"].get("finalizers") or ())
+
+
+def _abandoned(service: Object) -> bool:
+    """Whether a Service had a load balancer, ours or that of a cloud, which it no longer wants."""
+    spec = service.get("spec") or {}
+    deleted = is_ours(service) and service["metadata"].get("deletionTimestamp")
+    return FINALIZER in _finalizers(service) and bool(deleted or spec.get("type") != "LoadBalancer")
 
 
 class LoadBalancerController:
@@ -77,11 +89,11 @@ class LoadBalancerController:
             for address in ingress_addresses(service):
                 if self._in_pool(address):
                     self._taken.setdefault(address, key)
-        if is_ours(service) or ingress_addresses(service):
+        if is_ours(service) or ingress_addresses(service) or _abandoned(service):
             self._controller.queue.add(key)
 
     def _changed(self, old: Object, new: Object) -> None:
-        if is_ours(old) or is_ours(new):
+        if is_ours(old) or is_ours(new) or _abandoned(new):
             self._seen(new)
             self._controller.queue.add(object_key(new))
 
@@ -102,21 +114,24 @@ class LoadBalancerController:
     async def _reconcile(self, key: str) -> None:
         namespace, _slash, name = key.partition("/")
         service = self._services.get(namespace, name)
-        if service is None or service["metadata"].get("deletionTimestamp"):
+        if service is None:
             self._release(key)
             return
         present = ingress_addresses(service)
-        if not is_ours(service):
+        deleted = bool(service["metadata"].get("deletionTimestamp"))
+        if deleted or not is_ours(service):
             ours = [address for address in present if self._taken.get(address) == key]
-            if ours and (service.get("spec") or {}).get("type") != "LoadBalancer":
-                await self._write(service, [])
-            self._release(key)
+            kept = deleted or (service.get("spec") or {}).get("type") == "LoadBalancer"
+            written = await self._write(service, []) if _abandoned(service) or (ours and not kept) else True
+            if written:
+                # Not before: until then the nodes answer for the address.
+                self._release(key)
             return
         wanted = self._choose(service, key, present)
         if wanted is None:
             return
-        if wanted != present:
-            await self._write(service, wanted)
+        written = await self._write(service, wanted) if wanted != present or FINALIZER not in _finalizers(service) else False
+        if written and wanted != present:
             self._recorder.event(service, "Normal", "EnsuredLoadBalancer", f"Ensured load balancer: {', '.join(wanted)}")
 
     def _choose(self, service: Object, key: str, present: list[str]) -> list[str] | None:
@@ -148,13 +163,19 @@ class LoadBalancerController:
     def _free(self, version: int) -> str | None:
         return next((address for address in self._pool.candidates(version) if address not in self._taken), None)
 
-    async def _write(self, service: Object, addresses: list[str]) -> None:
+    async def _write(self, service: Object, addresses: list[str]) -> bool:
+        """Let the status name these addresses, and the finalizer stand while there are any; False when the Service is another by now."""
         meta = service["metadata"]
         ingress = [{"ip": address, "ipMode": "VIP"} for address in addresses] or None
-        patch = {"metadata": {"uid": meta["uid"]}, "status": {"loadBalancer": {"ingress": ingress}}}
+        finalizers = [name for name in _finalizers(service) if name != FINALIZER] + [FINALIZER] * bool(addresses)
+        # Others' finalizers must not be lost: what was read must still stand.
+        seen = {"uid": meta["uid"], "resourceVersion": meta["resourceVersion"], "finalizers": finalizers}
+        patch = {"metadata": seen, "status": {"loadBalancer": {"ingress": ingress}}}
         try:
             await self._client.patch(SERVICES, meta["name"], meta["namespace"], patch, type="merge", subresource="status")
         except StatusError as error:
-            # Deleted meanwhile, or made anew under the same name: its own event comes.
+            # Deleted meanwhile, changed, or made anew under the same name: its own event comes.
             if not errors.is_not_found(error) and not errors.is_conflict(error):
                 raise
+            return False
+        return True
