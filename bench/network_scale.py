@@ -149,7 +149,7 @@ async def _policies(names: list[str], options: argparse.Namespace) -> list[Row]:
     async with World() as world:
         client, server = await world.pod("client"), await world.pod("server")
         state = policed(client.ip, server.ip)
-        table = PolicyTable("knt-policy", netns=world.node.path)
+        table = PolicyTable("knt-policy", netns=world.node.path, on_isolate=world.network.direct.isolate)
         rows: list[Row] = []
         try:
             rows += await asyncio.to_thread(_policy_rows, world, Pair(client, server, server.ip, PORT), state, table, names, options)

@@ -15,6 +15,7 @@ import pytest
 from knarr.aiokits.tasks import Tasks
 from knarr.api.resources import NODES
 from knarr.network import netns, nftables, rtnl
+from knarr.network.direct.path import DirectPath
 from knarr.network.overlay import NodeRoutes
 from knarr.network.podnet import BridgeNetwork
 from knarr.runtime.cri import SandboxNetwork
@@ -33,7 +34,7 @@ class Node:
         self.place = Place(str(netns.create_named(f"{label}-{number}")), [f"192.168.79.{number}"])
         self.network = BridgeNetwork(
             bridge="knt0", pod_cidrs=[f"10.79.{number}.0/24", f"fd79:{number}::/112"], cluster_cidrs=["10.79.0.0/16", "fd79::/16"], state_dir=folder / str(number),
-            table="knt-pods", netns=self.place.path,
+            table="knt-pods", netns=self.place.path, direct=DirectPath(self.place.path),
         )  # fmt: skip
         self.informers = FedInformers()
 

@@ -120,7 +120,7 @@ class Cluster:
         self.places: dict[str, Place] = {}
         self.objects: dict[str, dict[str, Any]] = {}
         self.state = PolicyState("here")
-        self.table = PolicyTable("knt-policy", netns=world.node.path)
+        self.table = PolicyTable("knt-policy", netns=world.node.path, on_isolate=world.network.direct.isolate)
         for name, labels in NAMESPACES.items():
             self.state.set_namespace(name, labels)
 
@@ -406,7 +406,7 @@ def test_one_pod_of_a_thousand_that_changes_is_the_only_one_looked_at(monkeypatc
 
 async def test_policies_hold_in_the_second_family_too():
     async with World(dual_stack=True) as world:
-        state, table = PolicyState("here"), PolicyTable("knt-policy", netns=world.node.path)
+        state, table = PolicyState("here"), PolicyTable("knt-policy", netns=world.node.path, on_isolate=world.network.direct.isolate)
         state.set_namespace("x", {"ns": "x"})
         places = {}
         for name in "abc":

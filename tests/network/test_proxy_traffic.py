@@ -24,11 +24,10 @@ BACK = [("http", "TCP", 8080)]
 
 
 class Proxied:
-    """A world with a proxy table that tests write Services into."""
+    """A node with a proxy table that tests write Services into."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.table = ProxyTable("knt", world.cluster_cidrs, netns=world.node.path)
+    def __init__(self, node: str, cluster_cidrs: list[str]) -> None:
+        self.table = ProxyTable("knt", cluster_cidrs, netns=node)
         self.table.load({})
 
     def put(self, svc: dict[str, Any], *slices: dict[str, Any]) -> None:
@@ -40,7 +39,7 @@ class Proxied:
 @pytest.fixture
 async def world():
     async with World() as made:
-        proxied = Proxied(made)
+        proxied = Proxied(made.node.path, made.cluster_cidrs)
         made.proxy = proxied
         yield made
         proxied.table.remove()
@@ -208,7 +207,7 @@ async def test_two_clusters_in_one_namespace_do_not_take_each_others_marks(world
 
 async def test_services_of_the_second_family_work_alike():
     async with World(dual_stack=True) as world:
-        proxied = Proxied(world)
+        proxied = Proxied(world.node.path, world.cluster_cidrs)
         pods = [await world.pod(f"p{number}") for number in range(3)]
         for number, pod in enumerate(pods):
             pod.serve(f"p{number}", 8080, family=10)

@@ -1,4 +1,4 @@
-"""A node and its pods in network namespaces of their own, inside the test process.
+"""A node and its pods in network namespaces of their own, inside the test process; pods have a direct path unless told otherwise.
 
 Sockets belong to the namespace they were opened in, so a pod here is a namespace plus sockets of this process: no
 containers, no subprocesses, and nothing of the host is touched. `Server.seen` counts who came.
@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from knarr.network import netns, rtnl
+from knarr.network.direct.path import DirectPath
 from knarr.network.podnet import BridgeNetwork
 from knarr.runtime.cri import PortMapping, SandboxNetwork
 
@@ -114,7 +115,7 @@ class Place:
 class World:
     """One node (its own namespace), a client outside on the node's LAN, and pods."""
 
-    def __init__(self, *, dual_stack: bool = False) -> None:
+    def __init__(self, *, dual_stack: bool = False, direct: bool = True) -> None:
         self.label = f"knt{os.getpid()}-{next(_numbers)}"
         self.dual_stack = dual_stack
         self.directory = Path(mkdtemp(prefix="knarr-net-"))
@@ -126,7 +127,7 @@ class World:
         self._wire()
         self.network = BridgeNetwork(
             bridge="knt0", pod_cidrs=cidrs, cluster_cidrs=self.cluster_cidrs, state_dir=self.directory / "state", table="knt-pods",
-            netns=self.node.path, mtu=1400,
+            netns=self.node.path, mtu=1400, direct=DirectPath(self.node.path) if direct else None,
         )  # fmt: skip
 
     def _wire(self) -> None:

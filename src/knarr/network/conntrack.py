@@ -1,4 +1,4 @@
-"""Connection tracking entries: list UDP flows and delete single ones, over netlink.
+"""Connection tracking entries: list flows, delete single ones, add living connections, over netlink.
 
 Role: the proxy calls `forget_stale` after it has taken UDP endpoints away: UDP has no end of connection, so an entry
 would send a client's packets to an address that nobody, or somebody else, answers at, for as long as the client keeps
@@ -11,27 +11,41 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from ipaddress import ip_address
 
-from knarr.network.netlink import Message, NetlinkError, NetlinkSocket, attribute, attributes, nested
+from knarr.network.direct.adoption import Connection
+from knarr.network.netlink import NLM_F_CREATE, NLM_F_EXCL, Message, NetlinkError, NetlinkSocket, attribute, attributes, be32, nested, u8
 
 _SUBSYSTEM = 1 << 8
-_GET, _DELETE = _SUBSYSTEM | 1, _SUBSYSTEM | 2
+_NEW, _GET, _DELETE = _SUBSYSTEM, _SUBSYSTEM | 1, _SUBSYSTEM | 2
 _TUPLE_ORIGINAL, _TUPLE_REPLY, _ZONE, _FILTER = 1, 2, 18, 25
-UDP = 17
+TCP, UDP = 6, 17
+_SEEN_REPLY, _ASSURED, _CONFIRMED = 2, 4, 8
+_ESTABLISHED, _BE_LIBERAL = 3, 8
+_ADOPTED_SECONDS = 86400
 
 
 class Flow:
     """One tracked flow: the original direction's target, the reply's source, and what is needed to delete it."""
 
-    __slots__ = ("family", "original", "reply_address", "reply_port", "source_address", "target_address", "target_port", "zone")
+    __slots__ = (
+        "family",
+        "original",
+        "reply_address",
+        "reply_port",
+        "reply_target_address",
+        "source_address",
+        "target_address",
+        "target_port",
+        "zone",
+    )
 
     def __init__(self, family: int, original: bytes, zone: bytes | None) -> None:
         self.family = family
         self.original = original
         self.zone = zone
-        self.source_address = self.target_address = self.reply_address = ""
+        self.source_address = self.target_address = self.reply_address = self.reply_target_address = ""
         self.target_port = self.reply_port = 0
 
 
@@ -59,7 +73,7 @@ def _tuple(data: memoryview) -> tuple[str, str, int, int, int]:
 
 def udp_flows(netlink: NetlinkSocket) -> list[Flow]:
     """All UDP flows of both families in the socket's namespace."""
-    return _flows(netlink, _is_udp)
+    return _flows(netlink, lambda original: _protocol(original) == UDP)
 
 
 def _flows(netlink: NetlinkSocket, wanted: Callable[[memoryview], bool]) -> list[Flow]:
@@ -72,17 +86,17 @@ def _flows(netlink: NetlinkSocket, wanted: Callable[[memoryview], bool]) -> list
             if original is None or reply is None or not wanted(original):
                 continue
             flow = Flow(family, bytes(original), bytes(fields[_ZONE]) if _ZONE in fields else None)
-            flow.source_address, flow.target_address, _protocol, _port, flow.target_port = _tuple(original)
-            flow.reply_address, _target, _protocol, flow.reply_port, _port = _tuple(reply)
+            flow.source_address, flow.target_address, _kind, _port, flow.target_port = _tuple(original)
+            flow.reply_address, flow.reply_target_address, _kind, flow.reply_port, _port = _tuple(reply)
             found.append(flow)
     return found
 
 
-def _is_udp(data: memoryview) -> bool:
+def _protocol(data: memoryview) -> int:
     for kind, content in attributes(data):
         if kind == 2:
-            return any(inner == 1 and packed[0] == UDP for inner, packed in attributes(content))
-    return False
+            return next((packed[0] for inner, packed in attributes(content) if inner == 1), 0)
+    return 0
 
 
 def delete(netlink: NetlinkSocket, flow: Flow) -> None:
@@ -111,3 +125,35 @@ def forget_translated(netlink: NetlinkSocket, address: str) -> int:
     for flow in stale:
         delete(netlink, flow)
     return len(stale)
+
+
+def translated_tcp_sources(netlink: NetlinkSocket) -> set[str]:
+    """Who began TCP connections whose other end, or whose own address, is another on the way."""
+    found = set()
+    for flow in _flows(netlink, lambda original: _protocol(original) == TCP):
+        if flow.reply_address != flow.target_address or flow.reply_target_address != flow.source_address:
+            found.add(flow.source_address)
+    return found
+
+
+def adopt(netlink: NetlinkSocket, connections: Iterable[Connection]) -> None:
+    """Track living TCP connections that were not tracked so far; those that are stay as they are."""
+    messages = []
+    for connection in connections:
+        family = socket.AF_INET6 if ":" in connection.source else socket.AF_INET
+        there = _tcp_tuple(connection.source, connection.source_port, connection.target, connection.target_port)
+        back = _tcp_tuple(connection.target, connection.target_port, connection.source, connection.source_port)
+        liberal = struct.pack("=BB", _BE_LIBERAL, _BE_LIBERAL)
+        state = nested(1, u8(1, _ESTABLISHED), attribute(4, liberal), attribute(5, liberal))
+        body = struct.pack("=BBH", family, 0, 0) + nested(_TUPLE_ORIGINAL, *there) + nested(_TUPLE_REPLY, *back)
+        body += be32(3, _SEEN_REPLY | _ASSURED | _CONFIRMED) + nested(4, state) + be32(7, _ADOPTED_SECONDS)
+        messages.append(Message(_NEW, NLM_F_CREATE | NLM_F_EXCL, body, "tracking a living connection"))
+    for start in range(0, len(messages), 100):
+        netlink.send(*messages[start : start + 100], ignore=(errno.EEXIST,))
+
+
+def _tcp_tuple(source: str, source_port: int, target: str, target_port: int) -> tuple[bytes, bytes]:
+    kinds = (3, 4) if ":" in source else (1, 2)
+    addresses = (attribute(kind, ip_address(text).packed) for kind, text in zip(kinds, (source, target), strict=True))
+    ports = (attribute(kind, struct.pack(">H", port)) for kind, port in ((2, source_port), (3, target_port)))
+    return nested(1, *addresses), nested(2, u8(1, TCP), *ports)

@@ -14,6 +14,7 @@ import ctypes
 import os
 import socket
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from knarr.aiokits.log import get_logger
@@ -31,6 +32,8 @@ _HOOKS = {1: "input", 2: "forward"}
 _FAMILIES = {1: "inet", 2: "ip", 10: "ip6"}
 _SILENT = {"counter", "log", "meta", "limit"}
 """Expressions that decide nothing in a last rule."""
+_ON_THE_WAY = (0, 2, 4)
+"""Hooks that packets between pods pass: prerouting, forward, postrouting."""
 _OLD = {2: ("ip", "ip_tables_names", 0, 88), 10: ("ip6", "ip6_tables_names", 41, 140)}
 """Family: name, its list of tables, socket level, and where an entry says at which offset its target is."""
 _GET_INFO, _GET_ENTRIES = 64, 65
@@ -78,16 +81,58 @@ def forward_drops(own: tuple[str, ...] = OWN, netns: str | None = None) -> list[
     return [blocker.chain for blocker in blockers(own, netns) if blocker.hook == "forward"]
 
 
+def watchers(own: tuple[str, ...] = OWN, netns: str | None = None) -> list[str]:
+    """Chains with rules of somebody else's that packets between pods pass, whatever they do with them. Raises OSError."""
+    found = []
+    with open_netlink(netns, NETLINK_NETFILTER) as netlink:
+        for family, name in _FAMILIES.items():
+            for body in netlink.dump(_GETCHAIN, struct.pack("=BBH", family, 0, 0), "listing chains"):
+                fields = dict(attributes(body, 4))
+                if body[0] != family or 4 not in fields or (table := cstring(fields[1])).startswith(own):
+                    continue
+                hook, chain = dict(attributes(fields[4])), cstring(fields[3])
+                drops = 5 in fields and struct.unpack(">I", fields[5])[0] == 0
+                if struct.unpack(">I", hook[1])[0] in _ON_THE_WAY and (drops or _rules(netlink, family, table, chain)):
+                    found.append(f"{name} {table} {chain}")
+    with entered(netns):
+        return found + [table for family in _OLD for table in _old_tables_with_rules(family)]
+
+
+def _old_tables_with_rules(family: int) -> list[str]:
+    name, listing, level, _target_field = _OLD[family]
+    found = []
+    try:
+        with open(f"/proc/thread-self/net/{listing}") as file:
+            tables = file.read().split()
+        for table in tables:
+            with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
+                info = _ask(sock, level, _GET_INFO, 84, table=table)
+            hooks, entries, size = struct.unpack_from("=I", info, 32)[0], *struct.unpack_from("=II", info, 76)
+            # One entry for each hook's policy and one that ends the table are always there.
+            if size and entries > hooks.bit_count() + 1:
+                found.append(f"{name} {table}")
+    except OSError as error:
+        log.debug("tables of ip_tables cannot be read", family=name, error=str(error))
+    return found
+
+
 def _ends_in_refusal(netlink: NetlinkSocket, family: int, table: str, chain: str) -> bool:
-    last: list[tuple[str, memoryview]] = []
+    rules = _rules(netlink, family, table, chain)
+    last = [_expression(item) for _kind, item in attributes(rules[-1])] if rules else []
+    deciding = [(name, data) for name, data in last if name not in _SILENT]
+    return len(deciding) == 1 and _refuses(*deciding[0])
+
+
+def _rules(netlink: NetlinkSocket, family: int, table: str, chain: str) -> list[memoryview]:
+    """The expressions of each rule of a chain."""
+    found = []
     # The kernel lists this chain only: others, ours first of all, may have thousands of rules.
     wanted = struct.pack("=BBH", family, 0, 0) + text(1, table) + text(2, chain)
     for body in netlink.dump(_GETRULE, wanted, "listing rules"):
         fields = dict(attributes(body, 4))
         if body[0] == family and 4 in fields and cstring(fields[1]) == table and cstring(fields[2]) == chain:
-            last = [_expression(item) for _kind, item in attributes(fields[4])]
-    deciding = [(name, data) for name, data in last if name not in _SILENT]
-    return len(deciding) == 1 and _refuses(*deciding[0])
+            found.append(fields[4])
+    return found
 
 
 def _expression(item: memoryview) -> tuple[str, memoryview]:
@@ -132,8 +177,8 @@ def _old_policies(family: int) -> list[Blocker]:
     return found
 
 
-def _ask(sock: socket.socket, level: int, option: int, length: int, size: int = 0) -> bytes:
-    buffer = ctypes.create_string_buffer(struct.pack("=32sI", b"filter", size), length)
+def _ask(sock: socket.socket, level: int, option: int, length: int, size: int = 0, table: str = "filter") -> bytes:
+    buffer = ctypes.create_string_buffer(struct.pack("=32sI", table.encode(), size), length)
     room = ctypes.c_uint32(length)
     if _libc.getsockopt(sock.fileno(), level, option, buffer, ctypes.byref(room)) != 0:
         code = ctypes.get_errno()
@@ -147,14 +192,18 @@ class FirewallWatch:
     Args:
       own: What the names of our own tables begin with, of other clusters as well.
       netns: Path of the node's network namespace; None is the process's.
+      on_watchers: Told after each look whether somebody else's rules see packets between pods.
     """
 
-    def __init__(self, client: Client, node_name: str, *, own: tuple[str, ...] = OWN, netns: str | None = None) -> None:
+    def __init__(
+        self, client: Client, node_name: str, *, own: tuple[str, ...] = OWN, netns: str | None = None, on_watchers: Callable[[bool], None] | None = None
+    ) -> None:
         self._recorder = EventRecorder(client, "knarr-network", node_name)
         # As kubelets do: the node's name stands for its uid, so that events of one node are found together.
         self._node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": node_name, "uid": node_name}}
         self._own = own
         self._netns = netns
+        self._on_watchers = on_watchers
         self._wake = asyncio.Event()
         self._watch = RulesetWatch(self._wake.set, netns=netns, settle_seconds=1.0)
         self.known: frozenset[Blocker] = frozenset()
@@ -169,6 +218,8 @@ class FirewallWatch:
                 self._wake.clear()
                 try:
                     found = frozenset(await asyncio.to_thread(blockers, self._own, self._netns))
+                    if self._on_watchers is not None:
+                        self._on_watchers(bool(await asyncio.to_thread(watchers, self._own, self._netns)))
                 except OSError as error:
                     log.warning("firewalls of this machine cannot be read", error=str(error))
                     continue

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from ipaddress import IPv4Network, ip_address, ip_network
 from pathlib import Path
 
@@ -33,6 +33,9 @@ class Lease:
     pod: str = ""
     ports: list[list[str | int]] = field(default_factory=list)
     """[protocol, host ip, host port, pod ip, container port] each."""
+    netns: str = ""
+    shaped: bool = False
+    """Whether its link limits what the pod receives."""
 
 
 def gateway_of(network: Network) -> Address:
@@ -112,7 +115,7 @@ class AddressManager:
             for text in lease.ips:
                 any(pool.mark(ip_address(text)) for pool in self.pools)
 
-    def acquire(self, sandbox_id: str, link: str, pod: str) -> Lease:
+    def acquire(self, sandbox_id: str, link: str, pod: str, netns: str = "", *, shaped: bool = False) -> Lease:
         """One address per family for a sandbox, durable on return; the same again for a known sandbox.
 
         Raises:
@@ -129,7 +132,7 @@ class AddressManager:
             for pool, address in taken:
                 pool.free(address)
             raise
-        lease = Lease(sandbox_id, [str(address) for _pool, address in taken], link, pod)
+        lease = Lease(sandbox_id, [str(address) for _pool, address in taken], link, pod, [], netns, shaped)
         self.leases[sandbox_id] = lease
         self.save(lease)
         return lease
@@ -137,8 +140,7 @@ class AddressManager:
     def save(self, lease: Lease) -> None:
         """Write a lease, replacing its former state at once."""
         temporary = self._directory / f".{lease.sandbox_id}"
-        record = {"sandbox_id": lease.sandbox_id, "ips": lease.ips, "link": lease.link, "pod": lease.pod, "ports": lease.ports}
-        temporary.write_text(json.dumps(record))
+        temporary.write_text(json.dumps(asdict(lease)))
         os.replace(temporary, self._directory / lease.sandbox_id)
 
     def release(self, sandbox_id: str) -> Lease | None:

@@ -41,6 +41,7 @@ _NETLINK_CAP_ACK = 10
 _NETLINK_EXT_ACK = 11
 _SO_RCVBUFFORCE = 33
 _SO_SNDBUFFORCE = 32
+_SO_NETNS_COOKIE = 71
 _RECEIVE_BYTES = 1 << 18
 _PADDING = (b"", b"\0\0\0", b"\0\0", b"\0")
 
@@ -265,6 +266,10 @@ class NetlinkSocket:
     def set_option(self, level: int, option: int, value: bytes) -> None:
         """Set a socket option."""
         self._socket.setsockopt(level, option, value)
+
+    def netns_cookie(self) -> int:
+        """The kernel's number, never used again, of the network namespace that the socket lives in (Linux 5.14 and later)."""
+        return int(struct.unpack("=Q", self._socket.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8))[0])
 
     def set_blocking(self, blocking: bool) -> None:
         """Switch between the blocking calls above and use from an event loop."""

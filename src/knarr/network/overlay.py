@@ -234,9 +234,14 @@ class NodeRoutes:
                 raise NetlinkError(errno.EHOSTUNREACH, f"no way to node {peer.name} at {peer.address}")
             if hop is not None:
                 messages.append(rtnl.add_route(network, index=hop[0], gateway=hop[1], source=source, onlink=True))
+                self._tell_direct(cidr)
             else:
                 messages += self._tunnel(netlink, peer, network, source)
         netlink.send(*messages)
+
+    def _tell_direct(self, cidr: str, index: int = 0, mac: str = "") -> None:
+        if (direct := self._network.direct) is not None:
+            direct.set_peer(cidr, index, mac, tunnel_mac(self._network.pod_cidrs[0]) if index else "")
 
     def _drop_stale_device(self, netlink: NetlinkSocket) -> None:
         """A device of an earlier life of this node, whose pod CIDR was another, would refuse what is sent to this one."""
@@ -254,6 +259,7 @@ class NodeRoutes:
         end = self._peers.get(self._behind(peer)) or peer
         index = self._ensure_device(netlink, end)
         mac = tunnel_mac(end.pod_cidrs[0])
+        self._tell_direct(str(network), index, mac)
         # The peer's own address in its pod CIDR serves as the neighbour behind the tunnel.
         neighbour = network.network_address + 1
         return [
@@ -264,7 +270,7 @@ class NodeRoutes:
 
     def _ensure_device(self, netlink: NetlinkSocket, peer: Peer) -> int:
         try:
-            return rtnl.link(netlink, self._device).index
+            return self._watched(netlink, rtnl.link(netlink, self._device).index)
         except NetlinkError as error:
             if error.errno != errno.ENODEV:
                 raise
@@ -274,7 +280,12 @@ class NodeRoutes:
         netlink.send(rtnl.add_vxlan(self._device, vni=self._vni, port=self._port, mtu=mtu, mac=mac, local=local))
         run_inside(self._network.netns, lambda: write(f"net/ipv6/conf/{self._device}/disable_ipv6", "0"))
         self._leave_untracked()
-        return rtnl.link(netlink, self._device).index
+        return self._watched(netlink, rtnl.link(netlink, self._device).index)
+
+    def _watched(self, netlink: NetlinkSocket, index: int) -> int:
+        if (direct := self._network.direct) is not None:
+            direct.watch_tunnel(netlink, index)
+        return index
 
     def _leave_untracked(self) -> None:
         """Keep the tunnel's own packets out of connection tracking: each flow inside would be a connection of its own outside, too.
@@ -299,6 +310,9 @@ class NodeRoutes:
 
     def _remove(self, netlink: NetlinkSocket, peer: Peer) -> None:
         messages = [rtnl.delete_route(ip_network(cidr)) for cidr in peer.pod_cidrs]
+        if (direct := self._network.direct) is not None:
+            for cidr in peer.pod_cidrs:
+                direct.drop_peer(cidr)
         try:
             index = rtnl.link(netlink, self._device).index
             messages.append(rtnl.delete_fdb(index, tunnel_mac(peer.pod_cidrs[0]), ip_address(peer.address)))

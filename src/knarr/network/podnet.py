@@ -27,7 +27,8 @@ from typing import TypeVar
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
 from knarr.network import rtnl
-from knarr.network.bandwidth import shape
+from knarr.network.bandwidth import INGRESS, limit_bits, shape
+from knarr.network.direct.path import DirectPath
 from knarr.network.hostport import HostPorts, Port
 from knarr.network.ipam import AddressManager, Lease, PoolExhausted, gateway_of
 from knarr.network.netlink import GONE, NetlinkError, NetlinkSocket
@@ -76,6 +77,7 @@ class BridgeNetwork:
       state_dir: On a tmpfs, for leases and the record of changed sysctls.
       table: Name of the nf_tables table (masquerading, host ports).
       netns: Path of the node's own network namespace; None is the process's.
+      direct: The node's direct path, if its kernel has one; it is closed with the network.
     """
 
     own_routes = True
@@ -94,6 +96,7 @@ class BridgeNetwork:
         table: str = "knarr-pods",
         link_prefix: str = "knp-",
         netns: str | None = None,
+        direct: DirectPath | None = None,
     ) -> None:
         self.bridge = bridge
         self.pod_cidrs = list(pod_cidrs)
@@ -101,6 +104,7 @@ class BridgeNetwork:
         self.service_cidrs = list(service_cidrs)
         self.mtu = mtu
         self.netns = netns
+        self.direct = direct
         self._overhead = overlay_overhead_bytes
         self._state_dir = Path(state_dir)
         self._table = table
@@ -152,6 +156,8 @@ class BridgeNetwork:
         result = await self._run(lambda: self._setup(sandbox))
         if self.on_attach is not None:
             await self.on_attach(sandbox.namespace, sandbox.name, result.ips)
+        if (direct := self.direct) is not None:
+            await self._run(lambda: self._go_directly(direct, sandbox.sandbox_id))
         return result
 
     async def teardown(self, sandbox: SandboxNetwork) -> None:
@@ -178,6 +184,8 @@ class BridgeNetwork:
         self._watch.close()
         await self._tasks.close()
         await self._run(self._close_sockets)
+        if self.direct is not None:
+            self.direct.close()
         self._worker.shutdown(wait=False)
         self._reaper.shutdown(wait=False)
 
@@ -224,6 +232,7 @@ class BridgeNetwork:
             held: list[Port] = [port for lease in self._addresses.leases.values() for port in lease.ports]
             self._host_ports.install(self.cluster_cidrs, self.pod_cidrs, held)
             run_inside(self.netns, self._sysctls.ensure_tracking)
+            self._adopt_links()
         except Exception as error:
             self._why_not = str(error)
             raise
@@ -272,14 +281,40 @@ class BridgeNetwork:
         # Packets to unused pod addresses must not wander to the default route; the bridge without ports swallows them.
         write(f"net/ipv4/conf/{self.bridge}/route_localnet", "1")
 
+    def _adopt_links(self) -> None:
+        """Let pods that are there already take this process's direct path instead of a former one's."""
+        if self.direct is None or self._addresses is None:
+            return
+        indexes = {link.name: link.index for link in rtnl.links(self._socket())}
+        for lease in self._addresses.leases.values():
+            if (index := indexes.get(lease.link)) is not None:
+                self._watch_link(index)
+                self._go_directly(self.direct, lease.sandbox_id, index)
+
     # Pods
+
+    def _watch_link(self, index: int) -> None:
+        if self.direct is not None:
+            try:
+                self.direct.watch(self._socket(), index)
+            except NetlinkError as error:
+                log.warning("the kernel takes no programs at links; pods have no direct path", error=str(error))
+                self.direct.close()
+                self.direct = None
+
+    def _go_directly(self, direct: DirectPath, sandbox_id: str, index: int = 0) -> None:
+        lease = self._addresses.leases.get(sandbox_id) if self._addresses is not None else None
+        if lease is not None and lease.netns:
+            index = index or rtnl.link(self._socket(), lease.link).index
+            direct.add(sandbox_id, lease.ips, index, pod_mac(ip_address(lease.ips[0])), lease.netns, shaped=lease.shaped)
 
     def _setup(self, sandbox: SandboxNetwork) -> NetworkResult:
         manager = self._addresses
         assert manager is not None
         pod = f"{sandbox.namespace}/{sandbox.name}"
         known = sandbox.sandbox_id in manager.leases
-        lease = manager.acquire(sandbox.sandbox_id, link_name(self._prefix, sandbox.sandbox_id), pod)
+        shaped = limit_bits(sandbox.annotations, INGRESS) is not None
+        lease = manager.acquire(sandbox.sandbox_id, link_name(self._prefix, sandbox.sandbox_id), pod, sandbox.netns_path, shaped=shaped)
         try:
             addressing = Addressing([ip_address(text) for text in lease.ips], [gateway_of(ip_network(cidr)) for cidr in self.pod_cidrs])
             self._connect(sandbox, lease.link, addressing, fresh=not known)
@@ -304,7 +339,9 @@ class BridgeNetwork:
                 self._configure_pod(inside, rtnl.link(inside, "eth0").index, addressing)
         finally:
             os.close(target)
-        self._configure_node_side(netlink, rtnl.link(netlink, name).index, addressing, mac)
+        index = rtnl.link(netlink, name).index
+        self._watch_link(index)
+        self._configure_node_side(netlink, index, addressing, mac)
 
     def _configure_pod(self, inside: NetlinkSocket, index: int, addressing: Addressing) -> None:
         messages = [rtnl.set_up(1), rtnl.set_up(index)]
@@ -353,6 +390,8 @@ class BridgeNetwork:
     def _teardown(self, sandbox_id: str) -> None:
         if self._addresses is None:
             self._addresses = AddressManager(self._state_dir / "leases", self.pod_cidrs)
+        if self.direct is not None:
+            self.direct.remove(sandbox_id)
         lease = self._addresses.leases.get(sandbox_id)
         name = lease.link if lease else link_name(self._prefix, sandbox_id)
         if lease is not None and lease.ports:

@@ -37,6 +37,8 @@ RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 RTM_NEWQDISC, RTM_DELQDISC = 36, 37
 RTM_NEWTFILTER = 44
+_CLSACT, _CLSACT_INGRESS, _CLSACT_HANDLE, _ETH_P_ALL = 0xFFFFFFF1, 0xFFFFFFF2, 0xFFFF0000, 3
+RTM_NEWTFILTER = 44
 GROUP_LINK, GROUP_IPV4_ADDR, GROUP_IPV4_ROUTE, GROUP_IPV6_ADDR, GROUP_IPV6_ROUTE = 1, 5, 7, 9, 11
 
 IFF_UP = 0x1
@@ -263,6 +265,19 @@ def add_tbf(index: int, *, rate_bytes: int, burst_bytes: int, latency_seconds: f
         options.append(attribute(4, struct.pack("=Q", rate_bytes)))
     body = struct.pack("=BxHiIII", 0, 0, index, 0x10000, 0xFFFFFFFF, 0) + text(1, "tbf") + nested(2, *options)
     return Message(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_REPLACE, body, f"shaping link {index}")
+
+
+def classify(index: int, program: int, name: str) -> tuple[Message, Message]:
+    """Let an eBPF program see, and say what becomes of, every packet that a link receives; replaces an earlier one."""
+    place = struct.pack("=BxHiIII", 0, 0, index, _CLSACT_HANDLE, _CLSACT, 0) + text(1, "clsact")
+    options = nested(2, u32(6, program), text(7, name), u32(8, 1))
+    info = 1 << 16 | socket.htons(_ETH_P_ALL)
+    entry = struct.pack("=BxHiIII", 0, 0, index, 1, _CLSACT_INGRESS, info) + text(1, "bpf") + options
+    what = f"placing program {name} at link {index}"
+    return (
+        Message(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_REPLACE, place, what),
+        Message(RTM_NEWTFILTER, NLM_F_CREATE | NLM_F_REPLACE, entry, what),
+    )
 
 
 @dataclass(slots=True)

@@ -34,14 +34,18 @@ from knarr.network.netlink import NETLINK_NETFILTER
 if TYPE_CHECKING:
     from knarr.kubelet.config import KubeletConfig
     from knarr.kubelet.kubelet import Kubelet
+    from knarr.network.direct.path import DirectPath
     from knarr.network.plugins import PluginNetwork
     from knarr.network.podnet import BridgeNetwork
+    from knarr.network.policy import PolicyEngine
     from knarr.network.proxy.service_proxy import ServiceProxy
     from knarr.runtime.embedded import EmbeddedRuntime
     from knarr.runtime.grpc_cri import GRPCRuntime
 
 RESOLVE_SECONDS = 0.05
 CIDR_FILE = "pod-cidrs"
+_POLICIES, _FIREWALLS = "policies", "firewalls"
+"""Why nothing goes the direct path."""
 
 log = get_logger(__name__)
 
@@ -129,6 +133,7 @@ class Node:
 
     def make_network(self) -> BridgeNetwork | PluginNetwork:
         from knarr.network import cni, pool
+        from knarr.network.direct import path
         from knarr.network.plugins import PluginNetwork
         from knarr.network.podnet import BridgeNetwork
 
@@ -147,6 +152,8 @@ class Node:
             state_dir=self.state / "network",
             table=f"knarr{config.suffix}-net",
             link_prefix=f"kp{config.slot}-",
+            # Until policies are in force and other firewalls are looked for.
+            direct=path.available(None, (_POLICIES, _FIREWALLS)),
         )
 
     def make_runtime(self, network: BridgeNetwork | PluginNetwork) -> EmbeddedRuntime | GRPCRuntime:
@@ -172,6 +179,8 @@ class Node:
         from knarr.cluster.localapi import LocalAPI, socket_path
         from knarr.cluster.nodeapi import image_verbs
         from knarr.kubelet.kubelet import Kubelet
+        from knarr.network.direct import services
+        from knarr.network.podnet import BridgeNetwork
         from knarr.network.policy import PolicyEngine
         from knarr.network.proxy.service_proxy import ServiceProxy
 
@@ -187,6 +196,7 @@ class Node:
         await api.start()
         kubelet_client, network_client = self.clients()
         informers = Informers(network_client)
+        direct = network.direct if isinstance(network, BridgeNetwork) else None
         proxy = ServiceProxy(
             network_client,
             informers,
@@ -196,8 +206,12 @@ class Node:
             # Where load balancers and monitoring look for kube-proxy's health; other clusters of this machine keep out of its way.
             health_port=10256 if self.node.netns else self.config.kubelet_port + 6,
             metrics_port=10249 if self.node.netns else self.config.kubelet_port - 1,
+            direct=services.available(direct, self.config.pod_cidrs) if direct is not None else None,
         )
-        policy = PolicyEngine(network_client, informers, node_name=self.node.name, table=f"knarr{self.config.suffix}-policy")
+        policy = PolicyEngine(
+            network_client, informers, node_name=self.node.name, table=f"knarr{self.config.suffix}-policy",
+            on_isolate=direct.isolate if direct is not None else None,
+        )  # fmt: skip
         network.on_attach = policy.admit
         proxy.further_metrics.append(policy.metrics.render)
         try:
@@ -215,7 +229,9 @@ class Node:
                 group.create_task(self.serve_dns(network_client, informers, network), name="dns")
                 group.create_task(self.reach_other_nodes(informers, network), name="routes")
                 group.create_task(self.report_ready(informers, proxy), name="ready")
-                group.create_task(self.watch_firewalls(network_client), name="firewalls")
+                group.create_task(self.watch_firewalls(network_client, direct), name="firewalls")
+                if direct is not None:
+                    group.create_task(self.open_direct_path(direct, policy), name="direct-path")
                 if not self.node.ip:
                     group.create_task(relocation.follow(self.address, lambda _old, new: self.move(new, kubelet)), name="relocation")
                 announcing = self.announce_balancers(network_client, informers) if self.announces else self.leave_announcing(kubelet_client)
@@ -258,11 +274,21 @@ class Node:
             # A node that is not known yet has no mark; a mark that stays is taken back at the next start.
             log.debug("the node's mark of announcing was not looked at", error=str(error))
 
-    async def watch_firewalls(self, client: Client) -> None:
-        """Tell which firewalls of this machine may stop pods."""
+    async def watch_firewalls(self, client: Client, direct: DirectPath | None) -> None:
+        """Tell which firewalls of this machine may stop pods; packets that any of them looks at must pass it."""
         from knarr.network.firewalls import FirewallWatch
 
-        await FirewallWatch(client, self.node.name).run()
+        def settle(watched: bool) -> None:
+            if direct is not None:
+                (direct.hold if watched else direct.release)(_FIREWALLS)
+
+        await FirewallWatch(client, self.node.name, on_watchers=settle).run()
+
+    @staticmethod
+    async def open_direct_path(direct: DirectPath, policy: PolicyEngine) -> None:
+        """Pods go directly once the policies that say which of them must not are known."""
+        await policy.wait_synced()
+        await asyncio.to_thread(direct.release, _POLICIES)
 
     async def announce_balancers(self, client: Client, informers: Informers) -> None:
         """Answer ARP and NDP for LoadBalancer addresses that fall to this node."""

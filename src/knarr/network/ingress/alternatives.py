@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
 
 if TYPE_CHECKING:
-    from knarr.network.ingress.model import Routes
+    from knarr.network.ingress.routes import Routes
 
 Kind = Literal["exact", "prefix", "regex"]
 Place = tuple[Kind, str, str]

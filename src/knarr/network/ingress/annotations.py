@@ -20,7 +20,7 @@ HTTPS_BACKEND, HTTP2_BACKEND, AS_ASKED, TO_HTTPS, MOVED = "S", "G", "A", "R", "M
 """Flags of a route: how its backend is spoken to (TLS, HTTP/2, TLS if the client does), and redirects."""
 _PROTOCOL_FLAGS = {"": "", "HTTP": "", "HTTPS": HTTPS_BACKEND, "GRPC": HTTP2_BACKEND, "GRPCS": HTTPS_BACKEND, "AUTO_HTTP": AS_ASKED}
 _NOT_DONE = (
-    "auth-tls-secret", "configuration-snippet", "server-snippet", "default-backend", "custom-http-errors",
+    "configuration-snippet", "server-snippet", "default-backend", "custom-http-errors",
     "ssl-passthrough", "proxy-connect-timeout", "satisfy", "custom-headers",
 )  # fmt: skip
 _CORS_METHODS = "GET, PUT, POST, DELETE, PATCH, OPTIONS"

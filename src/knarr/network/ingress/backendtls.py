@@ -8,18 +8,16 @@ Source: gateway-api BackendTLSPolicy, GEP-713 (conflicts).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cryptography import x509
-
 from knarr.api.types import Object
 from knarr.network.ingress.alternatives import Action
 from knarr.network.ingress.annotations import HTTPS_BACKEND
+from knarr.network.ingress.certificates import authority_name, readable, server_action
 from knarr.network.ingress.gatewayapi import CONTROLLER, GROUP, condition
-from knarr.network.ingress.model import Routes, Server
+from knarr.network.ingress.routes import Routes, Server
 from knarr.network.objects import object_key
 
 SYSTEM = "@system-ca"
@@ -34,19 +32,6 @@ class _Policy:
     refused: _Problem | None = None
     unresolved: _Problem | None = None
     gateways: dict[str, None] = field(default_factory=dict)
-
-
-def authority_name(pem: str) -> str:
-    """File name for certificates of authorities."""
-    return hashlib.blake2b(pem.encode(), digest_size=10).hexdigest() + ".ca"
-
-
-def readable(pem: str) -> bool:
-    """Whether a text has certificates, and nothing else that claims to be one."""
-    try:
-        return bool(x509.load_pem_x509_certificates(pem.encode()))
-    except ValueError:
-        return False
 
 
 class Policies:
@@ -155,10 +140,3 @@ def _ancestor(policy: _Policy, gateway: str) -> dict[str, Any]:
             condition("ResolvedRefs", policy.unresolved is None, *(policy.unresolved or ("ResolvedRefs", "")), generation),
         ],
     }
-
-
-def server_action(routes: Routes, server: Server) -> Action:
-    """The action that sends a request through a server, which is added to the table."""
-    name = "s" + hashlib.blake2b(repr((server.sni, server.authority, server.name, server.certificate)).encode(), digest_size=8).hexdigest()
-    routes.servers[name] = server
-    return ("server", name)

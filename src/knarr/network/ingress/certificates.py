@@ -11,7 +11,7 @@ import base64
 import binascii
 import datetime
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cryptography import x509
@@ -20,25 +20,34 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from knarr.aiokits.clock import now
 from knarr.api.types import Object
-from knarr.network.ingress.model import ANY_NAME
+from knarr.network.ingress.alternatives import Action
+from knarr.network.ingress.routes import ANY_NAME, Routes, Server
 
 
 @dataclass(slots=True)
 class Certificates:
-    """Certificate chains with keys, as PEM, by file name; the host names of each; and what other names are shown."""
+    """Certificate chains with keys, as PEM, by file name; the host names of each; and what other names are shown.
+
+    Attributes:
+      checks: File name to the authorities of which clients are asked for certificates.
+      keys: Our own certificates with keys, for backends, by file name.
+    """
 
     pems: dict[str, str] = field(default_factory=dict)
     hosts: dict[str, list[str]] = field(default_factory=dict)
+    checks: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
     fallback: str = ""
 
 
-def collect(wanted: Mapping[str, str], secret: Callable[[str], Object | None]) -> tuple[Certificates, list[tuple[str, str]]]:
+def collect(routes: Routes, secret: Callable[[str], Object | None], otherwise: str) -> tuple[Certificates, list[tuple[str, str]]]:
     """All certificates of a routing table, and (host name, Secret) of those that cannot be had.
 
     Args:
-      wanted: Host name to Secret ("namespace/name"); ANY_NAME with a Secret behind it for one that serves all names.
+      otherwise: Certificate of names that have none.
     """
-    out, missing, names = Certificates(), [], {host for host in wanted if not host.startswith(ANY_NAME)}
+    wanted = routes.certificates
+    out, missing, names = Certificates(keys=dict(routes.keys)), [], {host for host in wanted if not host.startswith(ANY_NAME)}
     for host, key in sorted(wanted.items(), key=lambda item: item[0].startswith(ANY_NAME)):
         if not key:
             continue
@@ -46,17 +55,25 @@ def collect(wanted: Mapping[str, str], secret: Callable[[str], Object | None]) -
         if pem is None:
             missing.append((host, key))
             continue
-        name = certificate_name(key)
+        hosts = [host]
         if host.startswith(ANY_NAME):
             out.fallback = out.fallback or pem
             hosts = sorted(_own_names(pem) - names)
-            names.update(hosts)
-        else:
-            hosts = [host]
-        if hosts:
-            out.pems[name] = pem
-            out.hosts.setdefault(name, []).extend(hosts)
+        names.update(hosts)
+        for served in hosts:
+            _serve(out, key, pem, served, routes.checks.get(served, ""))
+    for host in sorted(set(routes.checks) - {name for hosts in out.hosts.values() for name in hosts}):
+        _serve(out, "", out.fallback or otherwise, host, routes.checks[host])
     return out, missing
+
+
+def _serve(out: Certificates, key: str, pem: str, host: str, check: str) -> None:
+    # What is asked of clients belongs to a file, so a certificate has one for each.
+    name = certificate_name(f"{key} {check}" if check else key)
+    out.pems[name] = pem
+    out.hosts.setdefault(name, []).append(host)
+    if check:
+        out.checks[name] = check
 
 
 def _own_names(pem: str) -> set[str]:
@@ -66,6 +83,26 @@ def _own_names(pem: str) -> set[str]:
     except (x509.ExtensionNotFound, ValueError):
         return set()
     return {name.lower() for name in names.value.get_values_for_type(x509.DNSName)}
+
+
+def authority_name(pem: str) -> str:
+    """File name for certificates of authorities."""
+    return hashlib.blake2b(pem.encode(), digest_size=10).hexdigest() + ".ca"
+
+
+def readable(pem: str) -> bool:
+    """Whether a text has certificates, and nothing else that claims to be one."""
+    try:
+        return bool(x509.load_pem_x509_certificates(pem.encode()))
+    except ValueError:
+        return False
+
+
+def server_action(routes: Routes, server: Server) -> Action:
+    """The action that sends a request through a server, which is added to the table."""
+    name = "s" + hashlib.blake2b(repr((server.sni, server.authority, server.name, server.certificate)).encode(), digest_size=8).hexdigest()
+    routes.servers[name] = server
+    return ("server", name)
 
 
 def certificate_name(secret: str) -> str:

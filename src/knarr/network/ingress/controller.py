@@ -34,8 +34,9 @@ from knarr.network.ingress.gateway import Outcome
 from knarr.network.ingress.gateways import GatewaySupport
 from knarr.network.ingress.gatewayservices import Ports
 from knarr.network.ingress.haproxy import PASSWORD_SOCKET, HAProxy, HAProxyError, Listen, program
-from knarr.network.ingress.model import ENDPOINTS, Routes, build, is_ours
+from knarr.network.ingress.model import build, is_ours
 from knarr.network.ingress.passwords import Passwords, read_users
+from knarr.network.ingress.routes import ENDPOINTS, Routes
 from knarr.network.objects import object_key, slice_service
 
 log = get_logger(__name__)
@@ -167,7 +168,7 @@ class IngressController:
             await self._gateways.write_statuses(Outcome())
             return
         self._by_endpoints = set()
-        routes = build(ingresses, self._addresses)
+        routes = build(ingresses, self._addresses, self._secrets.get_key)
         self._passwords.replace(self._users(routes, ingresses))
         usable_secrets = (
             {object_key(obj): True for obj in self._secrets.list() if certificates.secret_pem(obj) is not None} if self._gateways.active else {}
@@ -236,7 +237,7 @@ class IngressController:
         return out
 
     def _certificates(self, routes: Routes) -> Certificates:
-        out, missing = certificates.collect(routes.certificates, self._secrets.get_key)
+        out, missing = certificates.collect(routes, self._secrets.get_key, self.proxy.default_pem)
         for host, key in missing:
             owners = {owner for owner in (object_key(i) for i in self._ours()) if owner.partition("/")[0] == key.partition("/")[0]}
             routes.problems.extend((owner, f"secret {key} has no usable certificate for {host}") for owner in sorted(owners)[:1])

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 
 from knarr.network.ingress.listeners import Listener
-from knarr.network.ingress.model import Routes
+from knarr.network.ingress.routes import Routes
 
 
 def covers(pattern: str, host: str) -> bool:

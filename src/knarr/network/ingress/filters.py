@@ -13,7 +13,7 @@ from typing import Any
 from knarr.network.ingress.alternatives import Action
 from knarr.network.ingress.annotations import MOVED
 from knarr.network.ingress.annotations import TO_HTTPS as TO_HTTPS_308
-from knarr.network.ingress.model import TO_HTTPS_301, TO_HTTPS_302
+from knarr.network.ingress.routes import TO_HTTPS_301, TO_HTTPS_302
 
 OF_RULES = ("RequestRedirect", "URLRewrite", "RequestMirror", "CORS")
 """Filters that a whole rule may have, a single backend not."""

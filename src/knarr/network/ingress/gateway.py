@@ -34,7 +34,7 @@ from knarr.network.ingress.gatewayapi import (
 from knarr.network.ingress.gatewaybackends import Finder, Grants, Problem, Protocols
 from knarr.network.ingress.gatewayrules import Settled, as_http, settle_rules, settle_streams, writable
 from knarr.network.ingress.listeners import Listener, gateway_status, read_listeners
-from knarr.network.ingress.model import ANY_NAME, PASS, TERMINATE, Addresses, Routes
+from knarr.network.ingress.routes import ANY_NAME, PASS, TERMINATE, Addresses, Routes
 from knarr.network.objects import object_key
 
 __all__ = [

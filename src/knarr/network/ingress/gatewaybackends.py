@@ -20,7 +20,7 @@ from knarr.network.ingress import filters
 from knarr.network.ingress.alternatives import Action, Condition
 from knarr.network.ingress.annotations import HTTP2_BACKEND
 from knarr.network.ingress.gatewayapi import GROUP
-from knarr.network.ingress.model import NOWHERE, Addresses, Routes
+from knarr.network.ingress.routes import NOWHERE, Addresses, Routes
 
 _MAXIMUM_WEIGHTS = 100
 _PROTOCOLS = {"kubernetes.io/h2c": HTTP2_BACKEND}

@@ -37,7 +37,7 @@ from knarr.network.ingress.gatewayapi import (
     condition,
 )
 from knarr.network.ingress.gatewayservices import GatewayServices, Ports, is_of_gateway
-from knarr.network.ingress.model import Addresses, Routes
+from knarr.network.ingress.routes import Addresses, Routes
 from knarr.network.loadbalancer import ingress_addresses
 from knarr.network.objects import object_key
 

@@ -25,7 +25,7 @@ from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
 from knarr.network.ingress.certificates import Certificates
 from knarr.network.ingress.haproxyconfig import SECURE, Listen, render, server_line
-from knarr.network.ingress.model import Routes, Server
+from knarr.network.ingress.routes import Routes, Server
 from knarr.network.ingress.script import SCRIPT
 
 __all__ = ["HAProxy", "HAProxyError", "Listen", "program"]
@@ -68,7 +68,7 @@ class HAProxy:
     def __init__(self, folder: Path, listen: Listen, default_pem: str) -> None:
         self._folder = folder
         self._listen = listen
-        self._default_pem = default_pem
+        self.default_pem = default_pem
         self._maps: dict[str, dict[str, str]] = {name: {} for name in MAPS}
         self._certificates = Certificates()
         self._tls = Tls()
@@ -198,6 +198,7 @@ class HAProxy:
     async def _apply_running(self, before: Mapping[str, dict[str, str]], old: Certificates, tls: Tls) -> None:
         await self._add_authorities(tls.authorities)
         await self._apply_certificates(old, self._certificates)
+        await self._apply_keys(old, self._certificates)
         await self._add_servers(tls.servers)
         merged = {name: {**before[name], **self._maps[name]} for name in _REFERRED}
         for name in _REFERRED:
@@ -209,7 +210,7 @@ class HAProxy:
         for name in reversed(_REFERRED):
             if merged[name] != self._maps[name]:
                 await self._replace(name, self._maps[name])
-        await self._forget(tls)
+        await self._forget(tls, old)
 
     async def _add_authorities(self, old: Mapping[str, str]) -> None:
         for name, pem in self._tls.authorities.items():
@@ -230,7 +231,7 @@ class HAProxy:
                     raise HAProxyError(f"server {name}: {answer.strip()}")
                 await self._command(f"enable server {SECURE}/{name}")
 
-    async def _forget(self, old: Tls) -> None:
+    async def _forget(self, old: Tls, before: Certificates) -> None:
         """What nothing refers to any more. What is still in use by a request stays; a fresh child is without it."""
         for name in old.servers:
             if name not in self._tls.servers:
@@ -245,18 +246,26 @@ class HAProxy:
                     (self._folder / name).unlink(missing_ok=True)
                 else:
                     self._tls.authorities[name] = old.authorities[name]
+        for name in before.keys:
+            if name not in self._certificates.keys:
+                if "deleted" in await self._command(f"del ssl cert {self._folder}/{name}"):
+                    (self._folder / name).unlink(missing_ok=True)
+                else:
+                    self._certificates.keys[name] = before.keys[name]
 
     def _write_files(self) -> None:
         _write(self._folder / "script.lua", SCRIPT.replace("FOLDER", str(self._folder)))
         for name in MAPS:
             _write(self._folder / f"{name}.map", "".join(f"{key} {text}\n" for key, text in _ordered(name, self._maps[name])))
         lines = [f"{self._folder}/default.pem"]
-        _write(self._folder / "default.pem", self._certificates.fallback or self._default_pem)
+        _write(self._folder / "default.pem", self._certificates.fallback or self.default_pem)
         for name, pem in self._tls.authorities.items():
             _write(self._folder / name, pem)
         for name, pem in self._certificates.pems.items():
             _write(self._folder / name, pem)
-            lines.append(f"{self._folder}/{name} {' '.join(self._certificates.hosts[name])}")
+            lines.append(self._line(self._certificates, name))
+        for name, pem in self._certificates.keys.items():
+            _write(self._folder / name, pem)
         _write(self._folder / "certs.list", "\n".join(lines) + "\n")
 
     async def _replace(self, name: str, content: Mapping[str, str]) -> None:
@@ -285,13 +294,27 @@ class HAProxy:
                 await self._command(f"new ssl cert {path}")
             await self._show(path, new.pems[name])
             if name not in old.pems or new.hosts[name] != old.hosts[name]:
-                await self._command(f"add ssl crt-list {self._folder}/certs.list <<\n{path} {' '.join(new.hosts[name])}\n")
+                answer = await self._command(f"add ssl crt-list {self._folder}/certs.list <<\n{self._line(new, name)}\n")
+                if "Success" not in answer:
+                    raise HAProxyError(f"certificate {name}: {answer.strip()}")
         if old.fallback != new.fallback:
-            await self._show(self._folder / "default.pem", new.fallback or self._default_pem)
+            await self._show(self._folder / "default.pem", new.fallback or self.default_pem)
         for name in old.pems:
             if name not in new.pems:
                 await self._command(f"del ssl cert {self._folder}/{name}")
                 (self._folder / name).unlink(missing_ok=True)
+
+    def _line(self, certificates: Certificates, name: str) -> str:
+        """What the list of certificates says of one. Clients without a certificate are refused by the script, which can say why."""
+        check = certificates.checks.get(name)
+        asked = f"[verify optional ca-file {self._folder}/{check}] " if check else ""
+        return f"{self._folder}/{name} {asked}{' '.join(certificates.hosts[name])}"
+
+    async def _apply_keys(self, old: Certificates, new: Certificates) -> None:
+        for name, pem in new.keys.items():
+            if name not in old.keys:
+                await self._command(f"new ssl cert {self._folder}/{name}")
+                await self._show(self._folder / name, pem)
 
     async def _show(self, path: Path, pem: str) -> None:
         await self._command(f"set ssl cert {path} <<\n{_no_blank_lines(pem)}")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from knarr.network.ingress.alternatives import LISTED, ONLY_PLAIN, ONLY_TLS
 from knarr.network.ingress.annotations import AS_ASKED, HTTP2_BACKEND, HTTPS_BACKEND, MOVED, TO_HTTPS
-from knarr.network.ingress.model import NOWHERE, PASS, TERMINATE, TO_HTTPS_301, TO_HTTPS_302, Server
+from knarr.network.ingress.routes import NOWHERE, PASS, TERMINATE, TO_HTTPS_301, TO_HTTPS_302, Server
 
 LIMITS = {"rps": ("(5s)", "http_req_rate"), "rpm": ("(60s)", "http_req_rate"), "connections": ("", "conn_cur")}
 """Kinds of limits: the table's window and what it counts."""

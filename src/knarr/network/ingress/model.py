@@ -12,84 +12,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from knarr.api.types import Object
+from knarr.network.ingress import tlsannotations
 from knarr.network.ingress.alternatives import Action, Alternative, Place
-from knarr.network.ingress.annotations import Behaviour, read
+from knarr.network.ingress.annotations import HTTPS_BACKEND, Behaviour, annotation, read
+from knarr.network.ingress.routes import ENDPOINTS, Addresses, Routes
 from knarr.network.objects import object_key
 
 CLASS_ANNOTATION = "kubernetes.io/ingress.class"
-ANY_NAME = "*:"
-"""In front of a Secret, among host names with certificates: it serves all names that no other serves."""
-TO_HTTPS_301, TO_HTTPS_302 = "1", "2"
-NOWHERE = ("nowhere", 0)
-"""The place of a backend that does not exist: the proxy answers 500 for it."""
-PASS, TERMINATE = "P", "T"
-"""What is done with the TLS of a stream."""
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """How the proxy speaks TLS to backends.
-
-    Attributes:
-      sni: The name asked for; "" is the request's host.
-      authority: File name of the authorities that must have signed the backend's certificate; "" takes any certificate, "@system-ca"
-        the machine's own authorities.
-      name: The name that the certificate must have.
-      certificate: File name of our own certificate.
-    """
-
-    sni: str = ""
-    authority: str = ""
-    name: str = ""
-    certificate: str = ""
-
-
-@dataclass(slots=True)
-class Routes:
-    """The routing table.
-
-    Attributes:
-      hosts: Host name or "*.domain" (lower case) that has rules; itself as value. Behind a door (`doors`) the door's name is in front.
-      doors: "address:port" of a Gateway to its name, which ends in "/".
-      patterns: Regular expression of a door with a host name to what stands in place of the host name in the maps below.
-      streams: As hosts, to "PASS|target" or "TERMINATE|target" of what goes on as a stream of bytes.
-      exact, prefix: "host|path" to "target|flags|argument"; prefixes end in "/".
-      regex: Regular expression of "host|path" to the same.
-      rules: Lists of alternatives by name, for the proxy's script.
-      alternatives, lists: What `alternatives.settle` makes regex, rules and some of exact and prefix from.
-      servers: Ways to speak TLS to backends, by name.
-      authorities: Certificates of authorities (PEM), by the file name that servers and certificates refer to.
-      targets: Target to its number of addresses, and "target#index" to "address|port".
-      certificates: Host name to the Secret ("namespace/name") whose certificate serves it; "" holds none.
-      problems: (Ingress key, text) of what cannot be served.
-    """
-
-    hosts: dict[str, str] = field(default_factory=dict)
-    exact: dict[str, str] = field(default_factory=dict)
-    prefix: dict[str, str] = field(default_factory=dict)
-    regex: dict[str, str] = field(default_factory=dict)
-    rules: dict[str, str] = field(default_factory=dict)
-    doors: dict[str, str] = field(default_factory=dict)
-    patterns: dict[str, str] = field(default_factory=dict)
-    streams: dict[str, str] = field(default_factory=dict)
-    servers: dict[str, Server] = field(default_factory=dict)
-    authorities: dict[str, str] = field(default_factory=dict)
-    alternatives: dict[Place, list[Alternative]] = field(default_factory=dict)
-    lists: dict[Place, str] = field(default_factory=dict)
-    targets: dict[str, str] = field(default_factory=dict)
-    certificates: dict[str, str] = field(default_factory=dict)
-    problems: list[tuple[str, str]] = field(default_factory=list)
-
-
-Addresses = Callable[[str, str, Mapping[str, Any]], list[tuple[str, int]] | str]
-"""(namespace, Service, backend port) to the addresses to send to, or why there are none."""
-ENDPOINTS = "endpoints"
-"""In a backend port: the addresses of the endpoints are wanted, not the Service's own."""
 
 
 def is_ours(ingress: Object, class_name: str, *, is_default: bool) -> bool:
@@ -100,11 +34,11 @@ def is_ours(ingress: Object, class_name: str, *, is_default: bool) -> bool:
     return wanted == class_name or (wanted is None and is_default)
 
 
-def build(ingresses: Iterable[Object], addresses: Addresses) -> Routes:
+def build(ingresses: Iterable[Object], addresses: Addresses, secret: tlsannotations.FindSecret = lambda _key: None) -> Routes:
     """The routing table of some Ingresses (all of our class)."""
     routes = Routes()
     for ingress in sorted(ingresses, key=_age):
-        _Builder(routes, ingress, addresses).add()
+        _Builder(routes, ingress, addresses, secret).add()
     return routes
 
 
@@ -113,7 +47,8 @@ def _age(ingress: Object) -> tuple[str, str]:
 
 
 class _Builder:
-    def __init__(self, routes: Routes, ingress: Object, addresses: Addresses) -> None:
+    def __init__(self, routes: Routes, ingress: Object, addresses: Addresses, secret: tlsannotations.FindSecret) -> None:
+        self._secret = secret
         self._routes = routes
         self._ingress = ingress
         self._addresses = addresses
@@ -140,6 +75,7 @@ class _Builder:
 
     def _put(self, host: str, path: str, kind: str, backend: Mapping[str, Any]) -> None:
         behaviour = read(self._ingress, tls=host in self._tls_hosts)
+        self._read_tls(behaviour)
         behaviour.actions = [self._found(action) if action[0] == "judge" else action for action in behaviour.actions]
         target = self._target(backend, sticky=behaviour.sticky)
         if target is None:
@@ -168,6 +104,14 @@ class _Builder:
             self._add_ways(place, target, path, behaviour)
         else:
             table.setdefault(f"{place[1]}|{place[2]}", f"{target}|{behaviour.flags}|{behaviour.argument}")
+
+    def _read_tls(self, behaviour: Behaviour) -> None:
+        ask = lambda name: annotation(self._ingress, name)
+        hosts = {(rule.get("host") or "*").lower() for rule in self._spec.get("rules") or ()} | set(behaviour.aliases)
+        checks = tlsannotations.of_clients(ask, self._namespace, sorted(hosts), self._secret, self._routes, behaviour.problems)
+        behaviour.actions[:0] = checks
+        if HTTPS_BACKEND in behaviour.flags:
+            behaviour.actions.extend(tlsannotations.of_backend(ask, self._namespace, self._secret, self._routes, behaviour.problems))
 
     @staticmethod
     def _place(host: str, path: str, kind: str, behaviour: Behaviour) -> Place:

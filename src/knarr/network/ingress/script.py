@@ -8,7 +8,8 @@ capture PATTERN REPLACEMENT (of the whole path); redirect CODE SCHEME HOST PORT 
 (KIND: full, prefix, url, or keep for the path as it is); reply CODE [NAME VALUE]...; password REALM NAME (basic authentication
 against `passwords`); judge PLACE PATH HOST SIGNIN HEADERS (another server is asked whether the request may pass); hash TEXT (the endpoint follows from variables); limit KIND NAME NUMBER NETWORKS (what the configuration counts, but not for these); size BYTES; timeout
 MILLISECONDS; sticky COOKIE ATTRIBUTES; origin PATTERN... (allowed origins of CORS); mirror PERCENT TARGET (a copy of the request goes there, too);
-cors CREDENTIALS METHODS HEADERS EXPOSED SECONDS ORIGIN... (answers preflight requests, "*" is what was asked for); server NAME (how TLS is spoken).
+cors CREDENTIALS METHODS HEADERS EXPOSED SECONDS ORIGIN... (answers preflight requests, "*" is what was asked for); server NAME (how TLS is spoken);
+certified MODE PAGE PATTERN PASS (certificates of clients).
 """
 
 SCRIPT = r"""
@@ -318,7 +319,36 @@ local function cors(txn, action)
   txn:done(reply)
 end
 
+local function certified(txn, action)
+  for _, name in ipairs({"verify", "subject-dn", "issuer-dn", "cert"}) do txn.http:req_del_header("ssl-client-" .. name) end
+  if not over_tls(txn) then
+    -- A redirect to TLS that follows tells nothing.
+    if not txn:get_var("txn.flags"):find("R", 1, true) then refuse(txn, 400, "400 No required SSL certificate was sent") end
+    return
+  end
+  -- Another name would have been asked for another authority's certificate, or for none.
+  if (txn.f:ssl_fc_sni() or ""):lower() ~= txn:get_var("txn.host") then return refuse(txn, 421, "421 Misdirected Request") end
+  local good = tonumber(txn.f:ssl_c_used()) == 1 and tonumber(txn.f:ssl_c_verify()) == 0
+  if not good and action[2] == "on" then
+    if action[3] ~= "" then return refuse(txn, 302, "", "location", expanded(txn, action[3])) end
+    return refuse(txn, 400, "400 No required SSL certificate was sent")
+  end
+  txn.http:req_set_header("ssl-client-verify", good and "SUCCESS" or "NONE")
+  if not good then return end
+  if action[4] ~= "" and txn.c:regsub("CN=" .. (txn.f:ssl_c_s_dn("cn") or ""), ".*" .. action[4] .. ".*", "\1") ~= "\1" then
+    return refuse(txn, 403, "403 Forbidden")
+  end
+  txn.http:req_set_header("ssl-client-subject-dn", txn.f:ssl_c_s_dn("", 0, "rfc2253") or "")
+  txn.http:req_set_header("ssl-client-issuer-dn", txn.f:ssl_c_i_dn("", 0, "rfc2253") or "")
+  if action[5] ~= "" then
+    local text = txn.c:base64(txn.f:ssl_c_der()):gsub(("."):rep(64), "%0\n")
+    local pem = "-----BEGIN CERTIFICATE-----\n" .. text:gsub("\n$", "") .. "\n-----END CERTIFICATE-----\n"
+    txn.http:req_set_header("ssl-client-cert", (pem:gsub("[^%w%-._~]", function(char) return string.format("%%%02X", char:byte()) end)))
+  end
+end
+
 local change = {
+  ["certified"] = certified,
   ["password"] = password,
   ["limit"] = limit,
   ["judge"] = judge,

@@ -28,7 +28,7 @@ from knarr.network.nftables import StateMismatch
 from knarr.network.objects import object_key
 from knarr.network.policy.model import compile_policy, read_pod
 from knarr.network.policy.state import PolicyState
-from knarr.network.policy.table import PolicyTable
+from knarr.network.policy.table import OnIsolate, PolicyTable
 from knarr.network.tablewatch import TableWatch
 
 log = get_logger(__name__)
@@ -76,10 +76,18 @@ class PolicyEngine:
     Args:
       table: Name of the nftables table; one owner per name.
       netns: Path of the node's network namespace; None is the process's.
+      on_isolate: See PolicyTable.
     """
 
     def __init__(
-        self, client: Client, informers: Informers, *, node_name: str, table: str = "knarr-policy", netns: str | None = None
+        self,
+        client: Client,
+        informers: Informers,
+        *,
+        node_name: str,
+        table: str = "knarr-policy",
+        netns: str | None = None,
+        on_isolate: OnIsolate | None = None,
     ) -> None:
         self._informers = informers
         self._pods = informers.get(PODS, transform=trim_pod)
@@ -87,7 +95,7 @@ class PolicyEngine:
         self._policies = informers.get(NETWORK_POLICIES)
         self._recorder = EventRecorder(client, "knarr-policy", node_name)
         self.state = PolicyState(node_name)
-        self._table = PolicyTable(table, netns=netns)
+        self._table = PolicyTable(table, netns=netns, on_isolate=on_isolate)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="policy")
         self._wake = asyncio.Event()
         self._loaded = asyncio.Event()

@@ -11,7 +11,8 @@ that name there was, in the same transaction.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from ipaddress import ip_address
 
 from knarr.network.expressions import (
     CT_DIRECTION,
@@ -55,11 +56,16 @@ _PRIORITY = -5
 _CT_RELATED = 4
 
 
+OnIsolate = Callable[[Collection[str]], None]
+"""Called with all addresses that policies are about to isolate, before the kernel hears of it."""
+
+
 class PolicyTable:
     """One inet table. Not for use by two threads at once."""
 
-    def __init__(self, name: str, *, netns: str | None = None) -> None:
+    def __init__(self, name: str, *, netns: str | None = None, on_isolate: OnIsolate | None = None) -> None:
         self.name = name
+        self._on_isolate = on_isolate
         self._netns = netns
         self._netlink: NetlinkSocket | None = None
         self._current = Wanted({}, {}, {}, set())
@@ -79,8 +85,7 @@ class PolicyTable:
         add_table(batch, self.name)
         self._skeleton(batch)
         self._difference(batch, Wanted({}, {}, {}, set()), wanted)
-        batch.commit(self.socket())
-        self._current = wanted
+        self._commit(batch, wanted)
 
     def change(self, wanted: Wanted) -> None:
         """Bring the table to a new state.
@@ -91,6 +96,11 @@ class PolicyTable:
         """
         batch = ElementBatch(self.name)
         self._difference(batch, self._current, wanted)
+        self._commit(batch, wanted)
+
+    def _commit(self, batch: ElementBatch, wanted: Wanted) -> None:
+        if self._on_isolate is not None:
+            self._on_isolate([str(ip_address(packed)) for _version, packed in wanted.isolated])
         batch.commit(self.socket())
         self._current = wanted
 

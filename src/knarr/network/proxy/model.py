@@ -17,6 +17,7 @@ from typing import Any
 
 from knarr.api.addresses import sloppy_network
 from knarr.api.types import Object
+from knarr.network.direct.services import Offer
 from knarr.network.nftables import PROTOCOLS, goto, number_key, packed_address, port_key, protocol_key, value
 from knarr.network.proxy.chains import Pick, learn_name, needed
 from knarr.network.proxy.topology import Backends, Endpoint, NodeView, categorise, collect
@@ -46,6 +47,8 @@ class Rendered:
     """UDP frontends and the endpoints that may answer there."""
     sticky: dict[ElementKey, frozenset[bytes]] = field(default_factory=dict)
     """Frontends with session affinity, by map and key, and the endpoint data that may be remembered."""
+    offer: Offer = field(default_factory=Offer)
+    """What sockets may be led by without the table."""
     memories: set[tuple[int, int]] = field(default_factory=set)
     """Families and times of the chains that remember clients."""
     health_port: int = 0
@@ -221,6 +224,12 @@ def _internal(out: Rendered, port: _Port, address: str) -> None:
     out.picks.update(picks)
     out.elements[f"service{port.version}", key] = verdict
     _write_endpoints(out, f"endpoint{port.version}", key, endpoints)
+    _lead(out, port, address, port.number, endpoints)
+
+
+def _lead(out: Rendered, port: _Port, address: str, number: int, endpoints: Sequence[Endpoint]) -> None:
+    if port.protocol == "TCP" and not port.affinity_seconds and endpoints:
+        out.offer.direct.setdefault((address, number), tuple((endpoint.ip, endpoint.port) for endpoint in endpoints))
 
 
 def _external(out: Rendered, port: _Port, address: str, number: int) -> None:
@@ -245,6 +254,9 @@ def _external(out: Rendered, port: _Port, address: str, number: int) -> None:
     _write_endpoints(out, f"{prefix}endpoint{port.version}", key, everywhere)
     out.picks.update(picks)
     out.elements[table, key] = verdict
+    out.offer.external |= {(address, number)}
+    if node_port:
+        _lead(out, port, "", number, everywhere)
 
 
 def _limit_sources(out: Rendered, port: _Port, address: str, ranges: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ from knarr.api.types import Object
 from knarr.client.events import EventRecorder
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
+from knarr.network.direct.services import NOTHING, DirectServices
 from knarr.network.nftables import NftError, StateMismatch
 from knarr.network.objects import object_key, slice_service
 from knarr.network.plainhttp import NOT_FOUND, Answer, PlainServer, plain, prometheus
@@ -60,6 +61,7 @@ class ServiceProxy:
       netns: Path of the node's network namespace; None is the process's.
       health_address, health_port: Where /healthz answers; port 0 opens none.
       metrics_address, metrics_port: Where /metrics and /proxyMode answer; port 0 opens none.
+      direct: Leads sockets to endpoints before the table has to, where the kernel can; it is closed with the proxy.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class ServiceProxy:
         health_port: int = 0,
         metrics_address: str = "127.0.0.1",
         metrics_port: int = 0,
+        direct: DirectServices | None = None,
     ) -> None:
         self._informers = informers
         self._services = informers.get(SERVICES)
@@ -84,7 +87,10 @@ class ServiceProxy:
         self._slices.add_index("service", slice_service)
         self._recorder = EventRecorder(client, "kube-proxy", node_name, api="events.k8s.io/v1")
         self._view = NodeView(node_name)
+        self._addresses: tuple[str, ...] = ()
+        self._told_addresses: tuple[str, ...] = ()
         self._table = ProxyTable(table, pod_cidrs, node_port_addresses=node_port_addresses, netns=netns)
+        self._direct = direct
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="proxy")
         self.metrics = ProxyMetrics()
         self.further_metrics: list[Callable[[], bytes]] = []
@@ -196,6 +202,8 @@ class ServiceProxy:
         node = self._node.get(None, self._view.name)
         labels = (node["metadata"].get("labels") or {}) if node else {}
         self._view = NodeView(self._view.name, labels.get(_ZONE, ""))
+        listed = ((node.get("status") or {}).get("addresses") or ()) if node else ()
+        self._addresses = tuple(item["address"] for item in listed if item.get("type") == "InternalIP")
 
     def _node_eligible(self) -> bool:
         """Whether load balancers may send this node new connections: it is not about to be removed."""
@@ -214,9 +222,9 @@ class ServiceProxy:
         return NOT_FOUND
 
     def _node_changed(self) -> None:
-        before = self._view
+        before = self._view, self._addresses
         self._read_node()
-        if before != self._view and self.synced:
+        if before != (self._view, self._addresses) and self.synced:
             self._mark(self._all_keys())
 
     def _all_keys(self) -> list[str]:
@@ -279,11 +287,29 @@ class ServiceProxy:
             wanted[key] = self._render(key)
             if count % 200 == 199:
                 await asyncio.sleep(0)
-        self._note(await self._in_worker(lambda: self._table.load(wanted)), wanted)
+        self._note(await self._in_worker(lambda: self._write(wanted, whole=True)), wanted)
         self.metrics.synced(time.perf_counter() - started, now(), whole=True)
         await self._forget(udp_frontends(wanted.values()))
         await self._after_commit()
         self._loaded.set()
+
+    def _write(self, wanted: dict[str, Rendered], *, whole: bool) -> dict[str, Exception]:
+        failures = self._table.load(wanted) if whole else self._table.change(wanted)
+        self._told_addresses = addresses = self._addresses
+        if self._direct is not None:
+            offers = {key: NOTHING if key in failures else rendered.offer for key, rendered in wanted.items()}
+            try:
+                self._direct.set_node_addresses(addresses)
+                if whole:
+                    self._direct.load(offers)
+                    self._direct.attach()
+                else:
+                    self._direct.change(offers)
+            except OSError as error:
+                log.warning("sockets are not led to endpoints, all connections to Services are translated", error=str(error))
+                self._direct.close()
+                self._direct = None
+        return failures
 
     async def _forget(self, flows: Flows) -> None:
         if flows:
@@ -327,10 +353,10 @@ class ServiceProxy:
                 wanted[key], former[key] = rendered, old
             if not rendered.problems and key not in self._failed:
                 self._reported.pop(key, None)
-        if not wanted:
+        if not wanted and self._addresses == self._told_addresses:
             self._health.updated()
             return
-        self._note(await self._in_worker(lambda: self._table.change(wanted)), wanted)
+        self._note(await self._in_worker(lambda: self._write(wanted, whole=False)), wanted)
         self.metrics.synced(time.perf_counter() - started, now(), whole=False)
         for trigger in triggered:
             self.metrics.programmed(now() - trigger)
@@ -381,4 +407,6 @@ class ServiceProxy:
     async def close(self) -> None:
         """Close sockets and the worker; the table stays."""
         await self._in_worker(self._table.close)
+        if self._direct is not None:
+            self._direct.close()
         self._worker.shutdown(wait=False)
