@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from knarr.scheduler.scheduler import Scheduler
 
 
+CONNECTIONS = 96
+"""Requests at the same time, of each client. More share no more of a commit; each connection has a TLS session and buffers on both sides."""
+
+
 def main(config: ClusterConfig, announce: Announce) -> None:
     """Run the controllers and the scheduler until stopped."""
     from knarr.apiserver import options
@@ -35,8 +39,10 @@ def main(config: ClusterConfig, announce: Announce) -> None:
     gates = options.feature_gates(config.apiserver_arguments)
 
     async def control() -> None:
-        controllers = Client(common.client_config(config, common.pair(config, "controller-manager"), "kube-controller-manager"))
-        scheduler = Client(common.client_config(config, common.pair(config, "scheduler"), "kube-scheduler"))
+        controllers = Client(
+            common.client_config(config, common.pair(config, "controller-manager"), "kube-controller-manager"), max_connections=CONNECTIONS
+        )
+        scheduler = Client(common.client_config(config, common.pair(config, "scheduler"), "kube-scheduler"), max_connections=CONNECTIONS)
         informers = Informers(controllers)
         # The first cluster of a machine has the well-known ports; nothing listens before the first Ingress of the class is there.
         listen = Listen(http_port=8000 + config.slot, https_port=8400 + config.slot) if config.slot else Listen()
