@@ -57,7 +57,12 @@ async def test_a_pods_search_ends_with_its_first_question(dns: Asker, tcp: bool)
     assert await dns.values(f"web.default.svc.{ZONE}", tcp=tcp) == ["10.96.7.7"]
     nowhere = await dns.ask(f"nowhere.test.default.svc.{ZONE}", tcp=tcp)
     assert (nowhere.header.rcode, nowhere.rr) == (3, [])
-    assert "coredns_autopath_success_total 2" in str(dns.server._tell("/metrics"))
+    told = str(dns.server._tell("/metrics"))
+    assert "coredns_autopath_success_total 2" in told
+    # What was asked within the server is nobody's question.
+    assert 'zone=".",type="A"} 4' in told
+    assert 'rcode="NOERROR"} 3' in told
+    assert 'rcode="NXDOMAIN"} 1' in told
 
 
 async def test_others_get_plain_answers_whatever_was_asked_before(dns: Asker) -> None:

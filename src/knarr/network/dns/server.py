@@ -273,22 +273,28 @@ class DNSServer:
         except WireError:
             refusal = error_answer(data, FORMERR)
             if refusal is not None:
-                self._send(udp, refusal, address)
+                self._send(udp, self._counted(0, refusal), address)
             return
         limit = min(query.udp_bytes, OUR_UDP_BYTES)
         search = self._search(query, address[0])
         answer = None if search else self._immediate(query, data, limit)
+        if answer is None and len(self._tasks) >= _MAXIMUM_CONNECTIONS:
+            answer = build_answer(query, REFUSED, authoritative=False)
         if answer is not None:
-            self._send(udp, answer, address)
-        elif len(self._tasks) >= _MAXIMUM_CONNECTIONS:
-            self._send(udp, build_answer(query, REFUSED, authoritative=False), address)
+            self._send(udp, self._counted(query.type, answer), address)
         else:
             self._tasks.spawn(self._answer_later(udp, query, data, limit, address, search), "dns: forwarded question")
 
     async def _answer_later(self, udp: socket.socket, query: Query, data: bytes, limit: int, address: _Address, search: list[str]) -> None:
         answer = await (self._searched(query, data, limit, search) if search else self._forwarded(query, data, limit))
         if udp.fileno() >= 0:
-            self._send(udp, answer, address)
+            self._send(udp, self._counted(query.type, answer), address)
+
+    def _counted(self, kind: int, answer: bytes) -> bytes:
+        """An answer that goes to a client, counted as one: what is asked within the server for it is not."""
+        self.counts[f"type {kind}"] += 1
+        self.counts[f"code {answer[3] & 0xF}"] += 1
+        return answer
 
     def _search(self, query: Query, client: str) -> list[str]:
         """Names to try for a question that begins a search; empty for all others."""
@@ -316,7 +322,6 @@ class DNSServer:
 
     def _immediate(self, query: Query, data: bytes, limit: int) -> bytes | None:
         """An answer that needs nobody else; None when resolvers have to be asked."""
-        self.counts[f"type {query.type}"] += 1
         if query.klass != IN or query.flags & 0x7800:
             return build_answer(query, REFUSED, authoritative=False)
         name = query.name
@@ -342,7 +347,6 @@ class DNSServer:
         return self._write(query, data, found, limit)
 
     def _write(self, query: Query, data: bytes, found: Resolved, limit: int) -> bytes:
-        self.counts[f"code {found.code}"] += 1
         authorities = [self.zone.soa()] if found.negative else []
         answers = found.answers
         # Clients take the first address: each of these answers begins with another one.
@@ -364,7 +368,6 @@ class DNSServer:
     async def _forwarded(self, query: Query, data: bytes, limit: int) -> bytes:
         if self.zone.owns(query.name):
             if not self.ready and not await self._wait_ready():
-                self.counts["code 2"] += 1
                 return build_answer(query, SERVFAIL, authoritative=False)
             known = self._immediate(query, data, limit)
             return known if known is not None else await self._external(query, limit)
@@ -437,11 +440,13 @@ class DNSServer:
         try:
             query = parse_query(data)
         except WireError:
-            return error_answer(data, FORMERR)
+            refusal = error_answer(data, FORMERR)
+            return self._counted(0, refusal) if refusal is not None else None
         if search := self._search(query, client):
-            return await self._searched(query, data, 65535, search)
-        answer = self._immediate(query, data, 65535)
-        return answer if answer is not None else await self._forwarded(query, data, 65535)
+            answer: bytes | None = await self._searched(query, data, 65535, search)
+        else:
+            answer = self._immediate(query, data, 65535)
+        return self._counted(query.type, answer if answer is not None else await self._forwarded(query, data, 65535))
 
     def _gather_hits(self) -> None:
         """Turn what was counted per kept question into the general counts; before those questions are forgotten, too."""
