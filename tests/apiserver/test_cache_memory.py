@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+
 import orjson
 import pytest
 
+from knarr.api.resources import CONFIG_MAPS
 from knarr.apiserver import cache as caches
 from knarr.apiserver.cache import ResourceCache
+from knarr.apiserver.call import Call
+from knarr.testing.apiserver import RunningAPIServer
 
 
 def _value(name: str) -> bytes:
@@ -54,3 +60,20 @@ def test_equal_labels_and_selectable_values_are_kept_once() -> None:
     assert two.fields is not None
     assert one.fields[0] is two.fields[0]
     assert len(cache._labels) <= caches.LABEL_SETS
+
+
+async def test_what_a_request_has_made_goes_with_it_without_the_cycle_collector(apiserver: RunningAPIServer) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(5):
+            made = await apiserver.client.create(CONFIG_MAPS, {"metadata": {"name": f"of-{number}"}}, "default")
+            await apiserver.client.update(CONFIG_MAPS, {**made, "data": {"a": "b"}})
+        await asyncio.wait_for(_no_call_is_left(), 10)
+    finally:
+        gc.enable()
+
+
+async def _no_call_is_left() -> None:
+    while any(type(each) is Call for each in gc.get_objects()):
+        await asyncio.sleep(0.01)

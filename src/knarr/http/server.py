@@ -404,6 +404,8 @@ class HTTPServer:
             self.fault(request, error)
         if not request.done:
             self.fault(request, RuntimeError("the handler gave no answer"))
+        # It mostly knows the request, too: together they would wait for the cycle collector, with all that was read and written.
+        request.context = None
 
     def fault(self, request: Request, error: Exception) -> None:
         if request._connection.transport is None:
