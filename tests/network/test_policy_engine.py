@@ -34,7 +34,8 @@ def policy(name: str, **spec: Any) -> dict[str, Any]:
 async def engine():
     async with World() as world, Tasks() as tasks:
         informers = FedInformers()
-        made = PolicyEngine(None, informers, node_name="here", table="knt-policy", netns=world.node.path)  # type: ignore[arg-type]
+        isolate = world.network.direct.isolate
+        made = PolicyEngine(None, informers, node_name="here", table="knt-policy", netns=world.node.path, on_isolate=isolate)  # type: ignore[arg-type]
         made._recorder = Recorder()  # type: ignore[assignment]
         made.world, made.informers = world, informers  # type: ignore[attr-defined]
         informers.put(NAMESPACES, {"metadata": {"name": "default"}})
