@@ -12,6 +12,7 @@ import pytest
 from knarr.api.resources import NAMESPACES, PODS, SERVICES
 from knarr.network.dns import DNSServer
 from knarr.network.dns.autopath import read_search
+from knarr.network.policy.engine import trim_pod
 
 from .fed import FedInformers
 from .test_dns import ZONE, Asker, Upstream
@@ -63,6 +64,14 @@ async def test_a_pods_search_ends_with_its_first_question(dns: Asker, tcp: bool)
     assert 'zone=".",type="A"} 4' in told
     assert 'rcode="NOERROR"} 3' in told
     assert 'rcode="NXDOMAIN"} 1' in told
+
+
+async def test_a_pods_own_search_domains_are_tried_before_the_name_alone(dns: Asker) -> None:
+    dns.informers.put(PODS, trim_pod(pod("default", "127.0.0.1", dnsConfig={"searches": ["Own.test.", "corp.test"]})))
+    assert (await dns.ask(f"example.com.default.svc.{ZONE}")).header.rcode == 0
+    assert dns.upstream.asked == ["example.com.corp.test.", "example.com.own.test.", "example.com."]
+    dns.informers.put(PODS, trim_pod(pod("default", "127.0.0.1", dnsPolicy="None", dnsConfig={"searches": [f"default.svc.{ZONE}"]})))
+    assert (await dns.ask(f"example.com.default.svc.{ZONE}")).header.rcode == 3
 
 
 async def test_others_get_plain_answers_whatever_was_asked_before(dns: Asker) -> None:

@@ -3,8 +3,9 @@
 Role: optional part of `server`. A pod that looks for "example.com" asks first for "example.com.NAMESPACE.svc.DOMAIN"; for
 that question, from a pod of that namespace, `names` says what its resolver would ask next. The server tries these and
 answers with a CNAME to the first that exists.
-Invariants: who is not a pod of the namespace in the name gets plain answers, as do names that exist; so nothing resolves
-otherwise than it would by the client's own search.
+Invariants: who is not a pod of the namespace in the name, or has another DNS policy, gets plain answers, as do names that
+exist; search domains of the pod's own settings are tried in their turn. So nothing resolves otherwise than it would by the
+client's own search.
 Source: coredns plugin/autopath with plugin/kubernetes.
 """
 
@@ -69,6 +70,12 @@ class Autopath:
         if not name.endswith(self._suffix):
             return []
         base, _dot, namespace = name[: -len(self._suffix)].rpartition(".")
-        if not base or not any(pod["metadata"].get("namespace") == namespace for pod in self._pods.by_index("address", client)):
+        pods = [pod for pod in self._pods.by_index("address", client) if pod["metadata"].get("namespace") == namespace]
+        if not base or not pods:
             return []
-        return [f"{base}.{domain}" for domain in (f"svc.{self._domain}", self._domain, *read_search(self._resolv_conf))] + [base]
+        spec = pods[0].get("spec") or {}
+        if spec.get("dnsPolicy") not in (None, "ClusterFirst"):
+            return []
+        own = [domain.strip(".").lower() for domain in (spec.get("dnsConfig") or {}).get("searches") or ()]
+        path = dict.fromkeys([f"svc.{self._domain}", self._domain, *read_search(self._resolv_conf), *own])
+        return [f"{base}.{domain}" if domain else base for domain in path] + [base]

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 def trim_pod(obj: Object) -> Object:
-    """Keep of a Pod what policies and `why` read; a node holds every pod of the cluster here."""
+    """Keep of a Pod what policies, `why` and the DNS server read; a node holds every pod of the cluster here."""
     meta, spec, status = obj["metadata"], obj.get("spec") or {}, obj.get("status") or {}
     containers = [
         {"name": container.get("name", ""), "ports": container["ports"]}
@@ -49,7 +49,9 @@ def trim_pod(obj: Object) -> Object:
         if container.get("ports") and container.get("restartPolicy") == "Always"
     ]
     kept_meta = {name: meta[name] for name in ("name", "namespace", "uid", "labels", "resourceVersion") if name in meta}
-    kept_spec = {name: spec[name] for name in ("nodeName", "hostNetwork") if name in spec}
+    kept_spec = {name: spec[name] for name in ("nodeName", "hostNetwork", "dnsConfig") if name in spec}
+    if spec.get("dnsPolicy") not in (None, "ClusterFirst"):
+        kept_spec["dnsPolicy"] = spec["dnsPolicy"]
     kept_status = {name: status[name] for name in ("phase", "podIP", "podIPs") if name in status}
     return {"metadata": kept_meta, "spec": {**kept_spec, "containers": containers, "initContainers": sidecars}, "status": kept_status}
 
