@@ -7,7 +7,7 @@ from typing import Any
 from knarr.network.ingress.alternatives import settle
 from knarr.network.ingress.gateway import Published, World, add_routes, intersect
 from knarr.network.ingress.gateways import _keep_times
-from knarr.network.ingress.model import Routes
+from knarr.network.ingress.routes import Routes
 
 SHARED = Published(("192.0.2.7",))
 

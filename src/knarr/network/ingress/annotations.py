@@ -7,11 +7,12 @@ Source: behaviour and annotations of ingress-nginx.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from knarr.api.addresses import sloppy_network
 from knarr.api.types import Object
-from knarr.network.ingress import limits
+from knarr.network.ingress import forwarding, limits
 from knarr.network.ingress.alternatives import Action, Condition
 from knarr.network.objects import object_key
 
@@ -19,10 +20,6 @@ ANNOTATION_PREFIXES = ("knarr.dev/", "nginx.ingress.kubernetes.io/")
 HTTPS_BACKEND, HTTP2_BACKEND, AS_ASKED, TO_HTTPS, MOVED = "S", "G", "A", "R", "M"
 """Flags of a route: how its backend is spoken to (TLS, HTTP/2, TLS if the client does), and redirects."""
 _PROTOCOL_FLAGS = {"": "", "HTTP": "", "HTTPS": HTTPS_BACKEND, "GRPC": HTTP2_BACKEND, "GRPCS": HTTPS_BACKEND, "AUTO_HTTP": AS_ASKED}
-_NOT_DONE = (
-    "configuration-snippet", "server-snippet", "default-backend", "custom-http-errors",
-    "ssl-passthrough", "proxy-connect-timeout", "satisfy", "custom-headers",
-)  # fmt: skip
 _CORS_METHODS = "GET, PUT, POST, DELETE, PATCH, OPTIONS"
 _CORS_HEADERS = "DNT,Keep-Alive,User-Agent,X-Requested-With,If-Modified-Since,Cache-Control,Content-Type,Range,Authorization"
 
@@ -50,6 +47,8 @@ class Behaviour:
       before: Ways that come before the Ingress's own, each its conditions and what is done then.
       sticky: A client stays with an endpoint, so endpoints must be known.
       other_name: Redirect of a host's twin with or without "www."; its code.
+      trusted: Who meets these conditions needs no password.
+      stand_in: A Service that is asked when the wanted one has no endpoints.
       refused_others: Whom the conditions of an allow list keep out is answered 403.
     """
 
@@ -65,6 +64,8 @@ class Behaviour:
     refused_others: bool = False
     sticky: bool = False
     other_name: str = ""
+    stand_in: str = ""
+    trusted: tuple[Condition, ...] = ()
     problems: list[str] = field(default_factory=list)
 
 
@@ -76,7 +77,7 @@ def read(ingress: Object, *, tls: bool) -> Behaviour:
         out.flags += _PROTOCOL_FLAGS[protocol]
     else:
         out.problems.append(f"backend-protocol {protocol} is not supported")
-    out.problems.extend(f"annotation {name} is not supported" for name in _NOT_DONE if annotation(ingress, name))
+    out.problems.extend(f"annotation {name} is not supported" for name in forwarding.NOT_DONE if annotation(ingress, name))
     redirect = annotation(ingress, "ssl-redirect") != "false" and tls
     if redirect or annotation(ingress, "force-ssl-redirect") == "true":
         out.flags += TO_HTTPS
@@ -88,9 +89,12 @@ def read(ingress: Object, *, tls: bool) -> Behaviour:
     _headers(ingress, out)
     _sources(ingress, out)
     _canary(ingress, out)
-    asked = limits.actions(lambda name: annotation(ingress, name), object_key(ingress), lambda name: _networks(ingress, name, out), out.problems)
+    ask: Callable[[str], str] = lambda name: annotation(ingress, name)
+    asked = limits.actions(ask, object_key(ingress), lambda name: _networks(ingress, name, out), out.problems)
     # Before the redirects, which are nobody's business who may not come.
     out.actions[:0] = asked
+    out.actions.extend(forwarding.actions(ask, object_key(ingress), out.problems))
+    out.stand_in = ask("default-backend")
     out.sticky = any(action[0] in ("sticky", "hash") for action in asked)
     return out
 
@@ -160,8 +164,12 @@ def _sources(ingress: Object, out: Behaviour) -> None:
     for name in ("allowlist-source-range", "whitelist-source-range"):
         if annotation(ingress, name):
             # A list without any good network lets nobody in.
-            out.conditions.append((("i", "", _networks(ingress, name, out)),))
-            out.refused_others = True
+            inside = (("i", "", _networks(ingress, name, out)),)
+            if annotation(ingress, "satisfy") == "any" and (annotation(ingress, "auth-type") or annotation(ingress, "auth-url")):
+                out.trusted = inside
+            else:
+                out.conditions.append(inside)
+                out.refused_others = True
             return
 
 
@@ -178,7 +186,9 @@ def _canary(ingress: Object, out: Behaviour) -> None:
     if cookie:
         out.conditions.append((*never, ("c", cookie, "always")))
         never = (*never, ("!c", cookie, "never"))
+    total = annotation(ingress, "canary-weight-total")
     if weight.isdigit() and int(weight):
-        out.conditions.append((*never, ("w", "", weight)))
+        share = 100 * int(weight) / int(total) if total.isdigit() and int(total) else int(weight)
+        out.conditions.append((*never, ("w", "", f"{min(share, 100):g}")))
     if not out.conditions:
         out.conditions.append((("w", "", "0"),))

@@ -36,7 +36,7 @@ from knarr.network.ingress.gatewayservices import Ports
 from knarr.network.ingress.haproxy import PASSWORD_SOCKET, HAProxy, HAProxyError, Listen, program
 from knarr.network.ingress.model import build, is_ours
 from knarr.network.ingress.passwords import Passwords, read_users
-from knarr.network.ingress.routes import ENDPOINTS, Routes
+from knarr.network.ingress.routes import ENDPOINTS, FIRST, Routes
 from knarr.network.objects import object_key, slice_service
 
 log = get_logger(__name__)
@@ -201,7 +201,8 @@ class IngressController:
         if spec.get("type") == "ExternalName":
             return f"service {namespace}/{name} is an external name, which is not supported as a backend"
         wanted = port.get("name") or port.get("number")
-        found = next((item for item in spec.get("ports") or () if wanted in (item.get("name"), item.get("port"))), None)
+        ports = spec.get("ports") or ()
+        found = next((item for item in ports if port.get(FIRST) or wanted in (item.get("name"), item.get("port"))), None)
         if found is None:
             return f"service {namespace}/{name} has no port {wanted}"
         if spec.get("clusterIP") not in (None, "", "None") and not port.get(ENDPOINTS):

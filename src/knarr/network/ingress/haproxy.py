@@ -24,7 +24,7 @@ from knarr.aiokits.backoff import Backoff
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
 from knarr.network.ingress.certificates import Certificates
-from knarr.network.ingress.haproxyconfig import SECURE, Listen, render, server_line
+from knarr.network.ingress.haproxyconfig import VERIFIED, Listen, render, server_line
 from knarr.network.ingress.routes import Routes, Server
 from knarr.network.ingress.script import SCRIPT
 
@@ -226,17 +226,17 @@ class HAProxy:
     async def _add_servers(self, old: Mapping[str, Server]) -> None:
         for name, server in self._tls.servers.items():
             if name not in old:
-                answer = await self._command(f"add server {SECURE}/{name} {server_line(self._folder, server)}")
+                answer = await self._command(f"add server {VERIFIED}/{name} {server_line(self._folder, server)}")
                 if "registered" not in answer:
                     raise HAProxyError(f"server {name}: {answer.strip()}")
-                await self._command(f"enable server {SECURE}/{name}")
+                await self._command(f"enable server {VERIFIED}/{name}")
 
     async def _forget(self, old: Tls, before: Certificates) -> None:
         """What nothing refers to any more. What is still in use by a request stays; a fresh child is without it."""
         for name in old.servers:
             if name not in self._tls.servers:
-                await self._command(f"set server {SECURE}/{name} state maint")
-                answer = await self._command(f"del server {SECURE}/{name}")
+                await self._command(f"set server {VERIFIED}/{name} state maint")
+                answer = await self._command(f"del server {VERIFIED}/{name}")
                 if "deleted" not in answer:
                     # It would be in the way when it is wanted again.
                     self._tls.servers[name] = old.servers[name]

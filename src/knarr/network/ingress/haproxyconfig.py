@@ -16,12 +16,22 @@ from pathlib import Path
 
 from knarr.network.ingress.alternatives import LISTED, ONLY_PLAIN, ONLY_TLS
 from knarr.network.ingress.annotations import AS_ASKED, HTTP2_BACKEND, HTTPS_BACKEND, MOVED, TO_HTTPS
+from knarr.network.ingress.forwarding import CONNECT_SECONDS
 from knarr.network.ingress.routes import NOWHERE, PASS, TERMINATE, TO_HTTPS_301, TO_HTTPS_302, Server
 
 LIMITS = {"rps": ("(5s)", "http_req_rate"), "rpm": ("(60s)", "http_req_rate"), "connections": ("", "conn_cur")}
 """Kinds of limits: the table's window and what it counts."""
-SECURE = "secure"
-"""The section with the servers that speak TLS."""
+SECURE, VERIFIED = "secure", "verified"
+"""Sections with servers that speak TLS: as the backend wants, and each in a way of its own."""
+
+_COMMON = """  http-request set-header X-Forwarded-For %[src]
+  http-request set-dst var(txn.address)
+  http-request set-dst-port var(txn.port)
+  http-request set-timeout server var(txn.timeout) if { var(txn.timeout) -m found }
+  http-request disable-l7-retry if { var(txn.timeout) -m found } or { var(txn.once) -m found }
+  retry-on conn-failure empty-response response-timeout 0rtt-rejected
+  http-reuse safe"""
+"""What every section says through which requests leave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +79,7 @@ def _route(folder: Path) -> str:
 {_limits()}
   http-request wait-for-body time 2s if {{ var(txn.mirror) -m found }}
   http-request lua.mirror if {{ var(txn.mirror) -m found }}
+  http-response lua.stand_in if {{ var(txn.errors) -m found }}
   http-response lua.answered if {{ var(txn.after) -m found }}"""
 
 
@@ -109,9 +120,12 @@ def _forward(folder: Path) -> str:
   http-request set-path %[var(txn.argument)] if {{ var(txn.argument) -m len gt 0 }}
   http-request set-header X-Real-IP %[src]
   http-request set-header X-Forwarded-Port %[dst_port]
-  use_backend {SECURE} if {{ var(txn.flags) -m sub {HTTPS_BACKEND} }}
-  use_backend {SECURE} if {{ var(txn.flags) -m sub {AS_ASKED} }} {{ ssl_fc }}
-  use_backend http2 if {{ var(txn.flags) -m sub {HTTP2_BACKEND} }}
+  http-request set-var(txn.kind) str({SECURE}) if {{ var(txn.flags) -m sub {HTTPS_BACKEND} }}
+  http-request set-var(txn.kind) str({SECURE}) if {{ var(txn.flags) -m sub {AS_ASKED} }} {{ ssl_fc }}
+  http-request set-var(txn.kind) str(http2) if !{{ var(txn.kind) -m found }} {{ var(txn.flags) -m sub {HTTP2_BACKEND} }}
+  use_backend {VERIFIED} if {{ var(txn.server) -m found }}
+  use_backend %[var(txn.kind)]%[var(txn.connect)] if {{ var(txn.kind) -m found }}
+  use_backend plain%[var(txn.connect)] if {{ var(txn.connect) -m found }}
   default_backend plain"""
 
 
@@ -159,7 +173,7 @@ backend streams
 
 def server_line(folder: Path, server: Server) -> str:
     """The arguments of a server that speaks TLS."""
-    words = ["0.0.0.0:0", "ssl", "alpn", "h2,http/1.1", "sni", f"str({server.sni})" if server.sni else "req.hdr(host),field(1,:)"]
+    words = ["0.0.0.0:0", "weight", "0", "ssl", "alpn", "h2,http/1.1", "sni", f"str({server.sni})" if server.sni else "req.hdr(host),field(1,:)"]
     if server.authority:
         words += ["verify", "required", "ca-file", server.authority if server.authority.startswith("@") else f"{folder}/{server.authority}"]
         words += ["verifyhost", server.name] if server.name else []
@@ -168,6 +182,31 @@ def server_line(folder: Path, server: Server) -> str:
     if server.certificate:
         words += ["crt", f"{folder}/{server.certificate}"]
     return " ".join(words)
+
+
+def _verified(folder: Path, servers: Mapping[str, Server]) -> str:
+    """The section with servers that speak TLS in a way of their own: the one that the script chose, or none. Their weight keeps them from being drawn."""
+    own = "".join(f"  server {name} {server_line(folder, server)}\n" for name, server in sorted(servers.items()))
+    return f"""backend {VERIFIED}
+{_COMMON}
+  use-server %[var(txn.server)] if {{ var(txn.server) -m found }}
+{own}"""
+
+
+def _backends(seconds: int) -> str:
+    """The sections that requests leave through: as they are, with TLS, with HTTP/2; with a time to connect, or 0 for the usual one."""
+    suffix, limit = (f"-{seconds}", f"  timeout connect {seconds}s\n") if seconds else ("", "")
+    common = limit + _COMMON
+    return f"""backend plain{suffix}
+{common}
+  server any 0.0.0.0:0
+backend {SECURE}{suffix}
+{common}
+  server any 0.0.0.0:0 ssl verify none sni req.hdr(host),field(1,:) alpn h2,http/1.1
+backend http2{suffix}
+{common}
+  server any 0.0.0.0:0 proto h2
+"""
 
 
 def render(folder: Path, listen: Listen, stream_socket: int, servers: Mapping[str, Server]) -> str:
@@ -180,14 +219,7 @@ def render(folder: Path, listen: Listen, stream_socket: int, servers: Mapping[st
     tls = f"ssl crt-list {folder}/certs.list alpn h2,http/1.1"
     secure = "\n".join(f"  bind {address}:{listen.https_port} {tls}" for address in listen.addresses)
     route, forward = _route(folder), _forward(folder)
-    backend = """  http-request set-header X-Forwarded-For %[src]
-  http-request set-dst var(txn.address)
-  http-request set-dst-port var(txn.port)
-  http-request set-timeout server var(txn.timeout) if { var(txn.timeout) -m found }
-  http-request disable-l7-retry if { var(txn.timeout) -m found }
-  retry-on conn-failure empty-response response-timeout 0rtt-rejected
-  http-reuse safe"""
-    own = "".join(f"\n  server {name} {server_line(folder, server)}" for name, server in sorted(servers.items()))
+    backends = _verified(folder, servers) + "".join(_backends(seconds) for seconds in (0, *CONNECT_SECONDS))
     # Each connection needs two descriptors, and HAProxy refuses to start with fewer than it was promised.
     connections = max(100, min(20_000, (resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 200) // 2 - 100))
     return f"""global
@@ -227,15 +259,5 @@ frontend https
 frontend tls
   mode tcp
   bind fd@{stream_socket}
-{_streams(folder)}backend plain
-{backend}
-  server any 0.0.0.0:0
-backend {SECURE}
-{backend}
-  use-server %[var(txn.server)] if {{ var(txn.server) -m found }}{own}
-  server any 0.0.0.0:0 ssl verify none sni req.hdr(host),field(1,:) alpn h2,http/1.1
-backend http2
-{backend}
-  server any 0.0.0.0:0 proto h2
-{_tables()}
+{_streams(folder)}{backends}{_tables()}
 """

@@ -20,7 +20,7 @@ from knarr.api.types import Object
 from knarr.network.ingress import tlsannotations
 from knarr.network.ingress.alternatives import Action, Alternative, Place
 from knarr.network.ingress.annotations import HTTPS_BACKEND, Behaviour, annotation, read
-from knarr.network.ingress.routes import ENDPOINTS, Addresses, Routes
+from knarr.network.ingress.routes import ENDPOINTS, FIRST, Addresses, Routes
 from knarr.network.objects import object_key
 
 CLASS_ANNOTATION = "kubernetes.io/ingress.class"
@@ -76,8 +76,8 @@ class _Builder:
     def _put(self, host: str, path: str, kind: str, backend: Mapping[str, Any]) -> None:
         behaviour = read(self._ingress, tls=host in self._tls_hosts)
         self._read_tls(behaviour)
-        behaviour.actions = [self._found(action) if action[0] == "judge" else action for action in behaviour.actions]
-        target = self._target(backend, sticky=behaviour.sticky)
+        behaviour.actions = [self._placed(action, behaviour, backend) for action in behaviour.actions]
+        target = self._target(backend, sticky=behaviour.sticky, stand_in=behaviour.stand_in)
         if target is None:
             return
         for text in behaviour.problems:
@@ -130,46 +130,83 @@ class _Builder:
             actions = (*actions, ("capture", f"(?i){path}", behaviour.rewrite.replace("$", "\\")))
         for conditions, instead in behaviour.before:
             self._add(place, Alternative(target, conditions=conditions, actions=instead))
+        if behaviour.trusted:
+            open_to = tuple(action for action in actions if action[0] not in ("password", "judge"))
+            self._add(place, Alternative(target, behaviour.flags, behaviour.argument, behaviour.trusted, open_to))
         for conditions in behaviour.conditions or [()]:
             self._add(place, Alternative(target, behaviour.flags, behaviour.argument, conditions, actions))
         if behaviour.refused_others:
             self._add(place, Alternative(target, actions=(("reply", "403"),)))
 
-    def _found(self, action: Action) -> Action:
-        """The server that judges requests, if it is a Service, at its address: the proxy does not ask the cluster's DNS."""
-        scheme, _slashes, place = action[1].partition("://")
-        name, _colon, port = place.rpartition(":")
-        service = re.fullmatch(r"([a-z0-9-]+)\.([a-z0-9-]+)\.svc(\..*)?", name)
-        if service is None:
-            return action
-        found = self._addresses(service[2], service[1], {"number": int(port)})
-        if isinstance(found, str) or not found:
-            self._problem(f"auth-url: {found or 'the service has no endpoints'}")
-            return ("reply", "503")
-        address = f"[{found[0][0]}]" if ":" in found[0][0] else found[0][0]
-        return ("judge", f"{scheme}://{address}:{found[0][1]}", *action[2:])
+    def _placed(self, action: Action, behaviour: Behaviour, backend: Mapping[str, Any]) -> Action:
+        """An action with the addresses of the servers that it names: the proxy does not ask the cluster's DNS."""
+        if action[0] == "judge":
+            found = self._address("auth-url", action[1])
+            return ("judge", found, *action[2:]) if found else ("reply", "503")
+        if action[0] == "mirror-url":
+            scheme, _slashes, rest = action[1].partition("://")
+            place, mark = re.match(r"([^/?$]*)(.*)", rest).groups()  # type: ignore[union-attr]
+            found = self._address("mirror-target", f"{scheme}://{place}")
+            return ("mirror-url", found + mark, *action[2:]) if found else ("once",)
+        if action[0] == "errors":
+            service = backend.get("service") or {}
+            port = service.get("port") or {}
+            target = self._stand_in_target(behaviour.stand_in)
+            return ("errors", action[1], target, *action[3:], service.get("name") or "", str(port.get("number") or port.get("name") or ""))
+        return action
 
-    def _target(self, backend: Mapping[str, Any], *, sticky: bool) -> str | None:
+    def _address(self, name: str, url: str) -> str:
+        """An address for "scheme://host:port", if the host is a Service's name; "" (told) when it has none."""
+        scheme, _slashes, place = url.partition("://")
+        host, _colon, port = place.partition(":")
+        service = re.fullmatch(r"([a-z0-9-]+)\.([a-z0-9-]+)\.svc(\..*)?", host)
+        if service is None:
+            return url
+        number = int(port) if port.isdigit() else (443 if scheme == "https" else 80)
+        found = self._addresses(service[2], service[1], {"number": number})
+        if isinstance(found, str) or not found:
+            self._problem(f"{name}: {found or 'the service has no endpoints'}")
+            return ""
+        address = f"[{found[0][0]}]" if ":" in found[0][0] else found[0][0]
+        return f"{scheme}://{address}:{found[0][1]}"
+
+    def _stand_in_target(self, name: str) -> str:
+        """The target of a Service that stands in, by its first port."""
+        target = f"{self._namespace}/{name}:"
+        if target not in self._routes.targets:
+            found = self._addresses(self._namespace, name, {FIRST: True})
+            if isinstance(found, str):
+                self._problem(f"default-backend: {found}")
+                found = []
+            self._write(target, found, sticky=False)
+        return target
+
+    def _target(self, backend: Mapping[str, Any], *, sticky: bool, stand_in: str) -> str | None:
         service = backend.get("service")
         if not service:
             self._problem("resource backends are not supported")
             return None
         port = service.get("port") or {}
-        name = f"{self._namespace}/{service['name']}:{port.get('name') or port.get('number') or ''}"
-        if sticky:
-            name += "!"
+        name = f"{self._namespace}/{service['name']}:{port.get('name') or port.get('number') or ''}" + ("!" if sticky else "")
+        # Whether others have to stand in is known of endpoints only.
+        name += f"?{stand_in}" if stand_in else ""
         if name in self._routes.targets:
             return name
-        found = self._addresses(self._namespace, service["name"], {**port, ENDPOINTS: True} if sticky else port)
+        found = self._addresses(self._namespace, service["name"], {**port, ENDPOINTS: True} if sticky or stand_in else port)
         if isinstance(found, str):
             # The path stays known and answers 503 until the Service can be reached.
             self._problem(found)
             found = []
-        self._routes.targets[name] = str(len(found))
-        for index, (address, number) in enumerate(found):
+        if not found and stand_in:
+            return self._stand_in_target(stand_in)
+        self._write(name, found, sticky=sticky)
+        return name
+
+    def _write(self, name: str, places: list[tuple[str, int]], *, sticky: bool) -> None:
+        self._routes.targets[name] = str(len(places))
+        for index, (address, number) in enumerate(places):
             # What a client's cookie says of where it was: it must not tell the address itself.
             mark = hashlib.blake2b(f"{name} {address} {number}".encode(), digest_size=12).hexdigest() if sticky else ""
             self._routes.targets[f"{name}#{index}"] = f"{address}|{number}" + (f"|{mark}" if mark else "")
             if mark:
                 self._routes.targets[f"{name}@{mark}"] = f"{address}|{number}"
-        return name

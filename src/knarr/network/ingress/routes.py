@@ -82,5 +82,7 @@ class Routes:
 
 Addresses = Callable[[str, str, Mapping[str, Any]], list[tuple[str, int]] | str]
 """(namespace, Service, backend port) to the addresses to send to, or why there are none."""
+FIRST = "first"
+"""In a backend port: the Service's first port is wanted."""
 ENDPOINTS = "endpoints"
 """In a backend port: the addresses of the endpoints are wanted, not the Service's own."""

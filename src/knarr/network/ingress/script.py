@@ -9,7 +9,8 @@ capture PATTERN REPLACEMENT (of the whole path); redirect CODE SCHEME HOST PORT 
 against `passwords`); judge PLACE PATH HOST SIGNIN HEADERS (another server is asked whether the request may pass); hash TEXT (the endpoint follows from variables); limit KIND NAME NUMBER NETWORKS (what the configuration counts, but not for these); size BYTES; timeout
 MILLISECONDS; sticky COOKIE ATTRIBUTES; origin PATTERN... (allowed origins of CORS); mirror PERCENT TARGET (a copy of the request goes there, too);
 cors CREDENTIALS METHODS HEADERS EXPOSED SECONDS ORIGIN... (answers preflight requests, "*" is what was asked for); server NAME (how TLS is spoken);
-certified MODE PAGE PATTERN PASS (certificates of clients).
+certified MODE PAGE PATTERN PASS (certificates of clients); connect SECONDS; once (not tried again); mirror-url URL HOST BODY;
+errors STATUSES TARGET NAMESPACE INGRESS SERVICE PORT (another server's page stands in for such answers).
 """
 
 SCRIPT = r"""
@@ -269,6 +270,16 @@ local function origin(txn, action)
   end
 end
 
+local function copy_to(txn, action)
+  local method, headers, body = txn.sf:method():lower(), request_headers(txn), action[4] ~= "" and txn.sf:req_body() or ""
+  headers["host"] = {action[3]}
+  local url = expanded(txn, action[2])
+  core.register_task(function()
+    local client = core.httpclient()
+    if client[method] then pcall(client[method], client, {url = url, headers = headers, body = body ~= "" and body or nil, timeout = 5000}) end
+  end)
+end
+
 local function copy(txn, target)
   local count = tonumber(targets:lookup(target) or "0")
   if count == 0 then return end
@@ -285,7 +296,42 @@ local function copy(txn, target)
   end)
 end
 
+local function held_by(txn)
+  -- Values that a text cannot hold, for as long as the request lives.
+  local held = txn:get_priv()
+  if not held then
+    held = {}
+    txn:set_priv(held)
+  end
+  return held
+end
+
+local function stand_in(txn)
+  local held = held_by(txn).errors
+  local action, status = held.action, tostring(txn.sf:status())
+  if not (" " .. action[2] .. " "):find(" " .. status .. " ", 1, true) then return end
+  local count = tonumber(targets:lookup(action[3]) or "0")
+  if count == 0 then return end
+  local address, port = targets:lookup(action[3] .. "#" .. (math.random(count) - 1)):match("^([^|]*)|([^|]*)")
+  if address:find(":", 1, true) then address = "[" .. address .. "]" end
+  local headers = {
+    ["host"] = {held.host}, ["x-code"] = {status}, ["x-format"] = {held.accept}, ["x-original-uri"] = {held.uri}, ["x-namespace"] = {action[4]},
+    ["x-ingress-name"] = {action[5]}, ["x-service-name"] = {action[6]}, ["x-service-port"] = {action[7]}, ["x-request-id"] = {held.id},
+  }
+  local done, answer = pcall(function() return core.httpclient():get({url = "http://" .. address .. ":" .. port .. "/", headers = headers, timeout = 5000}) end)
+  if not done or not answer or not answer.status or answer.status == 0 then return end
+  local reply = txn:reply({status = answer.status, reason = answer.reason})
+  for name, values in pairs(answer.headers or {}) do
+    if name ~= "connection" and name ~= "content-length" and name ~= "transfer-encoding" then
+      for i = 0, #values do reply:add_header(name, values[i]) end
+    end
+  end
+  reply:set_body(answer.body or "")
+  txn:done(reply)
+end
+
 local function mirror(txn)
+  for _, action in ipairs(held_by(txn).copies or {}) do copy_to(txn, action) end
   for target in txn:get_var("txn.mirror"):gmatch("%S+") do copy(txn, target) end
 end
 
@@ -360,6 +406,18 @@ local change = {
   ["sticky"] = sticky,
   ["origin"] = origin,
   ["cors"] = cors,
+  ["connect"] = function(txn, action) txn:set_var("txn.connect", "-" .. action[2]) end,
+  ["once"] = function(txn) txn:set_var("txn.once", 1) end,
+  ["mirror-url"] = function(txn, action)
+    local held = held_by(txn)
+    held.copies = held.copies or {}
+    held.copies[#held.copies + 1] = action
+    txn:set_var("txn.mirror", txn:get_var("txn.mirror") or "")
+  end,
+  ["errors"] = function(txn, action)
+    held_by(txn).errors = {action = action, accept = header(txn, "accept") or "", uri = txn.sf:pathq(), host = header(txn, "host") or "", id = header(txn, "x-request-id") or ""}
+    txn:set_var("txn.errors", 1)
+  end,
   ["server"] = function(txn, action) txn:set_var("txn.server", action[2]) end,
   ["mirror"] = function(txn, action)
     if math.random() * 100 < tonumber(action[2]) then txn:set_var("txn.mirror", (txn:get_var("txn.mirror") or "") .. " " .. action[3]) end
@@ -405,6 +463,8 @@ core.register_action("choose", {"http-req"}, function(txn)
 end, 0)
 
 core.register_action("mirror", {"http-req"}, mirror, 0)
+
+core.register_action("stand_in", {"http-res"}, stand_in, 0)
 
 core.register_action("answered", {"http-res"}, function(txn)
   local set, allowed = txn:get_var("txn.cookie"), txn:get_var("txn.origin")
