@@ -31,6 +31,8 @@ class FakePlugin:
     def __init__(self, socket: Path, services: dict[str, dict[str, tuple[str, str, Any]]]) -> None:
         self.socket = socket
         self.calls: list[tuple[str, Any]] = []
+        self.faults: dict[str, str] = {}
+        """Method to the code with which it fails."""
         self._server = grpc.aio.server()
         for service, methods in services.items():
             handlers = {name: self._handler(name, *entry) for name, entry in methods.items()}
@@ -48,6 +50,8 @@ class FakePlugin:
         async def unary(data: bytes, context: Any) -> bytes:
             message = wire.decode(request, data)
             self.calls.append((name, message))
+            if name in self.faults:
+                await context.abort(grpc.StatusCode[self.faults[name]], "told to fail")
             result = function(message)
             return wire.encode(answer, (await result if inspect.isawaitable(result) else result) or {})
 
@@ -94,8 +98,9 @@ class CSIDriver(FakePlugin):
         mounts.bind(str(source), message["target_path"])
 
     def _unpublish(self, message: Any) -> None:
-        mounts.unmount(message["target_path"])
-        os.rmdir(message["target_path"])
+        if os.path.isdir(message["target_path"]):
+            mounts.unmount(message["target_path"])
+            os.rmdir(message["target_path"])
 
 
 @contextlib.asynccontextmanager
@@ -238,6 +243,67 @@ async def test_a_driver_in_a_container_mounts_below_var_lib_kubelet_for_the_pods
         assert not os.path.exists(own)
         assert [n for n, _ in csi.calls][-1] == "NodeUnpublishVolume"
         assert not mounts.mount_points(os.path.dirname(own))
+
+
+async def _publish_claim(bench: Bench, handle: str) -> None:
+    """A claim `c` bound to a volume `v` of test.csi."""
+    await bench.client.create(CSI_DRIVERS, {"apiVersion": "storage.k8s.io/v1", "kind": "CSIDriver", "metadata": {"name": "test.csi"}, "spec": {"attachRequired": False}})
+    shared = {"accessModes": ["ReadWriteOncePod"], "storageClassName": ""}
+    claim: Any = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "c", "namespace": bench.namespace}}
+    claim["spec"] = {**shared, "resources": {"requests": {"storage": "1Gi"}}, "volumeName": "v"}
+    claim = await bench.client.create(PERSISTENT_VOLUME_CLAIMS, claim, bench.namespace)
+    reference = {"kind": "PersistentVolumeClaim", "name": "c", "namespace": bench.namespace, "uid": claim["metadata"]["uid"]}
+    volume: Any = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "v"}}
+    volume["spec"] = {**shared, "capacity": {"storage": "1Gi"}, "csi": {"driver": "test.csi", "volumeHandle": handle}, "claimRef": reference}
+    await bench.client.create(PERSISTENT_VOLUMES, volume)
+    status = {"phase": "Bound", "accessModes": shared["accessModes"], "capacity": {"storage": "1Gi"}}
+    await bench.client.patch(PERSISTENT_VOLUME_CLAIMS, "c", bench.namespace, {"status": status}, type="merge", subresource="status")
+
+
+@pytest.mark.parametrize(
+    ("failing", "code", "undone"),
+    [
+        ("NodeStageVolume", "INVALID_ARGUMENT", []),
+        ("NodeStageVolume", "UNAVAILABLE", ["NodeUnstageVolume"]),
+        ("NodePublishVolume", "INVALID_ARGUMENT", ["NodeUnstageVolume"]),
+        ("NodePublishVolume", "UNAVAILABLE", ["NodeUnpublishVolume", "NodeUnstageVolume"]),
+    ],
+)
+async def test_only_what_a_driver_may_have_done_is_undone(bench: Bench, driver: CSIDriver, failing: str, code: str, undone: list[str]) -> None:
+    driver.faults[failing] = code
+    await _publish_claim(bench, "h")
+    await bench.run("p", "true", container={"volumeMounts": [{"name": "v", "mountPath": "/v"}]}, volumes=[{"name": "v", "persistentVolumeClaim": {"claimName": "c"}}])
+    async with asyncio.timeout(10):
+        while [n for n, _ in driver.calls].count(failing) < 2:
+            await asyncio.sleep(0.02)
+    staged = next(m for n, m in driver.calls if n == "NodeStageVolume")
+    assert staged["volume_capability"]["access_mode"] == {"mode": 1}, "the driver does not tell one pod from many"
+    await bench.client.delete(PODS, "p", bench.namespace, grace_period_seconds=0)
+    await bench.until_gone("p")
+    async with asyncio.timeout(10):
+        while [n for n, _ in driver.calls if n in ("NodeUnpublishVolume", "NodeUnstageVolume")] != undone:
+            await asyncio.sleep(0.02)
+    left = bench.folder / "kubelet" / "plugins" / "kubernetes.io" / "csi" / "test.csi"
+    async with asyncio.timeout(10):
+        while left.exists() and list(left.iterdir()):
+            await asyncio.sleep(0.02)
+
+
+async def test_a_volume_is_staged_anew_when_all_mounts_are_gone(bench: Bench, driver: CSIDriver) -> None:
+    await _publish_claim(bench, "h")
+    fields: Any = {"container": {"volumeMounts": [{"name": "v", "mountPath": "/v"}]}, "volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": "c"}}]}
+    await bench.run("p", "sleep 1000", restartPolicy="Always", **fields)
+    await bench.until_ready("p")
+
+    await bench.stop()
+    for sandbox in await bench.runtime.list_pod_sandboxes():
+        await bench.runtime.stop_pod_sandbox(sandbox.id)
+    for point in mounts.mount_points(str(bench.folder / "kubelet")):
+        mounts.unmount(point)
+    await bench.start()
+    async with asyncio.timeout(20):
+        while [n for n, _ in driver.calls].count("NodeStageVolume") < 2:
+            await asyncio.sleep(0.02)
 
 
 async def test_a_device_plugin_registers_at_the_kubelets_socket(bench: Bench) -> None:

@@ -83,9 +83,8 @@ class Kubelet:
         runtime = cast("RuntimeService", Metered(runtime, self.meters))
         images = cast("ImageService", Metered(images, self.meters))
         self.runtime = runtime
-        if config.share_root:
-            os.makedirs(config.root_dir, 0o755, exist_ok=True)
-            wellknown.share(config.root_dir)
+        os.makedirs(config.root_dir, 0o755, exist_ok=True)
+        fresh = config.share_root and wellknown.share(config.root_dir)
         for folder in (config.root_dir, config.pods_dir, config.logs_dir, *(os.path.join(config.root_dir, n) for n in ("seccomp", "plugins"))):
             os.makedirs(folder, 0o755, exist_ok=True)
         self.tasks = Tasks()
@@ -102,6 +101,8 @@ class Kubelet:
         """Set when pods are being handled."""
         self.credential_providers: Providers | None = None
         self.node = self._wire(runtime, images)
+        if fresh:
+            self.csi.start_over()
         self.workers = PodWorkers(self.node, self._admit)
         self.static_pods = StaticPods(self.node, self.workers)
         self.eviction = Eviction(

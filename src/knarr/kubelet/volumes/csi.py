@@ -1,8 +1,8 @@
 """CSI drivers registered on this node, and the volumes that they serve: attach is awaited, stage and publish are called.
 
 Callers: volumes.claims; plugins.watcher (register, deregister). What is published for a pod, and what is staged, is recorded
-beside it (vol_data.json), so a restarted kubelet can undo it. Invariants: unpublish before unstage; a volume is unstaged when
-no pod of this node has it published. A volume of a driver that is not registered fails with upstream's message and is tried again.
+beside it (vol_data.json), before the driver is asked, so a restarted kubelet can undo it; a record goes when the driver has surely done
+nothing or has undone it. Invariants: unpublish before unstage; a volume is unstaged when no pod of this node has a record of it. A volume of a driver that is not registered fails with upstream's message and is tried again.
 Source: pkg/volume/csi (csi_mounter.go, csi_attacher.go, csi_plugin.go, nodeinfomanager).
 """
 
@@ -13,7 +13,10 @@ import contextlib
 import hashlib
 import os
 from dataclasses import dataclass, field
+from glob import escape as glob_escape
+from glob import glob
 from typing import Any
+from weakref import WeakValueDictionary
 
 import orjson
 
@@ -35,14 +38,27 @@ from knarr.kubelet.volumes.model import MountedVolume, VolumeError
 log = get_logger(__name__)
 
 _NODE = "/csi.v1.Node/"
-_STAGE, _EXPAND, _MOUNT_GROUP = 1, 3, 6
-_MODES = {"ReadWriteOnce": 1, "ReadOnlyMany": 3, "ReadWriteMany": 5, "ReadWriteOncePod": 6}
+_STAGE, _EXPAND, _SINGLE_NODE, _MOUNT_GROUP = 1, 3, 5, 6
+_MODES = {"ReadWriteOnce": 1, "ReadOnlyMany": 3, "ReadWriteMany": 5, "ReadWriteOncePod": 1}
+_SINGLE_NODE_MODES = {"ReadWriteOnce": 7, "ReadWriteOncePod": 6}
+"""What a driver is told that tells one pod of a node from many."""
+_UNCERTAIN = frozenset({"", "CANCELLED", "DEADLINE_EXCEEDED", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED"})
+"""Codes with which a driver may still have done, or be doing, what it was asked for."""
 _PATHS = ("target_path", "staging_target_path", "volume_path")
 _ATTACH_SECONDS = 120.0
 _REPUBLISH_SECONDS = 60.0
 """How often a driver that asks for it is to publish again what is in use."""
 _TOKEN_SECONDS = 3600
+_FOLDER = "kubernetes.io~csi"
 _NODE_ID_ANNOTATION = "csi.volume.kubernetes.io/nodeid"
+
+
+class _CallFault(VolumeError):
+    """A driver answered with an error. `final`: it has done nothing."""
+
+    def __init__(self, message: str, *, final: bool) -> None:
+        super().__init__(message)
+        self.final = final
 
 
 @dataclass(slots=True)
@@ -64,11 +80,16 @@ class CSIVolumes:
         self._client = client
         self.growth = growth
         self._drivers: dict[str, _Driver] = {}
-        self._staging: dict[str, asyncio.Lock] = {}
+        self._staging: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def close(self) -> None:
         for driver in self._drivers.values():
             await driver.plugin.close()
+
+    def start_over(self) -> None:
+        """No mount of an earlier start is there any more: the machine was started again, or the cluster. Everything is to be staged anew."""
+        for path in glob(os.path.join(glob_escape(self._config.root_dir), "plugins", "kubernetes.io", "csi", "*", "*", "staged")):
+            os.unlink(path)
 
     def owns(self, path: str) -> bool:
         """Whether this path is a CSI volume whose ownership its driver has set."""
@@ -169,7 +190,7 @@ class CSIVolumes:
         handle = "csi-" + hashlib.sha256(f"{podutil.uid(pod)}{name}".encode()).hexdigest()
         context = dict(source.get("volumeAttributes") or {})
         secrets = await self._secrets(source.get("nodePublishSecretRef"), pod["metadata"].get("namespace", ""))
-        request = {"volume_id": handle, "volume_capability": _capability([], source.get("fsType") or "", ["ReadWriteOnce"])}
+        request = {"volume_id": handle, "volume_capability": _capability(driver, [], source.get("fsType") or "", ["ReadWriteOnce"])}
         read_only = bool(source.get("readOnly"))
         return await self._publish(pod, name, name, driver, spec, request, context, secrets, pod_dir, read_only=read_only, inline=True)
 
@@ -179,9 +200,10 @@ class CSIVolumes:
         driver = self._driver(source["driver"])
         spec = await self._driver_object(source["driver"])
         publish_context = await self._attached(persistent, spec)
-        capability = _capability(persistent["spec"].get("mountOptions") or [], source.get("fsType") or "", persistent["spec"].get("accessModes") or [])
+        capability = _capability(driver, persistent["spec"].get("mountOptions") or [], source.get("fsType") or "", persistent["spec"].get("accessModes") or [])
         self._add_group(pod, driver, capability)
-        staging = await self._stage(driver, persistent, capability, publish_context)
+        record = os.path.join(pod_dir, "volumes", _FOLDER, inner)
+        staging = await self._stage(driver, persistent, capability, publish_context, record)
         secrets = await self._secrets(source.get("nodePublishSecretRef"))
         request = {"volume_id": source["volumeHandle"], "publish_context": publish_context, "volume_capability": capability}
         if staging:
@@ -198,8 +220,9 @@ class CSIVolumes:
         driver = self._driver(source["driver"])
         spec = await self._driver_object(source["driver"])
         publish_context = await self._attached(persistent, spec)
-        capability = {"block": {}, "access_mode": _access_mode(persistent["spec"].get("accessModes") or [])}
-        staging = await self._stage(driver, persistent, capability, publish_context)
+        capability = {"block": {}, "access_mode": _access_mode(driver, persistent["spec"].get("accessModes") or [])}
+        record = os.path.join(pod_dir, "volumeDevices", _FOLDER, inner)
+        staging = await self._stage(driver, persistent, capability, publish_context, record)
         folder = os.path.join(self._config.root_dir, "plugins", "kubernetes.io", "csi", "volumeDevices", "publish", inner)
         os.makedirs(folder, 0o750, exist_ok=True)
         target = os.path.join(folder, podutil.uid(pod))
@@ -214,9 +237,7 @@ class CSIVolumes:
         }
         if staging:
             request["staging_target_path"] = staging
-        await self._call(driver, "NodePublishVolume", "NodePublishVolumeRequest", request)
-        data = {"driver": driver.name, "handle": source["volumeHandle"], "target": target, "staging": staging}
-        _record(os.path.join(pod_dir, "volumeDevices", "kubernetes.io~csi", inner), data)
+        await self._publish_call(driver, request, record)
         self._use(pod, persistent, request, target)
         return MountedVolume(name, os.path.realpath(target), read_only=read_only, block=True)
 
@@ -240,7 +261,7 @@ class CSIVolumes:
         read_only: bool,
         inline: bool,
     ) -> MountedVolume:
-        folder = os.path.join(pod_dir, "volumes", "kubernetes.io~csi", inner)
+        folder = os.path.join(pod_dir, "volumes", _FOLDER, inner)
         target = os.path.join(folder, "mount")
         mounted = MountedVolume(name, target, read_only=read_only, again_at=clock.now() + _REPUBLISH_SECONDS if spec.get("requiresRepublish") else None)
         there = mounts.is_mount_point(target)
@@ -255,10 +276,8 @@ class CSIVolumes:
             context["csi.storage.k8s.io/serviceAccount.name"] = pod["spec"].get("serviceAccountName", "")
             context["csi.storage.k8s.io/ephemeral"] = "true" if inline else "false"
         context |= await self._service_account_tokens(pod, spec)
-        data = {"driver": driver.name, "handle": request["volume_id"], "target": target, "staging": request.get("staging_target_path", "")}
-        _record(folder, data)
         full = {**request, "target_path": target, "readonly": read_only, "secrets": secrets, "volume_context": context}
-        await self._call(driver, "NodePublishVolume", "NodePublishVolumeRequest", full)
+        await self._publish_call(driver, full, folder, there=there)
         if not there and _owned_by_kubelet(spec, request, pod) and not read_only and "volume_mount_group" not in (request["volume_capability"].get("mount") or {}):
             from knarr.kubelet.volumes import ownership
 
@@ -266,6 +285,22 @@ class CSIVolumes:
             mismatch = shared.get("fsGroupChangePolicy") == "OnRootMismatch"
             await asyncio.to_thread(ownership.give_to_group, target, shared["fsGroup"], only_on_mismatch=mismatch)
         return mounted
+
+    async def _publish_call(self, driver: _Driver, request: Message, folder: str, *, there: bool = False) -> None:
+        """`there`: it is published already. Raises VolumeError."""
+        data = {"driver": driver.name, "handle": request["volume_id"], "target": request["target_path"], "staging": request.get("staging_target_path", "")}
+        _record(folder, data)
+        try:
+            await self._call(driver, "NodePublishVolume", "NodePublishVolumeRequest", request)
+        except _CallFault as e:
+            if e.final and not there:
+                with contextlib.suppress(OSError):
+                    os.rmdir(data["target"])
+                if data["staging"]:
+                    _record(folder, {**data, "target": ""})
+                else:
+                    _forget(folder)
+            raise
 
     async def _service_account_tokens(self, pod: Object, spec: Object) -> dict[str, str]:
         """Tokens of the pod's account, for the audiences that the driver asks for."""
@@ -278,8 +313,8 @@ class CSIVolumes:
                 raise VolumeError(f"kubernetes.io/csi: mounter.SetUpAt failed to get service accoount token attributes: {e}") from e
         return {"csi.storage.k8s.io/serviceAccount.tokens": orjson.dumps(found, option=orjson.OPT_SORT_KEYS).decode()} if found else {}
 
-    async def _stage(self, driver: _Driver, persistent: Object, capability: Message, publish_context: dict[str, str]) -> str:
-        """Stage once per node; the path, "" for a driver that does not stage."""
+    async def _stage(self, driver: _Driver, persistent: Object, capability: Message, publish_context: dict[str, str], record: str) -> str:
+        """Stage once per node; the path, "" for a driver that does not stage. `record` is the pod's folder for this volume."""
         if _STAGE not in driver.capabilities:
             return ""
         source = persistent["spec"]["csi"]
@@ -287,6 +322,8 @@ class CSIVolumes:
         folder = os.path.join(self._config.root_dir, "plugins", "kubernetes.io", "csi", driver.name, digest)
         path = os.path.join(folder, "globalmount")
         async with self._staging.setdefault(path, asyncio.Lock()):
+            if _recorded(record) is None:
+                _record(record, {"driver": driver.name, "handle": source["volumeHandle"], "target": "", "staging": path})
             if os.path.exists(os.path.join(folder, "staged")):
                 return path
             os.makedirs(path, 0o750, exist_ok=True)
@@ -299,7 +336,13 @@ class CSIVolumes:
                 "secrets": await self._secrets(source.get("nodeStageSecretRef")),
                 "volume_context": source.get("volumeAttributes") or {},
             }
-            await self._call(driver, "NodeStageVolume", "NodeStageVolumeRequest", request)
+            try:
+                await self._call(driver, "NodeStageVolume", "NodeStageVolumeRequest", request)
+            except _CallFault as e:
+                if e.final:
+                    _forget(record)
+                    _forget(folder, "globalmount")
+                raise
             with open(os.path.join(folder, "staged"), "wb"):
                 return path
 
@@ -350,7 +393,7 @@ class CSIVolumes:
         try:
             await driver.plugin.call(_NODE + method, kind, message, "Empty")
         except PluginError as e:
-            raise VolumeError(str(e)) from e
+            raise _CallFault(str(e), final=e.code not in _UNCERTAIN) from e
 
     # --- the end ---
 
@@ -358,44 +401,41 @@ class CSIVolumes:
         """Unpublish what the pod had and unstage what nobody else has. Raises VolumeError."""
         self.growth.forget(pod_uid)
         for kind in ("volumes", "volumeDevices"):
-            folder = os.path.join(pod_dir, kind, "kubernetes.io~csi")
+            folder = os.path.join(pod_dir, kind, _FOLDER)
             for entry in os.listdir(folder) if os.path.isdir(folder) else []:
-                await self._unpublish(os.path.join(folder, entry), pod_dir)
+                await self._unpublish(os.path.join(folder, entry))
 
-    async def _unpublish(self, folder: str, pod_dir: str) -> None:
+    async def _unpublish(self, folder: str) -> None:
         data = _recorded(folder)
         if data is None:
             return
         driver = self._driver(data["driver"])
-        request = {"volume_id": data["handle"], "target_path": data["target"]}
-        await self._call(driver, "NodeUnpublishVolume", "NodeUnpublishVolumeRequest", request)
-        with contextlib.suppress(OSError):
-            os.rmdir(data["target"])
-        os.unlink(os.path.join(folder, "vol_data.json"))
-        if data.get("staging") and not self._used_elsewhere(data["staging"]):
-            await self._unstage(driver, data["handle"], data["staging"])
+        if data["target"]:
+            request = {"volume_id": data["handle"], "target_path": data["target"]}
+            await self._call(driver, "NodeUnpublishVolume", "NodeUnpublishVolumeRequest", request)
+            with contextlib.suppress(OSError):
+                os.rmdir(data["target"])
+        staging = data.get("staging")
+        if not staging:
+            _forget(folder)
+            return
+        _record(folder, {**data, "target": ""})
+        async with self._staging.setdefault(staging, asyncio.Lock()):
+            if not self._used_elsewhere(staging, folder):
+                request = {"volume_id": data["handle"], "staging_target_path": staging}
+                await self._call(driver, "NodeUnstageVolume", "NodeUnstageVolumeRequest", request)
+                _forget(os.path.dirname(staging), "globalmount")
+            _forget(folder)
 
-    def _used_elsewhere(self, staging: str) -> bool:
+    def _used_elsewhere(self, staging: str, own: str) -> bool:
         for uid in os.listdir(self._config.pods_dir):
             for kind in ("volumes", "volumeDevices"):
-                folder = os.path.join(self._config.pods_dir, uid, kind, "kubernetes.io~csi")
+                folder = os.path.join(self._config.pods_dir, uid, kind, _FOLDER)
                 for entry in os.listdir(folder) if os.path.isdir(folder) else []:
-                    if (_recorded(os.path.join(folder, entry)) or {}).get("staging") == staging:
+                    record = os.path.join(folder, entry)
+                    if record != own and (_recorded(record) or {}).get("staging") == staging:
                         return True
         return False
-
-    async def _unstage(self, driver: _Driver, handle: str, staging: str) -> None:
-        async with self._staging.setdefault(staging, asyncio.Lock()):
-            request = {"volume_id": handle, "staging_target_path": staging}
-            await self._call(driver, "NodeUnstageVolume", "NodeUnstageVolumeRequest", request)
-            folder = os.path.dirname(staging)
-            for name in ("staged", "vol_data.json"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(folder, name))
-            for path in (staging, folder):
-                with contextlib.suppress(OSError):
-                    os.rmdir(path)
-        self._staging.pop(staging, None)
 
     # --- growing ---
 
@@ -430,15 +470,16 @@ def _owned_by_kubelet(spec: Object, request: Message, pod: Object) -> bool:
     if policy == "None":
         return False
     capability = request["volume_capability"]
-    return bool(capability.get("mount", {}).get("fs_type")) and capability["access_mode"]["mode"] == 1
+    return bool(capability.get("mount", {}).get("fs_type")) and capability["access_mode"]["mode"] in (1, 6, 7)
 
 
-def _access_mode(modes: list[str]) -> Message:
-    return {"mode": _MODES.get(modes[0] if modes else "ReadWriteOnce", 1)}
+def _access_mode(driver: _Driver, modes: list[str]) -> Message:
+    known = {**_MODES, **_SINGLE_NODE_MODES} if _SINGLE_NODE in driver.capabilities else _MODES
+    return {"mode": known.get(modes[0] if modes else "ReadWriteOnce", 1)}
 
 
-def _capability(options: list[str], fs_type: str, modes: list[str]) -> Message:
-    return {"mount": {"fs_type": fs_type, "mount_flags": list(options)}, "access_mode": _access_mode(modes)}
+def _capability(driver: _Driver, options: list[str], fs_type: str, modes: list[str]) -> Message:
+    return {"mount": {"fs_type": fs_type, "mount_flags": list(options)}, "access_mode": _access_mode(driver, modes)}
 
 
 def _attachment(obj: Object) -> dict[str, str] | None:
@@ -454,6 +495,16 @@ def _record(folder: str, data: dict[str, Any]) -> None:
     os.makedirs(folder, 0o750, exist_ok=True)
     with open(os.path.join(folder, "vol_data.json"), "wb") as file:
         file.write(orjson.dumps(data))
+
+
+def _forget(folder: str, inner: str = "mount") -> None:
+    """Remove a record, and its folder when nothing else is in it."""
+    for name in ("staged", "vol_data.json"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, name))
+    for path in (os.path.join(folder, inner), folder):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
 
 
 def _recorded(folder: str) -> dict[str, Any] | None:

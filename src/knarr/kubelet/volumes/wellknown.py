@@ -41,10 +41,10 @@ def _moved(path: str, old: str, new: str) -> str:
     return new.rstrip("/") + posixpath.normpath(path)[len(old) :]
 
 
-def share(root: str) -> None:
+def share(root: str) -> bool:
     """Make a kubelet's root a shared mount of its own, so that what containers mount below it is seen by the kubelet and by other containers.
 
-    Idempotent. A root with mounts below it that is no mount itself stays as it is: they would be hidden. Source: pkg/util/mount MakeRShared.
+    True when it was not one yet: nothing that an earlier start has mounted below it is left. Idempotent. A root with mounts below it that is no mount itself stays as it is: they would be hidden. Source: pkg/util/mount MakeRShared.
 
     Raises:
       OSError: the kernel refused.
@@ -54,6 +54,7 @@ def share(root: str) -> None:
     if real not in points:
         if points:
             log.warning("folder of the kubelet not made a shared mount: it has mounts of an earlier start; they end with their pods", folder=real)
-            return
+            return False
         mounts.bind(real, real)
     mounts.mount("", real, "", mounts.MS_SHARED | mounts.MS_REC)
+    return real not in points
