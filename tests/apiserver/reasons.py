@@ -11,7 +11,6 @@ WATCH_LIST = "the recording's store could not do watch lists"
 FLOW_SCHEMA = "the recording asked before the schema had its condition; here, and beside the real server today, it has it by then"
 ESTABLISHED = "the recording changed the definition in the moment before it was established, when names and scope may still change; here it is established sooner"
 IMAGE_VOLUMES = "the recording's server had the gate ImageVolume off; here image volumes are on"
-STATEFUL_SET = "the recording's server had the gate MaxUnavailableStatefulSet off; here it is on"
 
 REASONS: list[tuple[str, str, str]] = [
     (r"", r"node\.alpha\.kubernetes\.io/ttl|service-cidr-finalizer", CONTROLLERS),
@@ -23,7 +22,6 @@ REASONS: list[tuple[str, str, str]] = [
     (r"^selfsubjectreview$", r"authentication\.kubernetes\.io/credential-id", CALLER),
     (r"apply\.deploy-args-atomic", r"managedFields: 2 items, expected 3.*", CONTROLLERS),
     (r"^(defaults|invalid)\.pods\.spec\.volumes=\[\{name:_v_image:", r"volumes\[0\]\.image|FieldValue\w+', 'spec\.volumes\[0\]\.image\.", IMAGE_VOLUMES),
-    (r"^invalid\.statefulsets\.spec\.updateStrategy=\{rollingUpdate:_\{maxUnavailable:", r"status|causes", STATEFUL_SET),
     (r"^invalid\.customresourcedefinitions\.update\.spec\.(names\.kind|scope|group)=", r"causes: unexpected|generation: '1', expected '2'|'InitialNamesAccepted', expected 'Installing'|^\.code|^\.status", ESTABLISHED),
     (r"^table\.flowschemas$", r"rows\[0\]\[5\]: 'False', expected '\?'", FLOW_SCHEMA),
     (r"", r"data\.ca\.crt: 'x'|data: unexpected \{'ca\.crt'", CALLER),

@@ -75,7 +75,7 @@ _GATES = (
 )
 
 
-SWITCHABLE = frozenset({"DRADeviceTaints", "StorageVersionMigrator"})
+SWITCHABLE = frozenset({"DRADeviceTaints", "MaxUnavailableStatefulSet", "StorageVersionMigrator"})
 
 
 def parse(text: str) -> dict[str, bool]:

@@ -35,7 +35,7 @@ DIFFERENT = {
     r"resourceslices\.spec\.devices=.*taints": "the strategy drops the field while its gate is off",
     r"endpointslices\.endpoints=.*deprecatedTopology": "the strategy drops the field",
     r"validatingadmissionpolic|webhookconfigurations": "expressions are compiled by the admission plugin",
-    r"statefulsets\.spec\.updateStrategy=.*maxUnavailable:_0": "the gate of the field is on here",
+    r"statefulsets\.spec\.updateStrategy=.*maxUnavailable:_0": "the strategy drops the field while its gate is off",
     r"resourceclaims\..*adminAccess": "needs the namespace's labels",
     r"invalid\.request\.": "judged before validation",
 }

@@ -31,6 +31,8 @@ from tests.controllers.sizes import GRACE_SECONDS, Sizes
 
 NODES = ("hollow-a", "hollow-b", "hollow-c")
 LABELS = {"app": "x"}
+# Also what is off by default is to keep the laws.
+GATES = {"MaxUnavailableStatefulSet": True}
 # Watches bring a commit this much later at most, in virtual time.
 SEEN_SECONDS = 0.1
 
@@ -181,9 +183,9 @@ class World:
     async def _start(self) -> None:
         clock.follow_loop()
         self._stack = contextlib.AsyncExitStack()
-        server = await self._stack.enter_async_context(running_apiserver())
+        server = await self._stack.enter_async_context(running_apiserver(feature_gates=GATES))
         tasks = await self._stack.enter_async_context(Tasks())
-        manager = ControllerManager(server.client, ControllersConfig())
+        manager = ControllerManager(server.client, ControllersConfig(feature_gates=GATES))
         tasks.spawn(manager.run(), "controllers")
         await manager.wait_ready()
         await self._stack.enter_async_context(HollowNode(server.client, names=NODES))

@@ -100,7 +100,31 @@ class ReplicationController(Generation):
 
 
 class StatefulSet(Generation):
-    pass
+    """maxUnavailable is behind a gate: dropped without it, unless it has been stored before; 1 by default with it."""
+
+    def prepare_create(self, call: Call, obj: Object) -> None:
+        super().prepare_create(call, obj)
+        _gate_max_unavailable(call, obj, {})
+
+    def prepare_update(self, call: Call, obj: Object, old: Object) -> None:
+        _gate_max_unavailable(call, obj, old)
+        super().prepare_update(call, obj, old)
+
+
+def _gate_max_unavailable(call: Call, obj: Object, old: Object) -> None:
+    rolling = _rolling_update(obj)
+    if rolling is None:
+        return
+    if call.server.config.feature_gates.get("MaxUnavailableStatefulSet"):
+        if rolling.get("maxUnavailable") is None:
+            rolling["maxUnavailable"] = 1
+    elif (_rolling_update(old) or {}).get("maxUnavailable") is None:
+        rolling.pop("maxUnavailable", None)
+
+
+def _rolling_update(obj: Object) -> Object | None:
+    found: Object | None = ((obj.get("spec") or {}).get("updateStrategy") or {}).get("rollingUpdate")
+    return found
 
 
 class CronJob(Generation):

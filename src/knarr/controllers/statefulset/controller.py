@@ -39,6 +39,7 @@ class StatefulSetController:
         self._writer = PodWriter(ctx.client, recorder, ctx.informer(PERSISTENT_VOLUME_CLAIMS))
         self._history = History(ctx.client, self._revisions, STATEFUL_SETS)
         self._selectors = SelectorCache(from_label_selector)
+        self._several = ctx.config.feature_gates.get("MaxUnavailableStatefulSet", False)
         self.controller = Controller("statefulset-controller", self._reconcile, workers=5)
         self._sets.add_handler(self._changed, lambda old, new: self._changed(new), self._changed)
         self._pods.add_handler(self._pod_added, self._pod_updated, self._pod_deleted)
@@ -103,7 +104,7 @@ class StatefulSetController:
         members = [pod for pod in candidates if util.is_member(set_, pod)]
         pods = await Claims(self._ctx.client, PODS, set_, STATEFUL_SETS, selector).claim(members)
         current, update, collisions, revisions = await self._sort_revisions(set_, revisions)
-        work = _Work(self._writer, set_, pods, current, update, collisions)
+        work = _Work(self._writer, set_, pods, current, update, collisions, several=self._several)
         failure = await work.run()
         await self._write_status(set_, work.status)
         if failure is not None:
@@ -166,10 +167,17 @@ class StatefulSetController:
 
 
 class _Work:
-    """One pass over the pods of one set; `status` is what was found and done."""
+    """One pass over the pods of one set; `status` is what was found and done.
 
-    def __init__(self, writer: PodWriter, set_: Object, pods: list[Object], current: Object, update: Object, collisions: int) -> None:
+    Args:
+      several: whether an update may take away more than one pod at once, as maxUnavailable says.
+    """
+
+    def __init__(
+        self, writer: PodWriter, set_: Object, pods: list[Object], current: Object, update: Object, collisions: int, *, several: bool
+    ) -> None:
         self._writer = writer
+        self._several = several
         self._set = set_
         self._update = update["metadata"]["name"]
         self._current = current["metadata"]["name"]
@@ -296,11 +304,14 @@ class _Work:
                 raise
 
     async def _roll(self) -> None:
-        """Delete what has the old revision, highest ordinal first, never more at once than may be unavailable."""
+        """Delete what has the old revision, highest ordinal first, never more at once than may be unavailable.
+
+        One at a time, what is broken above it holds the update up, what is broken and old is replaced. Several at a time,
+        all that is unavailable counts, the pods below the partition, too.
+        """
         set_ = self._set
-        most = util.max_unavailable(set_)
         lowest = util.partition(set_)
-        if most == 1:
+        if not self._several:
             for pod in reversed(self._replicas[lowest:]):
                 if util.revision_of(pod) != self._update and not podutil.is_deleting(pod):
                     await self._delete(pod)
@@ -309,7 +320,7 @@ class _Work:
                 if util.is_unavailable(set_, pod):
                     return
             return
-        room = most - sum(util.is_unavailable(set_, pod) for pod in self._replicas)
+        room = util.max_unavailable(set_) - sum(util.is_unavailable(set_, pod) for pod in self._replicas)
         for pod in reversed(self._replicas[lowest:]):
             if room <= 0:
                 return
