@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from knarr.network.ingress.alternatives import settle
+from knarr.network.ingress.backendtls import Policies
 from knarr.network.ingress.gateway import Published, World, add_routes, intersect
 from knarr.network.ingress.gateways import _keep_times
 from knarr.network.ingress.routes import Routes
@@ -200,3 +202,99 @@ def test_a_grpc_route_leads_its_methods_over_http_2():
     assert table.prefix["g.test|/shop.Cart/"].split("|")[1] == "PG"
     assert "^g\\.test[|](?:/[^/]+/Ping)$" in table.regex
     assert told(outcome, "GRPCRoute")["Accepted"][0] == "True"
+
+
+OWN = Published(("10.9.0.1",), own=True)
+
+
+def test_a_gateway_with_its_own_address_serves_each_listener_by_its_own_routes():
+    wide, narrow, port = listener("any"), listener("narrow", hostname="*.x.test"), listener("other", port=8080)
+    table, outcome = build([gateway(wide, narrow, port)], [route(to("a"), hostnames=["a.x.test", "b.test"], sectionName="any")], published=OWN)
+    door = table.doors["10.9.0.1:80"]
+    assert table.doors["10.9.0.1:8080"] != door
+    # The name lies in those of the other listener, which has no routes.
+    assert f"{door}b.test|/" in table.prefix
+    assert f"{door}a.x.test|/" not in table.prefix
+    assert table.owners[f"{door}*"] == "any"
+    [pattern] = table.patterns
+    assert table.owners[table.patterns[pattern]] == "narrow"
+    assert re.match(pattern, f"{door}deep.a.x.test")
+    assert not re.match(pattern, f"{door}x.test")
+    # Through the machine's own address names are all there is.
+    assert "a.x.test|/" in table.prefix
+    attached = {item["name"]: item["attachedRoutes"] for item in outcome.gateways["infra/gw"]["listeners"]}
+    assert attached == {"any": 1, "narrow": 0, "other": 0}
+
+
+def test_tls_that_nobody_decrypts_goes_by_name():
+    through = listener("tls", port=443, protocol="TLS", hostname="*.x.test", tls={"mode": "Passthrough"})
+    ended = listener("ended", port=8443, protocol="TLS", tls={"certificateRefs": [{"name": "cert"}]})
+    table, outcome = build([gateway(through, ended)], [route({"backendRefs": [{"name": "a", "port": 80}]}, hostnames=["a.x.test"])], kind="TLSRoute", has_secret={"infra/cert": True}, published=OWN)
+    door, other = table.doors["10.9.0.1:443"], table.doors["10.9.0.1:8443"]
+    kind, _mark, target = table.streams[f"{door}a.x.test"].partition("|")
+    assert (kind, table.targets[f"{target}#0"]) == ("P", "10.0.0.1|80")
+    assert table.streams[f"{other}a.x.test"].startswith("T|")
+    assert table.streams[f"{door}*.x.test"] == table.streams[f"{door}*"] == table.streams[f"{other}*"] == "R"
+    assert told(outcome, "TLSRoute")["Accepted"] == ("True", "Accepted")
+    _table, outcome = build([gateway(listener())], [route(to("a"))], kind="TLSRoute")
+    assert told(outcome, "TLSRoute")["Accepted"] == ("False", "NotAllowedByListeners")
+
+
+def test_listeners_say_what_is_wrong_with_them():
+    def one(*listeners: dict[str, Any]) -> list[tuple[dict[str, tuple[str, str]], list[str]]]:
+        _table, outcome = build([gateway(*listeners)], [])
+        return [(state(item["conditions"]), [kind["kind"] for kind in item["supportedKinds"]]) for item in outcome.gateways["infra/gw"]["listeners"]]
+
+    [(conditions, kinds)] = one(listener(allowedRoutes={"kinds": [{"kind": "HTTPRoute"}, {"kind": "Nonsense"}]}))
+    assert (conditions["ResolvedRefs"], conditions["Programmed"][0], kinds) == (("False", "InvalidRouteKinds"), "True", ["HTTPRoute"])
+    [(conditions, kinds)] = one(listener(protocol="UDP"))
+    assert (conditions["Accepted"], kinds) == (("False", "UnsupportedProtocol"), [])
+    tls = {"certificateRefs": [{"name": "cert", "kind": "Bag"}]}
+    [(conditions, _kinds)] = one(listener(port=443, protocol="HTTPS", tls=tls))
+    assert conditions["ResolvedRefs"] == ("False", "InvalidCertificateRef")
+    both = one(listener("a"), listener("b", protocol="TLS", tls={"mode": "Passthrough"}))
+    assert [conditions["Conflicted"][1] for conditions, _kinds in both] == ["ProtocolConflict"] * 2
+    twins = one(listener("a"), listener("b"))
+    assert [conditions["Accepted"] for conditions, _kinds in twins] == [("False", "HostnameConflict")] * 2
+
+
+def test_a_gateway_waits_for_its_address_and_refuses_what_is_no_address():
+    waiting = Published(pending=("AddressNotAssigned", "soon"), own=True)
+    _table, outcome = build([gateway(listener())], [], published=waiting)
+    assert state(outcome.gateways["infra/gw"]["conditions"]) == {"Accepted": ("True", "Accepted"), "Programmed": ("False", "AddressNotAssigned")}
+    named = gateway(listener())
+    named["spec"]["addresses"] = [{"type": "Hostname", "value": "a.test"}]
+    _table, outcome = build([named], [])
+    assert state(outcome.gateways["infra/gw"]["conditions"])["Accepted"] == ("False", "UnsupportedAddress")
+
+
+def test_backends_with_filters_of_their_own_are_ways_with_their_share():
+    ref = lambda name, weight: {"name": name, "port": 80, "weight": weight, "filters": [{"type": "RequestHeaderModifier", "requestHeaderModifier": {"set": [{"name": "To", "value": name}]}}]}
+    table, _outcome = build([gateway(listener())], [route({"backendRefs": [ref("a", 1), ref("b", 3)]})])
+    ways = table.rules[table.prefix["*|/"].split("|")[0]].split(";")
+    assert [way.split("~")[0].split(",")[0] for way in ways] == ["d::25", "t::0"]
+    assert ways[1].endswith("request-set:To:b")
+
+
+def test_a_backend_that_does_not_exist_keeps_its_share_of_requests():
+    table, outcome = build([gateway(listener())], [route(to("a", "nothing", weights=(1, 1)))])
+    places = sorted(value for key, value in table.targets.items() if "#" in key)
+    assert places == ["10.0.0.1|80", "nowhere|0"]
+    assert told(outcome)["ResolvedRefs"] == ("False", "BackendNotFound")
+
+
+def test_policies_for_tls_to_backends_need_an_authority_and_the_older_counts():
+    def policy(name: str, age: int, **validation: Any) -> dict[str, Any]:
+        meta = {"namespace": "app", "name": name, "generation": 1, "creationTimestamp": f"2026-01-0{age}T00:00:00Z"}
+        return {"metadata": meta, "spec": {"targetRefs": [{"group": "", "kind": "Service", "name": "a"}], "validation": {"hostname": "a.test", **validation}}}
+
+    system = {"wellKnownCACertificates": "System"}
+    for objects, expected, action in (
+        ([policy("old", 1, **system), policy("new", 2, **system)], {"old": "Accepted", "new": "Conflicted"}, "server:"),
+        ([policy("blind", 1, caCertificateRefs=[{"group": "", "kind": "ConfigMap", "name": "none"}])], {"blind": "NoValidCACertificate"}, "reply:500"),
+    ):
+        policies = Policies(objects=objects)
+        table, outcome = build([gateway(listener())], [route(to("a"))], policies=policies)
+        found = {key.partition("/")[2]: state(status["ancestors"][0]["conditions"])["Accepted"][1] for key, status in outcome.policies.items()}
+        assert found == expected
+        assert action in table.rules[table.prefix["*|/"].split("|")[0]]

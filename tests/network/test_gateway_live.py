@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from typing import Any
 
+import grpc.aio
 import pytest
 
+from knarr.aiokits.tasks import Tasks
 from knarr.api.errors import StatusError
-from knarr.api.resources import CUSTOM_RESOURCE_DEFINITIONS, NAMESPACES
+from knarr.api.resources import CUSTOM_RESOURCE_DEFINITIONS, ENDPOINT_SLICES, NAMESPACES, SERVICES
 from knarr.api.scheme import Resource
-from knarr.network.ingress.gateway import CONTROLLER, GATEWAY_CLASSES, GATEWAYS, HTTP_ROUTES, REFERENCE_GRANTS
-from knarr.network.ingress.gatewaybackends import GROUP
+from knarr.client.informer import Informers
+from knarr.network.ingress import IngressController
+from knarr.network.ingress.gatewayapi import CONTROLLER, GATEWAY_CLASSES, GATEWAYS, GROUP, GRPC_ROUTES, HTTP_ROUTES, REFERENCE_GRANTS
+from knarr.network.ingress.haproxy import Listen
+from knarr.network.loadbalancer import LoadBalancerController
 
-from .test_ingress import Running, running
+from .test_ingress import Running, headless, own_address, running
+from .world import free_ports
 
 __all__ = ["running"]
 pytestmark = pytest.mark.timeout(60)
@@ -187,3 +194,94 @@ async def test_copies_timeouts_and_grants_through_the_proxy(running: Running) ->
     await eventually(copied)
     await client.delete(REFERENCE_GRANTS, "permit", "default")
     await eventually(lambda: answers(500))
+
+
+async def test_every_gateway_has_an_address_of_its_own_and_shares_nothing(apiserver: Any) -> None:
+    http, https = free_ports(2)
+    listen, informers = Listen(("*",), http, https), Informers(apiserver.client)
+    folder = tempfile.mkdtemp(prefix="kng-")
+    async with Tasks() as tasks:
+        controller = IngressController(apiserver.client, informers, folder=folder, listen=listen, status_addresses=["192.0.2.7"], gateway_services=True)
+        tasks.spawn(controller.run(), "ingress")
+        # Nothing translates addresses here, so they are such as lead to the proxy by themselves, and listeners have its port.
+        tasks.spawn(LoadBalancerController(apiserver.client, informers, pool=["127.77.0.0/28"]).run(), "load balancer")
+        client, running = apiserver.client, Running(apiserver.client, controller, listen)
+        for name in ("a", "b"):
+            await running.expose(name)
+        for resource in (GATEWAY_CLASSES, GATEWAYS, HTTP_ROUTES):
+            await client.create(CUSTOM_RESOURCE_DEFINITIONS, definition(resource))
+        for name in ("a", "b"):
+            listener = {"name": "http", "port": http, "protocol": "HTTP"}
+            await create(client, GATEWAYS, made(GATEWAYS, f"gw-{name}", gatewayClassName="knarr", listeners=[listener]))
+            await create(client, HTTP_ROUTES, made(HTTP_ROUTES, name, parentRefs=[{"name": f"gw-{name}"}], rules=[to(name, match(f"/{name}"))]))
+        places: dict[str, str] = {}
+
+        async def given() -> bool:
+            for name in ("a", "b"):
+                status = (await client.get(GATEWAYS, f"gw-{name}", "default")).get("status") or {}
+                if any(item["type"] == "Programmed" and item["status"] == "True" for item in status.get("conditions") or ()):
+                    places[name] = status["addresses"][0]["value"]
+            return len(set(places.values())) == 2
+
+        await eventually(given)
+        await running.controller.proxy.wait_ready()
+        for name, other in (("a", "b"), ("b", "a")):
+            for path, status in ((f"/{name}", 200), (f"/{other}", 404)):
+                assert await status_at(places[name], http, path) == status, (name, path)
+        service = await client.get(SERVICES, "gw-a-knarr", "default")
+        assert service["metadata"]["labels"]["gateway.networking.k8s.io/gateway-name"] == "gw-a"
+        assert service["metadata"]["ownerReferences"][0]["name"] == "gw-a"
+        await client.delete(GATEWAYS, "gw-a", "default")
+
+        async def gone() -> bool:
+            return {item["metadata"]["name"] for item in (await client.list(SERVICES, "default"))["items"]} & {"gw-a-knarr", "gw-b-knarr"} == {"gw-b-knarr"}
+
+        await eventually(gone)
+    await informers.close()
+
+
+async def status_at(address: str, port: int, path: str) -> int:
+    reader, writer = await asyncio.open_connection(address, port)
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: x.test\r\nConnection: close\r\n\r\n".encode())
+    answer = await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+    return int(answer.split(b" ")[1])
+
+
+async def test_calls_of_grpc_go_to_the_service_of_their_method(running: Running) -> None:
+    client = running.client
+
+    class Echo(grpc.GenericRpcHandler):
+        def service(self, details: Any) -> Any:
+            return grpc.unary_unary_rpc_method_handler(lambda request, _context: details.method.encode() + b" " + request)
+
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((Echo(),))
+
+    class Port:
+        port = server.add_insecure_port(f"{own_address()}:0")
+
+    await server.start()
+    try:
+        svc, part = headless("calls", Port())  # type: ignore[arg-type]
+        await client.create(SERVICES, svc, "default")
+        await client.create(ENDPOINT_SLICES, part, "default")
+        await install(client)
+        await client.create(CUSTOM_RESOURCE_DEFINITIONS, definition(GRPC_ROUTES))
+        rule = {"matches": [{"method": {"service": "shop.Cart", "method": "Add"}}], "backendRefs": [{"name": "calls", "port": 80}]}
+        await create(client, GRPC_ROUTES, made(GRPC_ROUTES, "r", parentRefs=[{"name": "gw"}], hostnames=["grpc.test"], rules=[rule]))
+        options = [("grpc.default_authority", "grpc.test")]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{running.listen.http_port}", options=options) as channel:
+
+            async def answered() -> bool:
+                try:
+                    return bool(await channel.unary_unary("/shop.Cart/Add")(b"one", wait_for_ready=True, timeout=5) == b"/shop.Cart/Add one")
+                except grpc.aio.AioRpcError:
+                    return False
+
+            await eventually(answered)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await channel.unary_unary("/shop.Cart/Remove")(b"one", timeout=5)
+            assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    finally:
+        await server.stop(None)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 
 from knarr.network.ingress.listeners import Listener
-from knarr.network.ingress.routes import Routes
+from knarr.network.ingress.routes import REFUSE, Routes
 
 
 def covers(pattern: str, host: str) -> bool:
@@ -38,15 +38,17 @@ class Doors:
             for address in addresses:
                 routes.doors[f"{address}:{listener.port}"] = self._name(listener)
             # A listener without routes keeps its names from wider ones.
-            self._declare(self._name(listener), listener.hostname)
+            self._declare(listener, listener.hostname)
 
     def _name(self, listener: Listener) -> str:
         return f"g{hashlib.blake2b(self._key.encode(), digest_size=6).hexdigest()}:{listener.port}/"
 
-    def _declare(self, door: str, host: str) -> str:
+    def _declare(self, listener: Listener, host: str) -> str:
+        door = self._name(listener)
+        site = f"{door}{host or '*'}"
+        self._routes.owners[site] = listener.name
         if not host:
-            return f"{door}*"
-        site = f"{door}{host}"
+            return site
         if host.startswith("*."):
             self._routes.patterns[f"^{re.escape(door)}[^|]+{re.escape(host[1:])}$"] = site
         else:
@@ -59,4 +61,13 @@ class Doors:
             special = other is not listener and other.port == listener.port and len(other.hostname) > len(listener.hostname)
             if special and host and other.hostname and covers(other.hostname, host):
                 return None
-        return self._declare(self._name(listener), host)
+        return self._declare(listener, host)
+
+    def close(self) -> None:
+        """When all routes are written: TLS for names that no route takes is refused, unless there is somebody to decrypt it."""
+        decrypting = {listener.port for listener in self._listeners if listener.protocol == "HTTPS"}
+        for listener in self._listeners:
+            if listener.protocol == "TLS":
+                self._routes.streams.setdefault(f"{self._name(listener)}{listener.hostname or '*'}", REFUSE)
+                if listener.port not in decrypting:
+                    self._routes.streams.setdefault(f"{self._name(listener)}*", REFUSE)

@@ -117,6 +117,8 @@ def add_routes(routes: Routes, gateways: Iterable[Object], by_kind: Mapping[str,
         for route in sorted(found, key=_age):
             if parents := _attach_all(making, route):
                 outcome.routes[kind][object_key(route)] = {"parents": parents}
+    for door in doors.values():
+        door.close()
     for listener in listeners:
         if listener.secret and listener.works:
             routes.certificates.setdefault(listener.hostname or f"{ANY_NAME}{listener.secret}", listener.secret)

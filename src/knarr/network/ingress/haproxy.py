@@ -32,7 +32,7 @@ __all__ = ["HAProxy", "HAProxyError", "Listen", "program"]
 log = get_logger(__name__)
 
 PASSWORD_SOCKET = "passwords.sock"
-MAPS = ("targets", "rules", "exact", "prefix", "regex", "streams", "patterns", "hosts", "doors")
+MAPS = ("targets", "rules", "exact", "prefix", "regex", "streams", "owners", "patterns", "hosts", "doors")
 _REGULAR = ("regex", "patterns")
 """Maps of regular expressions."""
 _REFERRED = ("targets", "rules")

@@ -17,7 +17,7 @@ from pathlib import Path
 from knarr.network.ingress.alternatives import LISTED, ONLY_PLAIN, ONLY_TLS
 from knarr.network.ingress.annotations import AS_ASKED, HTTP2_BACKEND, HTTPS_BACKEND, MOVED, TO_HTTPS
 from knarr.network.ingress.forwarding import CONNECT_SECONDS
-from knarr.network.ingress.routes import NOWHERE, PASS, TERMINATE, TO_HTTPS_301, TO_HTTPS_302, Server
+from knarr.network.ingress.routes import NOWHERE, PASS, REFUSE, TERMINATE, TO_HTTPS_301, TO_HTTPS_302, Server
 
 LIMITS = {"rps": ("(5s)", "http_req_rate"), "rpm": ("(60s)", "http_req_rate"), "connections": ("", "conn_cur")}
 """Kinds of limits: the table's window and what it counts."""
@@ -44,20 +44,36 @@ class Listen:
     threads: int = 2
 
 
-def _site(folder: Path, rule: str) -> str:
-    """Find what stands for the host name (txn.host) in the maps: with a Gateway's door in front, or by itself."""
+def _door(folder: Path, rule: str) -> str:
+    """Find out whether somebody came to a Gateway's own address."""
     return f"""  {rule} set-var(txn.entry) dst_port
-  {rule} set-var(txn.door) dst,concat(:,txn.entry),map_str({folder}/doors.map)
-  {rule} set-var(txn.named) var(txn.door),concat(,txn.host) if {{ var(txn.door) -m found }}
-  {rule} set-var(txn.site) var(txn.named),map_str({folder}/hosts.map) if {{ var(txn.named) -m found }}
-  {rule} set-var(txn.site) var(txn.named),map_reg({folder}/patterns.map) if {{ var(txn.named) -m found }} !{{ var(txn.site) -m found }}
-  {rule} set-var(txn.site) var(txn.door),concat(*) if {{ var(txn.named) -m found }} !{{ var(txn.site) -m found }}"""
+  {rule} set-var(txn.door) dst,concat(:,txn.entry),map_str({folder}/doors.map)"""
 
 
-def _route(folder: Path) -> str:
+def _site(folder: Path, rule: str, host: str = "host", site: str = "site") -> str:
+    """Find what stands for a host name (a variable) in the maps, behind a door."""
+    named = f"txn.named_{site}"
+    return f"""  {rule} set-var({named}) var(txn.door),concat(,txn.{host}) if {{ var(txn.door) -m found }} {{ var(txn.{host}) -m found }}
+  {rule} set-var(txn.{site}) var({named}),map_str({folder}/hosts.map) if {{ var({named}) -m found }}
+  {rule} set-var(txn.{site}) var({named}),map_reg({folder}/patterns.map) if {{ var({named}) -m found }} !{{ var(txn.{site}) -m found }}
+  {rule} set-var(txn.{site}) var(txn.door),concat(*) if {{ var(txn.door) -m found }} !{{ var(txn.{site}) -m found }}"""
+
+
+def _misdirected(folder: Path) -> str:
+    """Who opened a connection for a name of one listener and asks on it for a name of another is told to open another."""
+    return f"""  http-request set-var(txn.sni) ssl_fc_sni,lower if {{ var(txn.door) -m found }}
+{_site(folder, "http-request", "sni", "opened")}
+  http-request set-var(txn.opened_by) var(txn.opened),map_str({folder}/owners.map) if {{ var(txn.sni) -m len gt 0 }}
+  http-request set-var(txn.owner) var(txn.site),map_str({folder}/owners.map) if {{ var(txn.opened_by) -m found }}
+  http-request return status 421 content-type text/plain string "421 Misdirected Request" if {{ var(txn.owner) -m found }} !{{ var(txn.owner),strcmp(txn.opened_by) eq 0 }}"""
+
+
+def _route(folder: Path, *, tls: bool) -> str:
     """Find the rule of a request: host first, then path."""
+    misdirected = "\n" + _misdirected(folder) if tls else ""
     return f"""  http-request set-var(txn.host) req.hdr(host),field(1,:),lower
-{_site(folder, "http-request")}
+{_door(folder, "http-request")}
+{_site(folder, "http-request")}{misdirected}
   http-request set-var(txn.site) var(txn.host),map_str({folder}/hosts.map) unless {{ var(txn.site) -m found }}
   http-request set-var(txn.wild) var(txn.host),regsub(^[^.]*,*) unless {{ var(txn.site) -m found }}
   http-request set-var(txn.site) var(txn.wild),map_str({folder}/hosts.map) unless {{ var(txn.site) -m found }}
@@ -131,7 +147,8 @@ def _forward(folder: Path) -> str:
 
 def _streams(folder: Path) -> str:
     """Sections for TLS that goes on as it is, or decrypted but not looked into."""
-    look_up = f"""{_site(folder, "tcp-request content")}
+    look_up = f"""{_door(folder, "tcp-request content")}
+{_site(folder, "tcp-request content")}
   tcp-request content set-var(txn.stream) var(txn.site),map_str({folder}/streams.map)
   tcp-request content set-var(txn.flags) var(txn.stream),field(1,|)
   tcp-request content set-var(txn.target) var(txn.stream),field(2,|)"""
@@ -140,6 +157,7 @@ def _streams(folder: Path) -> str:
   tcp-request content reject unless {{ req.ssl_hello_type 1 }}
   tcp-request content set-var(txn.host) req.ssl_sni,lower
 {look_up}
+  tcp-request content reject if {{ var(txn.flags) -m str {REFUSE} }}
   use_backend streams if {{ var(txn.flags) -m str {PASS} }}
   use_backend to_decrypted if {{ var(txn.flags) -m str {TERMINATE} }}
   default_backend to_https
@@ -218,7 +236,7 @@ def render(folder: Path, listen: Listen, stream_socket: int, servers: Mapping[st
     binds = "\n".join(f"  bind {address}:{listen.http_port}" for address in listen.addresses)
     tls = f"ssl crt-list {folder}/certs.list alpn h2,http/1.1"
     secure = "\n".join(f"  bind {address}:{listen.https_port} {tls}" for address in listen.addresses)
-    route, forward = _route(folder), _forward(folder)
+    forward = _forward(folder)
     backends = _verified(folder, servers) + "".join(_backends(seconds) for seconds in (0, *CONNECT_SECONDS))
     # Each connection needs two descriptors, and HAProxy refuses to start with fewer than it was promised.
     connections = max(100, min(20_000, (resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 200) // 2 - 100))
@@ -242,7 +260,7 @@ defaults
   option redispatch
 frontend http
 {binds}
-{route}
+{_route(folder, tls=False)}
   http-request return status 404 content-type text/plain string "default backend - 404" if {{ var(txn.flags) -m sub {ONLY_TLS} }}
   http-request redirect scheme https code 308 if {{ var(txn.flags) -m sub {TO_HTTPS} }}
   http-request redirect scheme https code 301 if {{ var(txn.flags) -m sub {TO_HTTPS_301} }}
@@ -252,7 +270,7 @@ frontend http
 frontend https
 {secure}
   bind unix@{folder}/https.sock mode 600 accept-proxy {tls}
-{route}
+{_route(folder, tls=True)}
   http-request return status 404 content-type text/plain string "default backend - 404" if {{ var(txn.flags) -m sub {ONLY_PLAIN} }}
   http-request set-header X-Forwarded-Proto https
 {forward}

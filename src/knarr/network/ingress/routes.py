@@ -17,7 +17,7 @@ ANY_NAME = "*:"
 TO_HTTPS_301, TO_HTTPS_302 = "1", "2"
 NOWHERE = ("nowhere", 0)
 """The place of a backend that does not exist: the proxy answers 500 for it."""
-PASS, TERMINATE = "P", "T"
+PASS, TERMINATE, REFUSE = "P", "T", "R"
 """What is done with the TLS of a stream."""
 
 
@@ -47,7 +47,8 @@ class Routes:
       hosts: Host name or "*.domain" (lower case) that has rules; itself as value. Behind a door (`doors`) the door's name is in front.
       doors: "address:port" of a Gateway to its name, which ends in "/".
       patterns: Regular expression of a door with a host name to what stands in place of the host name in the maps below.
-      streams: As hosts, to "PASS|target" or "TERMINATE|target" of what goes on as a stream of bytes.
+      owners: What stands in place of a host name, behind a door, to the listener whose it is.
+      streams: As hosts, to "PASS|target" or "TERMINATE|target", or REFUSE, of what goes on as a stream of bytes.
       exact, prefix: "host|path" to "target|flags|argument"; prefixes end in "/".
       regex: Regular expression of "host|path" to the same.
       rules: Lists of alternatives by name, for the proxy's script.
@@ -68,6 +69,7 @@ class Routes:
     rules: dict[str, str] = field(default_factory=dict)
     doors: dict[str, str] = field(default_factory=dict)
     patterns: dict[str, str] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)
     streams: dict[str, str] = field(default_factory=dict)
     servers: dict[str, Server] = field(default_factory=dict)
     authorities: dict[str, str] = field(default_factory=dict)
