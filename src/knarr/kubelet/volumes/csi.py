@@ -45,6 +45,10 @@ _SINGLE_NODE_MODES = {"ReadWriteOnce": 7, "ReadWriteOncePod": 6}
 _UNCERTAIN = frozenset({"", "CANCELLED", "DEADLINE_EXCEEDED", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED"})
 """Codes with which a driver may still have done, or be doing, what it was asked for."""
 _PATHS = ("target_path", "staging_target_path", "volume_path")
+_MIGRATED = "storage.alpha.kubernetes.io/migrated-plugins"
+_MIGRATED_PLUGINS = ",".join(
+    f"kubernetes.io/{name}" for name in ("aws-ebs", "azure-disk", "azure-file", "cinder", "gce-pd", "portworx-volume", "vsphere-volume")
+)
 _ATTACH_SECONDS = 120.0
 _REPUBLISH_SECONDS = 60.0
 """How often a driver that asks for it is to publish again what is in use."""
@@ -123,6 +127,17 @@ class CSIVolumes:
         with contextlib.suppress(errors.StatusError, *UNREACHABLE):
             await self._update_csi_node(name, None)
 
+    async def announce(self) -> None:
+        """Make this node's CSINode, which provisioners and the scheduler look for even where no driver is."""
+        delay = 1.0
+        while True:
+            try:
+                return await self._update_csi_node("", None)
+            except (errors.StatusError, PluginError, *UNREACHABLE) as e:
+                log.warning("CSINode not made", error=str(e))
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, 60.0)
+
     async def _publish_node(self, name: str, info: Message) -> None:
         segments: dict[str, str] = (info.get("accessible_topology") or {}).get("segments") or {}
         node = await self._client.get(NODES, self._config.node_name)
@@ -146,12 +161,12 @@ class CSIVolumes:
                 found = None
             try:
                 if found is None:
-                    if entry is None:
-                        return
                     node = await self._client.get(NODES, node_name)
                     owner = {"apiVersion": "v1", "kind": "Node", "name": node_name, "uid": node["metadata"]["uid"]}
-                    fresh = {"apiVersion": "storage.k8s.io/v1", "kind": "CSINode", "metadata": {"name": node_name, "ownerReferences": [owner]}}
-                    await self._client.create(CSI_NODES, {**fresh, "spec": {"drivers": [entry]}})
+                    fresh = {"apiVersion": "storage.k8s.io/v1", "kind": "CSINode", "metadata": {"name": node_name, "annotations": {_MIGRATED: _MIGRATED_PLUGINS}, "ownerReferences": [owner]}}
+                    await self._client.create(CSI_NODES, {**fresh, "spec": {"drivers": [entry] if entry else []}})
+                    return
+                if entry is None and all(d["name"] != name for d in (found.get("spec") or {}).get("drivers") or []):
                     return
                 drivers = [d for d in (found.get("spec") or {}).get("drivers") or [] if d["name"] != name]
                 found["spec"] = {"drivers": drivers + ([entry] if entry else [])}
