@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from typing import Any
 
+import orjson
+
+from knarr.api.encode import trimmed
 from knarr.api.meta import deep_copy
 from knarr.api.resources import CONFIG_MAPS
 from knarr.client import sharing
@@ -95,3 +99,16 @@ async def test_informers_of_a_family_keep_one_object_between_them_and_part_when_
         assert "labels" not in one.get("default", "one")["metadata"]
         await second.close()
         await stranger.close()
+
+
+def test_what_is_kept_of_encoded_json_is_no_longer_than_its_text() -> None:
+    value = {"a": "x" * 3000}
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        kept = [trimmed(orjson.dumps(value)) for _ in range(50)]
+        used = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert kept[0] == orjson.dumps(value)
+    assert used < 50 * 3200

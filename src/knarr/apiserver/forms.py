@@ -20,6 +20,7 @@ from typing import Any
 import orjson
 
 from knarr.aiokits import clock
+from knarr.api.encode import trimmed
 from knarr.api.scheme import Resource
 from knarr.api.types import Object
 from knarr.apiserver.cache import CachedObject
@@ -151,7 +152,7 @@ class ConvertedForm(Form):
 
 def item_of(obj: Object) -> bytes:
     """Encode an object as an item: metadata first, no kind, no apiVersion."""
-    return orjson.dumps({"metadata": obj["metadata"], **{k: v for k, v in obj.items() if k not in ("kind", "apiVersion", "metadata")}})
+    return trimmed(orjson.dumps({"metadata": obj["metadata"], **{k: v for k, v in obj.items() if k not in ("kind", "apiVersion", "metadata")}}))
 
 
 class PartialForm(ConvertedForm):
@@ -173,7 +174,7 @@ class PartialForm(ConvertedForm):
             (metadata.get("annotations") or {}).pop("deprecated.daemonset.template.generation", None)
             if metadata.get("annotations") == {}:
                 del metadata["annotations"]
-        return orjson.dumps({"metadata": metadata})
+        return trimmed(orjson.dumps({"metadata": metadata}))
 
     def list(self, objects: Sequence[CachedObject], revision: int, continue_token: str = "", remaining: int | None = None) -> bytes:
         items = b"[%b]" % b",".join([self.head + self.item(cached)[1:] for cached in objects]) if objects else b"null"
@@ -232,7 +233,7 @@ class TableForm(Form):
         out = self._row(obj, self._include)
         if self._include == "Metadata" and self._version != "v1":
             out["object"] = {**out["object"], "apiVersion": f"meta.k8s.io/{self._version}"}
-        return orjson.dumps(out)
+        return trimmed(orjson.dumps(out))
 
     def _table(self, metadata: bytes, rows: bytes, columns: bytes) -> bytes:
         return b'%b%b,"columnDefinitions":%b,"rows":[%b]}' % (self._head, metadata, columns, rows)

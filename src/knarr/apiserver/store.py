@@ -17,6 +17,7 @@ import orjson
 
 from knarr.aiokits import clock
 from knarr.api import errors
+from knarr.api.encode import trimmed
 from knarr.api.scheme import Resource
 from knarr.api.types import Object
 from knarr.apiserver.cache import CachedObject, ResourceCache
@@ -51,10 +52,10 @@ def encode(resource: Resource, obj: Object) -> bytes:
     if kind and version:
         first, second, third, *_ = obj
         if third == "metadata" and first in _TYPE and second in _TYPE:
-            return orjson.dumps(obj)  # in order already, as most clients send it
+            return trimmed(orjson.dumps(obj))  # in order already, as most clients send it
     kind, version = kind or resource.kind, version or resource.storage_api_version
     rest = {key: value for key, value in obj.items() if key not in _HEAD_KEYS}
-    return orjson.dumps({"kind": kind, "apiVersion": version, "metadata": obj["metadata"], **rest})
+    return trimmed(orjson.dumps({"kind": kind, "apiVersion": version, "metadata": obj["metadata"], **rest}))
 
 
 _HEAD_KEYS = frozenset({"kind", "apiVersion", "metadata"})

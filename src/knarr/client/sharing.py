@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import orjson
 
+from knarr.api.encode import trimmed
 from knarr.api.types import Object
 
 Part = TypeVar("Part", bound=dict[str, Any] | list[Any])
@@ -34,7 +35,7 @@ class Parts:
         if found is None:
             if len(self._known) >= MAXIMUM_PARTS:
                 self._known.clear()
-            found = self._known[key] = part
+            found = self._known[trimmed(key)] = part
         return found
 
     def within(self, holder: Object, names: tuple[str, ...]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from knarr.api.encode import trimmed
 from knarr.scheduler.resources import Amounts, nonzero_requests, pod_requests
 from knarr.scheduler.terms import (
     NodeSelector,
@@ -202,6 +203,7 @@ class Shapes:
         key = shape_key(pod)
         shape = self._by_key.get(key)
         if shape is None:
+            key = trimmed(key)
             shape = self._by_key[key] = PodShape(key, pod)
             if len(self._by_key) > MAXIMUM_SHAPES:
                 self._by_key.popitem(last=False)

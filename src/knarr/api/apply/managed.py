@@ -11,6 +11,7 @@ import orjson
 from knarr.api import errors, times
 from knarr.api.apply import fieldset as fs
 from knarr.api.apply.fieldset import FieldSet
+from knarr.api.encode import trimmed
 from knarr.api.errors import StatusError, go_quote
 from knarr.api.types import Object
 
@@ -66,7 +67,7 @@ def _fields(given: Any) -> FieldSet:
         if len(_by_text) >= _MOST_KNOWN:
             _by_text.clear()
             _by_identity.clear()
-        known = _by_text[text] = _by_identity[id(fields)] = (fields, fs.to_json(fields))
+        known = _by_text[trimmed(text)] = _by_identity[id(fields)] = (fields, fs.to_json(fields))
     return known[0]
 
 
