@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import inspect
 import json
 import os
@@ -15,7 +16,7 @@ import grpc.aio
 import pytest
 import pytest_asyncio
 
-from knarr.api.resources import CSI_DRIVERS, CSI_NODES, NODES, PERSISTENT_VOLUME_CLAIMS, PERSISTENT_VOLUMES, PODS
+from knarr.api.resources import CSI_DRIVERS, CSI_NODES, NODES, PERSISTENT_VOLUME_CLAIMS, PERSISTENT_VOLUMES, PODS, VOLUME_ATTACHMENTS
 from knarr.kubelet.affinity.manager import Affinity
 from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.plugins import wire
@@ -245,9 +246,26 @@ async def test_a_driver_in_a_container_mounts_below_var_lib_kubelet_for_the_pods
         assert not mounts.mount_points(os.path.dirname(own))
 
 
-async def _publish_claim(bench: Bench, handle: str) -> None:
+async def test_a_pod_waits_until_its_volume_is_attached(bench: Bench, driver: CSIDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("knarr.kubelet.volumes.csi._ATTACH_LOOK_SECONDS", 3600.0)
+    await _publish_claim(bench, "h", attach=True)
+    name = "csi-" + hashlib.sha256(f"htest.csi{bench.node_name}".encode()).hexdigest()
+    spec = {"attacher": "test.csi", "nodeName": bench.node_name, "source": {"persistentVolumeName": "v"}}
+    await bench.client.create(VOLUME_ATTACHMENTS, {"apiVersion": "storage.k8s.io/v1", "kind": "VolumeAttachment", "metadata": {"name": name}, "spec": spec})
+    await bench.run("p", "true", container={"volumeMounts": [{"name": "v", "mountPath": "/v"}]}, volumes=[{"name": "v", "persistentVolumeClaim": {"claimName": "c"}}])
+    await bench.until("p", lambda p: p and p["status"].get("conditions"))
+    attached = {"status": {"attached": True, "attachmentMetadata": {"lun": "7"}}}
+    await bench.client.patch(VOLUME_ATTACHMENTS, name, None, attached, type="merge", subresource="status")
+    held = {"status": {"volumesAttached": [{"name": "kubernetes.io/csi/test.csi^h", "devicePath": ""}]}}
+    await bench.client.patch(NODES, bench.node_name, None, held, type="merge", subresource="status")
+    await bench.until_phase("p", "Succeeded")
+    published = next(m for n, m in driver.calls if n == "NodePublishVolume")
+    assert published["publish_context"] == {"lun": "7"}
+
+
+async def _publish_claim(bench: Bench, handle: str, *, attach: bool = False) -> None:
     """A claim `c` bound to a volume `v` of test.csi."""
-    await bench.client.create(CSI_DRIVERS, {"apiVersion": "storage.k8s.io/v1", "kind": "CSIDriver", "metadata": {"name": "test.csi"}, "spec": {"attachRequired": False}})
+    await bench.client.create(CSI_DRIVERS, {"apiVersion": "storage.k8s.io/v1", "kind": "CSIDriver", "metadata": {"name": "test.csi"}, "spec": {"attachRequired": attach}})
     shared = {"accessModes": ["ReadWriteOncePod"], "storageClassName": ""}
     claim: Any = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "c", "namespace": bench.namespace}}
     claim["spec"] = {**shared, "resources": {"requests": {"storage": "1Gi"}}, "volumeName": "v"}

@@ -341,6 +341,7 @@ class Kubelet:
         registered = clock.now()
         self.tasks.spawn(self.csi.announce(), "csi-node")
         self._node.add_handler(on_update=lambda _, node: self.reporter.seen(node))
+        self._node.add_handler(on_update=self.csi.node_changed)
         self._pods.add_handler(self._on_add, self._on_update, self._on_delete)
         await self.informers.start()
         await self._pods.wait_synced()

@@ -50,6 +50,7 @@ _MIGRATED_PLUGINS = ",".join(
     f"kubernetes.io/{name}" for name in ("aws-ebs", "azure-disk", "azure-file", "cinder", "gce-pd", "portworx-volume", "vsphere-volume")
 )
 _ATTACH_SECONDS = 120.0
+_ATTACH_LOOK_SECONDS = 5.0
 _REPUBLISH_SECONDS = 60.0
 """How often a driver that asks for it is to publish again what is in use."""
 _TOKEN_SECONDS = 3600
@@ -83,6 +84,7 @@ class CSIVolumes:
         self._tokens = tokens
         self._client = client
         self.growth = growth
+        self._attachments_changed = asyncio.Event()
         self._drivers: dict[str, _Driver] = {}
         self._staging: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -375,20 +377,23 @@ class CSIVolumes:
             raise VolumeError(f"timed out waiting for external-attacher of {source['driver']} CSI driver to attach volume {source['volumeHandle']}", reason="FailedAttachVolume") from e
 
     async def _wait_attached(self, name: str) -> dict[str, str]:
+        """A node may read single attachments, neither list nor watch them; its own Node tells that one has changed."""
         while True:
+            news = self._attachments_changed
             try:
-                listed = await self._client.list(VOLUME_ATTACHMENTS, field_selector=f"metadata.name={name}")
-                for obj in listed.get("items") or []:
-                    if (metadata := _attachment(obj)) is not None:
-                        return metadata
-                version = listed["metadata"]["resourceVersion"]
-                watch = self._client.watch(VOLUME_ATTACHMENTS, resource_version=version, field_selector=f"metadata.name={name}")
-                async for kind, obj in watch:
-                    if kind in ("ADDED", "MODIFIED") and (metadata := _attachment(obj)) is not None:
-                        return metadata
+                if (metadata := _attachment(await self._client.get(VOLUME_ATTACHMENTS, name))) is not None:
+                    return metadata
             except (errors.StatusError, *UNREACHABLE) as e:
-                log.warning("volume attachment not watched", name=name, error=str(e))
-                await asyncio.sleep(1.0)
+                log.info("volume attachment not there", name=name, error=str(e))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ATTACH_LOOK_SECONDS):
+                    await news.wait()
+
+    def node_changed(self, old: Object, new: Object) -> None:
+        """News of the own Node: whoever waits for an attachment looks again when volumes were attached to it."""
+        if (old.get("status") or {}).get("volumesAttached") != (new.get("status") or {}).get("volumesAttached"):
+            self._attachments_changed.set()
+            self._attachments_changed = asyncio.Event()
 
     async def _secrets(self, reference: Object | None, namespace: str = "") -> dict[str, str]:
         if not reference:
