@@ -12,6 +12,7 @@ from knarr.api.errors import StatusError
 from knarr.api.resources import (
     CONFIG_MAPS,
     ENDPOINTS,
+    PODS,
     VALIDATING_ADMISSION_POLICIES,
     VALIDATING_ADMISSION_POLICY_BINDINGS,
     VALIDATING_WEBHOOK_CONFIGURATIONS,
@@ -111,3 +112,51 @@ async def test_what_webhooks_and_policies_decide_is_counted(apiserver: RunningAP
 async def _families(apiserver: RunningAPIServer) -> dict[str, Metric]:
     text = (await apiserver.client.request("GET", "/metrics")).body.decode()
     return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+async def test_who_comes_in_and_what_they_are_sent_is_counted(apiserver: RunningAPIServer) -> None:
+    client = apiserver.client
+    made = await client.create(CONFIG_MAPS, {"metadata": {"name": "d"}, "data": {"text": "x" * 3000}}, "default")
+    seen = 0
+    async for _ in client.watch(CONFIG_MAPS, "default", resource_version="0", field_selector="metadata.name=d", timeout_seconds=1):
+        seen += 1
+        if seen == 1:
+            await client.update(CONFIG_MAPS, made)
+            await client.delete(CONFIG_MAPS, "d", "default")
+        if seen == 2:
+            break
+    with pytest.raises(StatusError):
+        await client.create(PODS, {"metadata": {"name": "p"}, "spec": {}}, "default")
+    families = await _families(apiserver)
+
+    def value(metric: str, name: str = "", **labels: str) -> float:
+        wanted = name or metric
+        return sum(s.value for s in families[metric].samples if s.name == wanted and labels.items() <= s.labels.items())
+
+    of_maps = {"group": "", "resource": "configmaps"}
+    assert value("apiserver_watch_events", "apiserver_watch_events_total", version="v1", **of_maps) == 2
+    assert value("apiserver_watch_events_sizes", "apiserver_watch_events_sizes_bucket", le="2048", **of_maps) == 0
+    assert value("apiserver_watch_events_sizes", "apiserver_watch_events_sizes_bucket", le="4096", **of_maps) == 2
+    assert value("etcd_requests", "etcd_requests_total", operation="create", **of_maps) >= 1
+    assert value("etcd_request_duration_seconds", "etcd_request_duration_seconds_count", operation="delete", **of_maps) >= 1
+    assert value("apiserver_request_body_size_bytes", "apiserver_request_body_size_bytes_bucket", le="50000", verb="create", **of_maps) >= 1
+    assert value("apiserver_storage_events_received", "apiserver_storage_events_received_total", **of_maps) >= 2
+    assert value("authentication_attempts", "authentication_attempts_total", result="success") == value("authorization_attempts", "authorization_attempts_total", result="allowed")
+    assert value("apiserver_client_certificate_expiration_seconds", "apiserver_client_certificate_expiration_seconds_count") >= 4
+    assert value("kube_apiserver_clusterip_allocator_allocated_ips", cidr="10.96.0.0/16") == 1
+    assert value("aggregator_unavailable_apiservice", name="v1.apps") == 0
+    assert value("version_info", binary="1.35.0") == 1
+
+
+async def test_a_watch_is_a_request_as_long_as_it_lasts(apiserver: RunningAPIServer) -> None:
+    client = apiserver.client
+    begin = apiserver.server.loop.time()
+    events = [event async for event in client.watch(ENDPOINTS, "default", resource_version="0", timeout_seconds=1, allow_bookmarks=False)]
+    assert [type for type, _ in events] == ["ADDED"]
+    lasted = apiserver.server.loop.time() - begin
+    families = await _families(apiserver)
+    (told,) = [
+        s.value for s in families["apiserver_request_duration_seconds"].samples if s.name.endswith("_sum") and s.labels["verb"] == "WATCH"
+    ]  # fmt: skip
+    assert 0.9 < told <= lasted
+    assert "apiserver_request_sli_duration_seconds" not in families, "it says nothing of the server's work"

@@ -22,6 +22,7 @@ from knarr.apiserver.auditpolicy import Policy, Wanted
 from knarr.apiserver.call import Call, audit_id
 from knarr.apiserver.config import APIServerConfig
 from knarr.apiserver.instruments import Counters
+from knarr.apiserver.metrics import family
 from knarr.apiserver.requestinfo import RequestInfo
 from knarr.http.errors import BodyTooLarge
 from knarr.http.server import Request
@@ -197,3 +198,12 @@ class Audit:
         self.open_watches.clear()
         for backend in self._backends:
             await backend.close()
+
+
+def no_audit() -> list[str]:
+    """Return the metrics of a server that notes nothing."""
+    return [
+        *family("apiserver_audit_event_total", "counter", "[ALPHA] Counter of audit events generated and sent to the audit backend.", [("", 0)]),
+        *family("apiserver_audit_requests_rejected_total", "counter",
+                "[ALPHA] Counter of apiserver requests rejected due to an error in audit logging backend.", [("", 0)]),
+    ]  # fmt: skip

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from knarr.api.types import Object
+from knarr.apiserver.activity import EventSizes
 
 if TYPE_CHECKING:
     from knarr.apiserver.watching import WatchGroup
@@ -137,6 +138,10 @@ class ResourceCache:
         """Key -> (value, decoded, form) of writes on their way: spares decoding what was just encoded here, and converting it to a form
         that it is in already (None: to none)."""
         self.bytes = 0
+        self.published = self.lists = self.listed = 0
+        """How many events came, how many lists were answered from here, how many objects those showed."""
+        self.sent: dict[str, EventSizes] = {}
+        """Version -> what its watchers were sent."""
         self._labels: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
         self._memo: OrderedDict[CachedObject, None] = OrderedDict()
         """Objects that are kept decoded, in the order in which they were."""
@@ -158,7 +163,7 @@ class ResourceCache:
         return made
 
     def _known_labels(self, labels: dict[str, str] | None) -> dict[str, str]:
-        """Return equal labels as one: those of a workload's pods would be a tenth of what the pods cost beside their bytes."""
+        """Return equal labels as one: those of a workload's pods would be a tenth of what the pods cost here."""
         if not labels:
             return _NO_LABELS
         key = tuple(labels.items())
@@ -204,6 +209,7 @@ class ResourceCache:
             return
         self.revision = events[-1].revision
         self.generation += 1
+        self.published += len(events)
         self.ring.extend(events)
         self.trim(now)
         if self.handlers:
@@ -317,6 +323,18 @@ class ResourceCache:
             out.append(event)
         out.reverse()
         return out
+
+    def sent_in(self, version: str) -> EventSizes:
+        """Return where is counted what watchers in a version are sent."""
+        found = self.sent.get(version)
+        if found is None:
+            found = self.sent[version] = EventSizes()
+        return found
+
+    @property
+    def capacity(self) -> int:
+        """How many events the ring has room for now."""
+        return max(RING_MINIMUM, len(self.ring))
 
     # -- reading ---------------------------------------------------------------------------------------------------------
     def decoded(self, cached: CachedObject) -> Object:

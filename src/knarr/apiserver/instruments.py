@@ -31,10 +31,10 @@ class Histogram:
         self.total = 0.0
         self.buckets = [0] * (len(bounds) + 1)
 
-    def observe(self, value: float) -> None:
-        self.count += 1
-        self.total += value
-        self.buckets[bisect_left(self.bounds, value)] += 1
+    def observe(self, value: float, times: int = 1) -> None:
+        self.count += times
+        self.total += value * times
+        self.buckets[bisect_left(self.bounds, value)] += times
 
 
 class Histograms:
@@ -57,6 +57,14 @@ class Histograms:
             if len(self._series) < MOST_SERIES:
                 self._series[values] = found
         return found
+
+    def series(self) -> list[tuple[str, Histogram]]:
+        """Return (labels as text, what was observed) of each series with observations."""
+        return [(label_text(self._labels, values), one) for values, one in self._series.items() if one.count]
+
+    def put(self, histogram: Histogram, *values: str) -> None:
+        """Show a histogram that is kept elsewhere."""
+        self._series[values] = histogram
 
     def lines(self) -> list[str]:
         shown = {values: series for values, series in self._series.items() if series.count or not self._labels}

@@ -176,7 +176,10 @@ def list_nowait(storage: Storage, cache: ResourceCache, options: ListOptions) ->
             shown = at
         else:
             shown = revision
-    return _page(cache, options, after, shown)
+    page = _page(cache, options, after, shown)
+    cache.lists += 1
+    cache.listed += len(page.objects)
+    return page
 
 
 def _page(cache: ResourceCache, options: ListOptions, after: str, shown: int) -> ListResult:

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from knarr.apiserver.instruments import Counters
 from knarr.apiserver.requestinfo import RequestInfo
 from knarr.http.server import Request
 
@@ -23,6 +24,9 @@ VERBS = {
     "deletecollection": "DELETECOLLECTION", "post": "POST", "put": "PUT", "head": "HEAD",
 }  # fmt: skip
 READS = frozenset({"get", "list", "watch", "head"})
+CONNECTS = frozenset({"log", "exec", "portforward", "attach", "proxy"})
+TOLD_VERBS = frozenset("APPLY CONNECT CREATE DELETE DELETECOLLECTION GET LIST PATCH POST PROXY PUT UPDATE WATCH WATCHLIST".split())
+"""What verbs are told by name; all others are "other"."""
 APPLY = "application/apply-patch"
 _STABILITY = re.compile(r"# HELP \S+ \[(ALPHA|BETA|STABLE)\](?: \(Deprecated since ([0-9.]+)\))?")
 
@@ -41,8 +45,27 @@ class _Key(NamedTuple):
         dry = f'dry_run="{self.dry_run}",' if dry_run else ""
         return (
             f'component="apiserver",{dry}group="{self.group}",resource="{self.resource}",scope="{self.scope}",subresource="{self.subresource}",'
-            f'verb="{VERBS.get(self.verb) or self.verb.upper()}",version="{self.version}"'
+            f'verb="{told_verb(self.verb)}",version="{self.version}"'
         )
+
+
+def told_verb(verb: str) -> str:
+    """Return a verb as metrics tell it."""
+    told = VERBS.get(verb) or verb.upper()
+    return told if told in TOLD_VERBS else "other"
+
+
+def verb_of(info: RequestInfo, request: Request) -> str:
+    """Return the verb that a request is counted under."""
+    if info.subresource in CONNECTS:
+        return "connect"
+    if info.verb == "patch" and request.headers.get("content-type", "").startswith(APPLY):
+        return "apply"
+    return info.verb
+
+
+def scope_of(info: RequestInfo, verb: str) -> str:
+    return "resource" if info.name or verb == "create" else "namespace" if info.namespace else "cluster" if info.resource else ""
 
 
 class _Histogram:
@@ -60,11 +83,20 @@ class _Histogram:
 
 
 class _Series(_Histogram):
-    __slots__ = ("sizes",)
+    __slots__ = ("aside", "sizes")
 
     def __init__(self) -> None:
         super().__init__(len(BUCKETS))
         self.sizes: _Histogram | None = None
+        self.aside: _Histogram | None = None
+        """What is to be added for the durations without the time that requests waited for others."""
+
+    def set_aside(self, bucket: int, seconds: float, aside: float) -> None:
+        if self.aside is None:
+            self.aside = _Histogram(len(BUCKETS))
+        self.aside.total -= aside
+        self.aside.buckets[bucket] -= 1
+        self.aside.buckets[bisect_left(BUCKETS, seconds - aside)] += 1
 
 
 class Metrics:
@@ -77,6 +109,10 @@ class Metrics:
         self.started = time.time()
         self.sources: list[Callable[[], list[str]]] = []
         """Further text, made on demand: each gives whole lines of the exposition format."""
+        self._terminated = Counters(
+            "apiserver_request_terminations_total", "[ALPHA] Number of requests which apiserver terminated in self-defense.",
+            ("code", "component", "group", "resource", "scope", "subresource", "verb", "version"),
+        )  # fmt: skip
         self._long: dict[tuple[str, str, str, str], int] = {}
 
     def begin(self, info: RequestInfo) -> None:
@@ -87,10 +123,8 @@ class Metrics:
 
     def observe(self, info: RequestInfo, request: Request) -> None:
         """Count an answered request."""
-        verb = info.verb
-        if verb == "patch" and request.headers.get("content-type", "").startswith(APPLY):
-            verb = "apply"
-        scope = "resource" if info.name or verb == "create" else "namespace" if info.namespace else "cluster" if info.resource else ""
+        verb = verb_of(info, request)
+        scope = scope_of(info, verb)
         dry_run = "All" if request.query_string and "dryRun=All" in request.query_string else ""
         key = (info.group, info.version, info.resource, info.subresource, verb, scope, request.status, dry_run)
         series = self._series.get(key)
@@ -103,13 +137,23 @@ class Metrics:
         seconds = self._clock() - request.received_at
         series.count += 1
         series.total += seconds
-        series.buckets[bisect_left(BUCKETS, seconds)] += 1
+        bucket = bisect_left(BUCKETS, seconds)
+        series.buckets[bucket] += 1
+        if request.aside_seconds:
+            series.set_aside(bucket, seconds, request.aside_seconds)
         sizes = series.sizes
         if sizes is not None:
             sent = request.sent_bytes
             sizes.count += 1
             sizes.total += sent
             sizes.buckets[bisect_left(SIZE_BUCKETS, sent)] += 1
+
+    def terminated(self, info: RequestInfo, request: Request, code: int) -> None:
+        """Count a request that was refused or cut short so that the server stays well."""
+        verb = verb_of(info, request)
+        self._terminated.add(
+            str(code), "apiserver", info.group, info.resource, scope_of(info, verb), info.subresource, told_verb(verb), info.version
+        )  # fmt: skip
 
     def watching(self, info: RequestInfo, step: int) -> None:
         """Count watches that are open."""
@@ -129,6 +173,7 @@ class Metrics:
             (f'component="apiserver",group="{group}",resource="{resource}",scope="{scope}",subresource="",verb="WATCH",version="{version}"', count)
             for (group, version, resource, scope), count in self._long.items()
         ])  # fmt: skip
+        lines += self._terminated.lines()
         for source in self.sources:
             lines += source()
         lines += _about_metrics(lines)
@@ -156,9 +201,13 @@ class Metrics:
             key = _Key(*parts)
             counts.append((f'code="{key.status}",{key.labels(dry_run=True)}', series.count))
             merged = key._replace(status=0)
-            if key.verb != "watch":
-                whole.setdefault(merged, _Histogram(len(BUCKETS))).add(series)
-                lasting.setdefault(merged._replace(dry_run=""), _Histogram(len(BUCKETS))).add(series)
+            whole.setdefault(merged, _Histogram(len(BUCKETS))).add(series)
+            # As upstream: of watches the length is told, which says nothing of the server's work; what it need not answer for is taken off.
+            if key.verb != "watch" and not key.dry_run:
+                own = lasting.setdefault(merged, _Histogram(len(BUCKETS)))
+                own.add(series)
+                if series.aside is not None:
+                    own.add(series.aside)
             if series.sizes is not None:
                 sizes.setdefault(merged._replace(dry_run=""), _Histogram(len(SIZE_BUCKETS))).add(series.sizes)
         lines += family("apiserver_request_total", "counter", (

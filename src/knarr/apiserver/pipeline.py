@@ -17,6 +17,7 @@ nothing, as soon as a stage would have to wait.
 from __future__ import annotations
 
 import asyncio
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from knarr.aiokits.log import get_logger
@@ -26,7 +27,7 @@ from knarr.api.scheme import SCHEME
 from knarr.api.times import parse_duration
 from knarr.apiserver.attributes import ANONYMOUS, Attributes, ConnectRequest, Decision, ResourceKey, UserInfo
 from knarr.apiserver.call import Call, respond_error, respond_no_such_path
-from knarr.apiserver.flow import is_long_running
+from knarr.apiserver.flow import Seat, is_long_running
 from knarr.apiserver.metrics import VERBS
 from knarr.apiserver.requestinfo import RequestInfo, parse
 from knarr.apiserver.tracing import CURRENT, inside
@@ -75,13 +76,16 @@ class Pipeline:
             return False
         if impersonates(request) or (server.storage.shared and wants_newest(request, info)):
             return False
+        begin = perf_counter()
         user = server.auth.authenticator.authenticate_nowait(request)
         if user is None:
             return False
+        known = perf_counter()
         attributes = attributes_of(request, info, user)
         decision, _ = server.auth.authorizer.authorize(attributes)
         if decision is not Decision.ALLOW:
             return False
+        server.storage.activity.let_in(user.name, begin, known, perf_counter())
         call = Call(server, request, info, endpoint, user)
         request.answer_headers = server.flow.headers_for(attributes)
         try:
@@ -89,7 +93,8 @@ class Pipeline:
         except StatusError as error:
             if not request.done:
                 respond_error(request, error, call.warnings, call.audit_id)
-        server.metrics.observe(info, request)
+        if not request.lasting:
+            server.metrics.observe(info, request)
         return True
 
     # -- the whole way ---------------------------------------------------------------------------------------------------------
@@ -104,6 +109,7 @@ class Pipeline:
             else:
                 await self._within(self._seconds_for(request), request, info)
         except TimeoutError:
+            server.metrics.terminated(info, request, 504)
             self._refuse(request, errors.timeout("request did not complete within the allotted timeout"))
         except StatusError as error:
             self._refuse(request, error)
@@ -118,7 +124,8 @@ class Pipeline:
             self._refuse(request, errors.internal(str(error) or type(error).__name__))
         finally:
             server.metrics.end(info)
-            server.metrics.observe(info, request)
+            if not request.lasting:
+                server.metrics.observe(info, request)
             seconds = server.loop.time() - request.received_at
             if seconds > SLOW_SECONDS and not is_long_running(request, info):
                 trace_slow(request, info, seconds)
@@ -170,9 +177,7 @@ class Pipeline:
     async def _stages(self, request: Request, info: RequestInfo) -> None:
         server = self.server
         assert server.auth is not None
-        user = server.auth.authenticator.authenticate_nowait(request) or await server.auth.authenticator.authenticate(request)
-        if user is None:
-            raise errors.unauthorized()
+        user = await self._authenticated(request)
         original = user
         if impersonates(request):
             user = await server.auth.impersonate(request, user)
@@ -183,11 +188,9 @@ class Pipeline:
         try:
             seat = server.flow.admit(request, info, attributes)
             if seat is not None and not seat.enter_nowait():
-                await seat.enter()
+                await self._enter(seat, request, info)
             try:
-                decision, reason = server.auth.authorizer.authorize(attributes)
-                if decision is Decision.ASK:
-                    decision, reason = await server.auth.authorizer.authorize_async(attributes)
+                decision, reason = await self._decide(attributes)
                 if trace is not None:
                     trace.authorized(decision, reason)
                 if decision is not Decision.ALLOW:
@@ -211,6 +214,46 @@ class Pipeline:
                 span.end()
             if trace is not None:
                 trace.finish(request)
+
+    async def _authenticated(self, request: Request) -> UserInfo:
+        """Return who asks. Raises 401."""
+        server = self.server
+        assert server.auth is not None
+        authenticator, activity = server.auth.authenticator, server.storage.activity
+        begin = perf_counter()
+        user: UserInfo | None = None
+        try:
+            user = authenticator.authenticate_nowait(request) or await authenticator.authenticate(request)
+        finally:
+            (activity.known if user is not None else activity.unknown).observe(perf_counter() - begin)
+        if user is None:
+            raise errors.unauthorized()
+        activity.came_in(user.name)
+        return user
+
+    async def _decide(self, attributes: Attributes) -> tuple[Decision, str]:
+        server = self.server
+        assert server.auth is not None
+        authorizer, activity = server.auth.authorizer, server.storage.activity
+        begin = perf_counter()
+        decision, reason = authorizer.authorize(attributes)
+        if decision is Decision.ASK:
+            decision, reason = await authorizer.authorize_async(attributes)
+        told = activity.allowed if decision is Decision.ALLOW else activity.denied if decision is Decision.DENY else activity.not_allowed
+        told.observe(perf_counter() - begin)
+        return decision, reason
+
+    async def _enter(self, seat: Seat, request: Request, info: RequestInfo) -> None:
+        """Wait for a seat. Raises 429."""
+        server = self.server
+        begin = server.loop.time()
+        try:
+            await seat.enter()
+        except StatusError as error:
+            server.metrics.terminated(info, request, error.code)
+            raise
+        finally:
+            request.aside_seconds += server.loop.time() - begin
 
     async def _route(self, request: Request, info: RequestInfo, attributes: Attributes, user: UserInfo) -> None:
         server = self.server

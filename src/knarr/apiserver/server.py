@@ -19,10 +19,11 @@ from knarr.api import errors
 from knarr.api.errors import StatusError
 from knarr.api.scheme import Resource
 from knarr.apiserver import bootstrap, celtimes, peers
+from knarr.apiserver.activity import cache_lines, cluster_lines
 from knarr.apiserver.aggregation.extension import Extensions
 from knarr.apiserver.aggregation.registration import Registration
 from knarr.apiserver.attributes import AdmissionChain, Attributes, Auth, ConnectHandler, Decision, ResourceKey, UserInfo
-from knarr.apiserver.audit import Audit
+from knarr.apiserver.audit import Audit, no_audit
 from knarr.apiserver.call import Call, respond_error
 from knarr.apiserver.config import APIServerConfig
 from knarr.apiserver.crd.controller import CustomResources
@@ -117,14 +118,14 @@ class APIServer:
         from knarr.apiserver.auth.setup import build_auth
 
         self.metrics.sources += [
-            self.flow.metrics, self.storage.metrics, build_info, lambda: feature_metrics(config.feature_gates), celtimes.lines, lambda: self.metrics.deprecated(self._is_deprecated),
+            self.flow.metrics, self.storage.metrics, self.storage.activity.lines, lambda: cache_lines(self), lambda: cluster_lines(self), build_info, lambda: feature_metrics(config.feature_gates), celtimes.lines, lambda: self.metrics.deprecated(self._is_deprecated),
         ]  # fmt: skip
         if self.encryption is not None:
             self.metrics.sources.append(self.encryption.metrics)
             if self.encryption.reloads is not None:
                 self.tasks.spawn_eternal(self.encryption.reloads.follow(), "configuration-reload")
         self.auth = auth = build_auth(self)
-        self.metrics.sources += [one.metrics for one in auth.reloads]
+        self.metrics.sources += [auth.authenticator.metrics, *(one.metrics for one in auth.reloads)]
         self.paths.handlers.update(auth.paths)
         self._build_optional()
         # The socket is bound first, so that the port is known to the objects written below; nobody is answered before them.
@@ -157,9 +158,8 @@ class APIServer:
         from knarr.apiserver.proxy.setup import build_connect
 
         self.admission = chain = build_admission(self)
-        self.metrics.sources.append(chain.measures.lines)
-        if self.audit is not None:
-            self.metrics.sources.append(self.audit.metrics)
+        self.metrics.sources.append(chain.metrics)
+        self.metrics.sources.append(self.audit.metrics if self.audit is not None else no_audit)
         self.registration = Registration(self)
         self._starters += [self.flow.start, self.registration.start, CustomResources(self).start, Extensions(self).start]
         self.connects.update(build_connect(self))
@@ -291,16 +291,17 @@ class APIServer:
 
     def watch_started(self, call: Call, watcher: Watcher) -> None:
         self._watchers.add(watcher)
+        call.request.lasting = True
         self.metrics.watching(call.info, 1)
 
     def watch_ended(self, call: Call) -> Callable[[], None]:
         info, metrics, audit, request = call.info, self.metrics, self.audit, call.request
-        if audit is None:
-            return lambda: metrics.watching(info, -1)
 
         def ended() -> None:
             metrics.watching(info, -1)
-            audit.watch_ended(request)
+            metrics.observe(info, request)
+            if audit is not None:
+                audit.watch_ended(request)
 
         return ended
 

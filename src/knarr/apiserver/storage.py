@@ -11,6 +11,7 @@ from typing import Any
 
 from knarr.aiokits.log import get_logger
 from knarr.api import errors
+from knarr.apiserver.activity import Activity
 from knarr.apiserver.cache import FieldsFunction, ResourceCache
 from knarr.apiserver.metrics import family
 from knarr.storage.errors import CompactedError, UnavailableError
@@ -28,6 +29,7 @@ class Storage:
     def __init__(self, store: RevisionStore) -> None:
         self.store = store
         self.caches: dict[str, ResourceCache] = {}
+        self.activity = Activity()
         self._loading: list[Event] | None = []
         self._loading_caches: dict[str, list[Event]] = {}
         self._unsubscribe: Any = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from time import perf_counter
 
 import orjson
 
@@ -120,6 +121,12 @@ class ResourceStore:
 
         return cancel
 
+    def _stored(self, operation: str, seconds: float) -> None:
+        self.storage.activity.stored(operation, self.resource.group, self.resource.plural).observe(seconds)
+
+    def _not_stored(self, operation: str) -> None:
+        self.storage.activity.not_stored(operation, self.resource.group, self.resource.plural)
+
     # -- raw writes --------------------------------------------------------------------------------------------------------
     async def put(self, key: str, obj: Object, expected: int, form: object = None) -> CachedObject | None:
         """Write an object (private, given away) if the key is at `expected`; None means the race was lost.
@@ -133,14 +140,17 @@ class ResourceStore:
         cache = self.cache
         value = encode(self.resource, obj)
         cache.pending[key] = (value, obj, form)
+        begin = perf_counter()
         try:
             put = await self.storage.store.put(cache.prefix + key, value, expected=expected, lease_seconds=self.lease_seconds)
         except UnavailableError as error:
+            self._not_stored("update" if expected else "create")
             raise errors.internal(str(error)) from error
         finally:
             written = cache.pending.get(key)
             if written is not None and written[0] is value:
                 del cache.pending[key]
+        self._stored("update" if expected else "create", perf_counter() - begin)
         if not put.won:
             return None
         cached = cache.objects.get(key)
@@ -151,10 +161,13 @@ class ResourceStore:
 
     async def remove(self, cached: CachedObject) -> CachedObject | None:
         """Remove the object if it is still this version; returns it as of the deletion, None when the race was lost."""
+        begin = perf_counter()
         try:
             put = await self.storage.store.remove(self.cache.prefix + cached.key, expected=cached.revision)
         except UnavailableError as error:
+            self._not_stored("delete")
             raise errors.internal(str(error)) from error
+        self._stored("delete", perf_counter() - begin)
         return cached.at_revision(put.revision) if put.won else None
 
     async def live(self, key: str) -> CachedObject | None:
@@ -169,7 +182,9 @@ class ResourceStore:
     async def refresh(self, key: str) -> CachedObject | None:
         """Read past the cache: after a lost race with another server the cache may be behind."""
         current = self.cache.objects.get(key)
+        begin = perf_counter()
         stored = await self.storage.store.get(self.cache.prefix + key)
+        self._stored("get", perf_counter() - begin)
         if stored is None:
             return None
         if current is not None and current.revision == stored.revision:

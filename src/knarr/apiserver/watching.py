@@ -89,7 +89,7 @@ class Selection:
 class WatchGroup:
     """The watchers of one cache with equal wishes."""
 
-    __slots__ = ("_pending", "_prepare", "_task", "cache", "form", "key", "members", "scope", "selection")
+    __slots__ = ("_pending", "_prepare", "_task", "cache", "form", "key", "members", "scope", "selection", "sent")
 
     def __init__(self, cache: ResourceCache, key: Any, selection: Selection, form: Form, scope: str, prepare: Prepare | None) -> None:
         self._prepare = prepare
@@ -101,6 +101,7 @@ class WatchGroup:
         self.form = form
         self.scope = scope
         self.members: set[Watcher] = set()
+        self.sent = cache.sent_in(form.resource.version)
 
     def deliver(self, events: Sequence[Event]) -> None:
         """Render what the group may see of these events once, and write it to every member."""
@@ -130,9 +131,11 @@ class WatchGroup:
             self._task = None
 
     def _write(self, events: Sequence[Event]) -> None:
-        data = self.render(events)
-        if not data:
+        frames = self.frames(events)
+        if not frames:
             return
+        self.sent.add(map(len, frames), len(self.members))
+        data = frames[0] if len(frames) == 1 else b"".join(frames)
         chunk = b"%x\r\n%b\r\n" % (len(data), data)
         if self.form.special_first:
             for member in list(self.members):
@@ -145,7 +148,7 @@ class WatchGroup:
         for member in list(self.members):
             member.send(chunk)
 
-    def render(self, events: Sequence[Event]) -> bytes:
+    def frames(self, events: Sequence[Event]) -> list[bytes]:
         """Return the frames of those events that the group may see."""
         form = self.form
         selection = self.selection
@@ -164,7 +167,7 @@ class WatchGroup:
                 frames.append(self._frame(event, MODIFIED if before else ADDED))
             elif before:
                 frames.append(self._frame(event, DELETED))
-        return frames[0] if len(frames) == 1 else b"".join(frames)
+        return frames
 
     def _frame(self, event: Event, type: str) -> bytes:
         # An object that leaves the selection shows its last selected state, as of this event's revision.

@@ -105,8 +105,8 @@ class Request:
     """One request; exactly one of respond, start_stream or upgrade ends it."""
 
     __slots__ = (
-        "_body", "_connection", "_query", "_too_large", "answer_headers", "context", "done", "header_list", "headers", "keep_alive",
-        "later", "method", "path", "query_string", "raw_path", "received_at", "sent_bytes", "status", "upgrade_wanted", "version",
+        "_body", "_connection", "_query", "_too_large", "answer_headers", "aside_seconds", "context", "done", "header_list", "headers", "keep_alive",
+        "lasting", "later", "method", "path", "query_string", "raw_path", "received_at", "sent_bytes", "status", "upgrade_wanted", "version",
     )  # fmt: skip
 
     def __init__(self, connection: Connection) -> None:
@@ -119,6 +119,10 @@ class Request:
         self.raw_path = ""
         """The request target without the query, still percent-encoded."""
         self.query_string = ""
+        self.lasting = False
+        """The answer goes on when the handler is done with it; who ends it tells whoever counts requests."""
+        self.aside_seconds = 0.0
+        """How long it waited for others: for its turn, for webhooks."""
         self.headers: dict[str, str] = {}
         """Lower-case names; several lines of one name are joined by ", "."""
         self.header_list: list[tuple[str, str]] = []

@@ -103,6 +103,10 @@ class Chain:
             if isinstance(plugin, MutatingWebhooks | ValidatingWebhooks | ValidatingAdmissionPolicies):
                 plugin.measures = self.measures
 
+    def metrics(self) -> list[str]:
+        """Return lines of the exposition format."""
+        return [*self.measures.lines(), *(line for plugin in self.plugins for line in plugin.metrics())]
+
     async def _again(self, request: AdmissionRequest) -> None:
         """Run the plugins in front of the mutating webhooks once more, on what those have made."""
         for plugin in self._place(request.operation, request.resource, request.subresource).plugins:

@@ -45,6 +45,10 @@ class Plugin:
         """Refuse the request by a StatusError."""
         return None
 
+    def metrics(self) -> list[str]:
+        """Return lines of the exposition format."""
+        return []
+
     async def start(self) -> None:
         """Called once the stores are loaded."""
 

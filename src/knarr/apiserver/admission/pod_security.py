@@ -15,6 +15,7 @@ from knarr.api.types import Object
 from knarr.apiserver.admission.plugin import CREATE, UPDATE, Plugin, object_name
 from knarr.apiserver.admission.pod_security_checks import LATEST, evaluate
 from knarr.apiserver.attributes import AdmissionRequest, Store
+from knarr.apiserver.instruments import Counters
 
 LEVELS = ("privileged", "baseline", "restricted")
 _PREFIX = "pod-security.kubernetes.io/"
@@ -98,6 +99,26 @@ class PodSecurity(Plugin):
         self._exempt_classes = frozenset(exemptions.get("runtimeClasses") or ())
         self._namespaces = namespaces
         self._pods = pods
+        where = ("request_operation", "resource", "subresource")
+        self._evaluations = Counters(
+            "pod_security_evaluations_total", "[ALPHA] Number of policy evaluations that occurred, not counting ignored or exempt requests.",
+            ("decision", "mode", "policy_level", "policy_version", *where),
+        )  # fmt: skip
+        self._exemptions = Counters(
+            "pod_security_exemptions_total", "[ALPHA] Number of exempt requests, not counting ignored or out of scope requests.", where
+        )
+        self._errors = Counters(
+            "pod_security_errors_total", "[ALPHA] Number of errors preventing normal evaluation. Non-fatal errors may result in the latest "
+            "restricted profile being used for evaluation.", ("fatal", *where),
+        )  # fmt: skip
+
+    def metrics(self) -> list[str]:
+        """Return lines of the exposition format."""
+        return [*self._evaluations.lines(), *self._exemptions.lines(), *self._errors.lines()]
+
+    def _evaluated(self, request: AdmissionRequest, mode: str, policy: LevelVersion, *, allowed: bool) -> None:
+        version = "latest" if policy.level == "privileged" else policy.version
+        self._evaluations.add("allow" if allowed else "deny", mode, policy.level, version, *_labels(request))
 
     def handles(self, operation: str, resource: Resource, subresource: str) -> bool:
         if operation not in (CREATE, UPDATE):
@@ -114,6 +135,7 @@ class PodSecurity(Plugin):
             self._namespace(request, request.object)
             return
         if request.namespace in self._exempt_namespaces or request.user.name in self._exempt_users:
+            self._exemptions.add(*_labels(request))
             request.audit_annotations["pod-security.kubernetes.io/exempt"] = "namespace" if request.namespace in self._exempt_namespaces else "user"
             return
         namespace = self._namespaces.get_nowait("", request.namespace)
@@ -121,6 +143,8 @@ class PodSecurity(Plugin):
         policy, problems = policy_of(labels, self._defaults)
         is_pod = request.resource.plural == "pods"
         if not problems and policy.audit.level == policy.warn.level == "privileged" and not (is_pod and policy.enforce.level != "privileged"):
+            if is_pod:
+                self._evaluated(request, "enforce", policy.enforce, allowed=True)
             return
         template: Object | None = request.object
         if is_pod:
@@ -137,15 +161,18 @@ class PodSecurity(Plugin):
         metadata, spec = pod.get("metadata") or {}, pod.get("spec") or {}
         annotations = request.audit_annotations
         if spec.get("runtimeClassName") in self._exempt_classes:
+            self._exemptions.add(*_labels(request))
             annotations["pod-security.kubernetes.io/exempt"] = "runtimeClass"
             return
         if problems:
+            self._errors.add("false", *_labels(request))
             annotations["pod-security.kubernetes.io/error"] = f"Failed to parse policy: {'; '.join(str(problem) for problem in problems)}"
         results: dict[LevelVersion, list[tuple[str, str]]] = {}
         denied: errors.StatusError | None = None
         if enforce:
             annotations["pod-security.kubernetes.io/enforce-policy"] = str(policy.enforce)
             results[policy.enforce] = policy.enforce.violations(metadata, spec)
+            self._evaluated(request, "enforce", policy.enforce, allowed=not results[policy.enforce])
             if results[policy.enforce]:
                 text = f'violates PodSecurity "{policy.enforce}": {_detail(results[policy.enforce])}'
                 denied = errors.forbidden(request.resource, object_name(request), text)
@@ -153,6 +180,7 @@ class PodSecurity(Plugin):
         if audit is None:
             audit = results[policy.audit] = policy.audit.violations(metadata, spec)
         if audit:
+            self._evaluated(request, "audit", policy.audit, allowed=False)
             annotations["pod-security.kubernetes.io/audit-violations"] = f'would violate PodSecurity "{policy.audit}": {_detail(audit)}'
         if denied is not None:
             raise denied
@@ -160,6 +188,7 @@ class PodSecurity(Plugin):
         if warn is None:
             warn = policy.warn.violations(metadata, spec)
         if warn:
+            self._evaluated(request, "warn", policy.warn, allowed=False)
             request.warnings.append(f'would violate PodSecurity "{policy.warn}": {_detail(warn)}')
 
     # -- namespaces ------------------------------------------------------------------------------------------------------
@@ -223,6 +252,12 @@ class PodSecurity(Plugin):
             also = "" if not others else " (and 1 other pod)" if others == 1 else f" (and {others} other pods)"
             lines.append(f"{min(found)}{also}: {reasons}")
         return warnings + sorted(lines)
+
+
+def _labels(request: AdmissionRequest) -> tuple[str, str, str]:
+    resource = request.resource.plural
+    told = "pod" if resource == "pods" else "namespace" if resource == "namespaces" else "controller"
+    return request.operation.lower(), told, request.subresource
 
 
 def _significant(new: Object, old: Object) -> bool:

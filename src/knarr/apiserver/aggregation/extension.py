@@ -25,6 +25,7 @@ from knarr.api.resources import API_SERVICES
 from knarr.api.types import Object
 from knarr.apiserver.aggregation.registration import GROUP, local_status
 from knarr.apiserver.attributes import UserInfo
+from knarr.apiserver.instruments import Counters
 from knarr.apiserver.proxy.locations import Location, endpoint_of
 from knarr.apiserver.proxy.relay import relay_http, relay_upgrade
 from knarr.http.client import HTTPClient
@@ -49,6 +50,11 @@ class Extensions:
         self._clients: dict[str, HTTPClient] = {}
         self._dirty: dict[str, None] = {}
         self._wakeup = asyncio.Event()
+        self._unavailable = Counters(
+            "aggregator_unavailable_apiservice_total",
+            "[ALPHA] Counter of APIServices which are marked as unavailable broken down by APIService name and reason.", ("name", "reason"),
+        )  # fmt: skip
+        server.metrics.sources.append(self._unavailable.lines)
         self._published: dict[str, Object] = {}
         self._tags: dict[str, str] = {}
         """Entity tags of the Swagger documents that were taken over, by path."""
@@ -188,6 +194,8 @@ class Extensions:
             conditions = [c for c in (current.get("status") or {}).get("conditions") or [] if c.get("type") != "Available"]
             before = next((c for c in (current.get("status") or {}).get("conditions") or [] if c.get("type") == "Available"), None)
             condition = {"type": "Available", "status": status, "lastTransitionTime": clock.now_rfc3339(), "reason": reason, "message": message}
+            if status == "False" and (before is None or before["status"] == "True"):
+                self._unavailable.add(name, reason)
             if before is not None:
                 if before["status"] == status:
                     condition["lastTransitionTime"] = before["lastTransitionTime"]

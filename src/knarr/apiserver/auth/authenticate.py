@@ -11,7 +11,6 @@ from __future__ import annotations
 import binascii
 from base64 import urlsafe_b64decode
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from cryptography import x509
 
@@ -25,6 +24,7 @@ from knarr.apiserver.auth.requestheader import RequestHeader
 from knarr.apiserver.auth.serviceaccounts import ServiceAccountTokens
 from knarr.apiserver.auth.tokens import TokenAuthenticator, TokenRefused, TokenUser
 from knarr.apiserver.auth.x509 import user_of
+from knarr.apiserver.instruments import Histograms
 from knarr.http.server import Request
 
 log = get_logger(__name__)
@@ -33,6 +33,10 @@ CACHE_SECONDS = 10.0
 _MOST_CACHED = 4000
 _WEBSOCKET_TOKEN = "base64url.bearer.authorization.k8s.io."
 _STATE = "auth.certificate"
+_HOUR, _DAY = 3600, 86400
+_LIFETIMES = (
+    0, 0.5 * _HOUR, _HOUR, 2 * _HOUR, 6 * _HOUR, 12 * _HOUR, _DAY, 2 * _DAY, 4 * _DAY, 7 * _DAY, 30 * _DAY, 90 * _DAY, 180 * _DAY, 360 * _DAY,
+)  # fmt: skip
 
 
 def with_authenticated(user: UserInfo) -> UserInfo:
@@ -42,12 +46,20 @@ def with_authenticated(user: UserInfo) -> UserInfo:
     return UserInfo(user.name, user.uid, (*user.groups, users.AUTHENTICATED), user.extra)
 
 
-class _Judged(NamedTuple):
+class _Judged:
     """What a client's certificates are good for."""
 
-    proxy: bool
-    user: UserInfo | None
-    until: float
+    __slots__ = ("proxy", "until", "user", "uses")
+
+    def __init__(self, proxy: bool, user: UserInfo | None, until: float) -> None:
+        self.proxy = proxy
+        self.user = user
+        self.until = until
+        self.uses = 0
+        """Requests that metrics do not tell of yet."""
+
+
+_REFUSED = _Judged(False, None, 0.0)
 
 
 class RequestAuthenticator:
@@ -63,6 +75,11 @@ class RequestAuthenticator:
         self._tokens = tuple(tokens)
         self._anonymous_paths = frozenset(anonymous_paths)
         self._api_audiences = api_audiences
+        self._expirations = Histograms(
+            "apiserver_client_certificate_expiration_seconds",
+            "[ALPHA] Distribution of the remaining lifetime on the certificate used to authenticate a request.", (), _LIFETIMES,
+        )  # fmt: skip
+        self._lifetimes = self._expirations.at()
         self._judged: dict[bytes | tuple[bytes, ...], _Judged] = {}
         """Certificates that were found good, with those shown beside them and without."""
         self._cache: dict[tuple[str, tuple[str, ...]], tuple[float, TokenUser]] = {}
@@ -71,6 +88,19 @@ class RequestAuthenticator:
         """Ask these about tokens from now on; what others said is forgotten."""
         self._tokens = tuple(tokens)
         self._cache.clear()
+
+    def metrics(self) -> list[str]:
+        """Return lines of the exposition format."""
+        self._fold()
+        return [*self._expirations.lines(), *self._service_accounts.metrics()]
+
+    def _fold(self) -> None:
+        """Take over how often certificates were used; told by the time that they have left now."""
+        now = clock.now()
+        for judged in {id(one): one for one in self._judged.values()}.values():
+            uses, judged.uses = judged.uses, 0
+            if uses and judged.until > now:
+                self._lifetimes.observe(judged.until - now, uses)
 
     # -- requests ----------------------------------------------------------------------------------------------------
     def authenticate_nowait(self, request: Request) -> UserInfo | None:
@@ -121,38 +151,39 @@ class RequestAuthenticator:
         found = state[_STATE]
         if found is None:
             return None
-        proxy, user, expires_at = found
-        if clock.now() > expires_at:
+        if clock.now() > found.until:
             return None
-        if proxy:
+        found.uses += 1
+        if found.proxy:
             named = RequestHeader.user(request)
             if named is not None:
                 return with_authenticated(named)
-        result: UserInfo | None = user
+        result: UserInfo | None = found.user
         return result
 
-    def _inspect(self, request: Request) -> tuple[bool, UserInfo | None, float] | None:
-        """Return (the front proxy's, its user, until when) of the connection's certificate; one that is refused has neither."""
+    def _inspect(self, request: Request) -> _Judged | None:
+        """Return what the connection's certificate is good for, None when it shows none, or one that names nobody."""
         shown = request.presented_certificates()
         if not shown:
             return None
         known = self._judged.get(shown) or (self._judged.get(shown[0]) if len(shown) == 1 else None)
         if known is not None and known.until > clock.now():
-            return known.proxy, known.user, known.until
+            return known
         try:
             judged = self._judge(shown)
         except (ValueError, StatusError):
             judged = None
         if judged is None:
-            return False, None, 0.0
+            return _REFUSED
         if judged.user is None and not judged.proxy:
             # A certificate that names nobody says nothing.
             return None
         if len(self._judged) >= _MOST_CACHED:
+            self._fold()
             self._judged.clear()
         # A session that is resumed shows the client's own certificate without those between it and the authority.
         self._judged[shown] = self._judged[shown[0]] = judged
-        return judged.proxy, judged.user, judged.until
+        return judged
 
     def _judge(self, shown: tuple[bytes, ...]) -> _Judged | None:
         """Look at certificates for the first time; None when nobody vouches for them. Raises ValueError, StatusError."""

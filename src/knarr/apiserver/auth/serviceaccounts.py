@@ -21,6 +21,7 @@ from knarr.api.types import Object
 from knarr.apiserver.attributes import Store, UserInfo
 from knarr.apiserver.auth import users
 from knarr.apiserver.auth.tokens import TokenRefused, TokenUser
+from knarr.apiserver.metrics import family
 
 LEGACY_ISSUER = "kubernetes/serviceaccount"
 LEEWAY_SECONDS = 60.0
@@ -82,6 +83,16 @@ class ServiceAccountTokens:
         self._stores = stores
         # Signatures do not change; checking one costs 100 microseconds, so the claims of good ones are kept.
         self._verified: dict[str, dict[str, Any]] = {}
+        self._valid = self._stale = self._legacy = 0
+
+    def metrics(self) -> list[str]:
+        """Return lines of the exposition format."""
+        told = (
+            ("legacy", "Cumulative legacy service account tokens used", self._legacy),
+            ("stale", "Cumulative stale projected service account tokens used", self._stale),
+            ("valid", "Cumulative valid projected service account tokens used", self._valid),
+        )  # fmt: skip
+        return [line for name, text, count in told for line in family(f"serviceaccount_{name}_tokens_total", "counter", f"[ALPHA] {text}", [("", count)])]
 
     async def authenticate_token(self, token: str, audiences: tuple[str, ...]) -> TokenUser | None:
         return self.check(token, audiences)
@@ -156,6 +167,10 @@ class ServiceAccountTokens:
             extra[_EXTRA + "node-name"] = (node.get("name", ""),)
             if node.get("uid"):
                 extra[_EXTRA + "node-uid"] = (node["uid"],)
+        if private.get("warnafter") and now > private["warnafter"]:
+            self._stale += 1
+        else:
+            self._valid += 1
         name = users.service_account_name(namespace, reference.get("name", ""))
         user = UserInfo(name, reference.get("uid", ""), users.service_account_groups(namespace), extra)
         return TokenUser(user, common, expires)
@@ -208,6 +223,7 @@ class ServiceAccountTokens:
             raise TokenRefused(f"the token in secret {namespace}/{secret_name} for service account {namespace}/{name} has been marked invalid. "
                                "Use tokens from the TokenRequest API or manually created secret-based tokens, or remove the "
                                "'kubernetes.io/legacy-token-invalid-since' label from the secret to temporarily allow use of this token")
+        self._legacy += 1
         user = UserInfo(users.service_account_name(namespace, name), uid, users.service_account_groups(namespace))
         return TokenUser(user, common)
 

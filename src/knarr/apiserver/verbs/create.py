@@ -39,9 +39,12 @@ def generated_name(base: str) -> str:
 def read_body(call: Call) -> bytes:
     """Return the request's body. Raises StatusError 413."""
     try:
-        return call.request.whole_body()
+        body = call.request.whole_body()
     except BodyTooLarge as error:
         raise errors.too_large(f"limit is {error.limit_bytes}") from error
+    info = call.info
+    call.server.storage.activity.body(info.group, info.resource, "delete_collection" if info.verb == "deletecollection" else info.verb, len(body))
+    return body
 
 
 async def create(call: Call) -> None:

@@ -249,7 +249,7 @@ def _start_watch(call: Call) -> None:
         if events is None:
             error = errors.expired(f"too old resource version: {revision} ({cache.ring_start})")
         elif events:
-            frames = [group.render(_in_scope(events, selection.namespace))]
+            frames = group.frames(_in_scope(events, selection.namespace))
     if error is not None:
         raise error
     stream: ResponseStream | websocketwatch.WebSocketStream | None
@@ -263,6 +263,7 @@ def _start_watch(call: Call) -> None:
         ])
     data = form.first_frames(b"".join(frames)) if frames else b""
     stream.write(data)
+    group.sent.add(map(len, frames))
     watcher = Watcher(
         group, stream, bookmarks=bookmarks, timeout_seconds=seconds, allowance_bytes=len(data),
         current_revision=lambda: storage.revision, on_end=call.server.watch_ended(call),
