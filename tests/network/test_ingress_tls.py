@@ -74,10 +74,12 @@ async def get(running: Running, host: str, pair: Path | None = None, *, sni: str
     reader, writer = await asyncio.open_connection("127.0.0.1", running.listen.https_port, ssl=context, server_hostname=sni or host)
     writer.write(f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{headers}\r\n".encode())
     try:
-        answer = (await asyncio.wait_for(reader.read(), 5)).decode()
+        async with asyncio.timeout(5):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            body = await reader.readexactly(int(head.lower().split("content-length: ")[1].split("\r\n")[0]))
     finally:
         writer.close()
-    return (int(answer.split(" ")[1]) if answer else 0), answer
+    return int(head.split(" ")[1]), head + body.decode()
 
 
 async def test_only_clients_with_a_certificate_of_the_authority_come_in(running: Running, tmp_path: Path) -> None:  # noqa: F811
@@ -95,7 +97,7 @@ async def test_only_clients_with_a_certificate_of_the_authority_come_in(running:
     assert (await get(running, "safe.test"))[0] == 400
     assert (await get(running, "safe.test", tmp_path / "good", headers="ssl-client-subject-dn: CN=root\r\n"))[0] == 200
     assert (await get(running, "safe.test", tmp_path / "eve"))[0] == 403
-    with pytest.raises((ssl.SSLError, ConnectionError)):
+    with pytest.raises((ssl.SSLError, ConnectionError, asyncio.IncompleteReadError)):
         await get(running, "safe.test", tmp_path / "other")
     # A connection that was opened for a name without the check does not help.
     assert (await get(running, "safe.test", tmp_path / "good", sni="free.test"))[0] == 421
@@ -197,3 +199,34 @@ async def test_who_comes_from_a_known_network_needs_no_password_if_any_is_enough
     await running.put(annotated("far", **common, allowlist_source_range="10.0.0.0/8"))
     assert (await running.get("near.test"))[0] == 200
     assert (await running.get("far.test"))[0] == 401
+
+
+async def test_tls_that_passes_through_shows_the_backends_certificate_and_disturbs_nobody(running: Running, tmp_path: Path) -> None:  # noqa: F811
+    ours = Authority("ours")
+    await secure_web(running, "inner", ours.pair("through.test"), tmp_path)
+    await running.expose("a")
+    certificate, key = ours.pair("other.test")
+    await running.client.create(SECRETS, secret("cert", tls_crt=certificate, tls_key=key), "default")
+    await running.put(annotated("other", "cert"))
+    pid = running.controller.proxy.pid
+    # One connection is open all the while, and is served on.
+    reader, writer = await asyncio.open_connection("127.0.0.1", running.listen.http_port)
+    await running.put(annotated("through", target="inner", ssl_passthrough="true"))
+
+    async def names(host: str) -> str:
+        context = ssl.create_default_context(cadata=ours.pem)
+        _reader, connection = await asyncio.open_connection("127.0.0.1", running.listen.https_port, ssl=context, server_hostname=host)
+        found = connection.get_extra_info("peercert")["subject"][0][0][1]
+        connection.close()
+        return str(found)
+
+    assert running.controller.proxy.pid != pid
+    assert (await get(running, "through.test"))[1].endswith("inner / None None")
+    assert [await names(host) for host in ("through.test", "other.test")] == ["through.test", "other.test"]
+    assert (await get(running, "other.test"))[0] == 200
+    assert (await running.get("through.test"))[0] == 308
+    writer.write(b"GET / HTTP/1.1\r\nHost: other.test\r\nConnection: close\r\n\r\n")
+    assert b" 308 " in (await asyncio.wait_for(reader.read(), 5))
+    writer.close()
+    await running.put(annotated("through", target="inner", backend_protocol="HTTPS"))
+    assert (await get(running, "through.test"))[1].endswith("inner / https 127.0.0.1")

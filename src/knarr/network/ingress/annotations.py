@@ -48,6 +48,7 @@ class Behaviour:
       sticky: A client stays with an endpoint, so endpoints must be known.
       other_name: Redirect of a host's twin with or without "www."; its code.
       trusted: Who meets these conditions needs no password.
+      passes_tls: TLS for the host goes to the backend as it is.
       stand_in: A Service that is asked when the wanted one has no endpoints.
       refused_others: Whom the conditions of an allow list keep out is answered 403.
     """
@@ -65,6 +66,7 @@ class Behaviour:
     sticky: bool = False
     other_name: str = ""
     stand_in: str = ""
+    passes_tls: bool = False
     trusted: tuple[Condition, ...] = ()
     problems: list[str] = field(default_factory=list)
 
@@ -79,7 +81,7 @@ def read(ingress: Object, *, tls: bool) -> Behaviour:
         out.problems.append(f"backend-protocol {protocol} is not supported")
     out.problems.extend(f"annotation {name} is not supported" for name in forwarding.NOT_DONE if annotation(ingress, name))
     redirect = annotation(ingress, "ssl-redirect") != "false" and tls
-    if redirect or annotation(ingress, "force-ssl-redirect") == "true":
+    if redirect or annotation(ingress, "force-ssl-redirect") == "true" or annotation(ingress, "ssl-passthrough") == "true":
         out.flags += TO_HTTPS
     out.app_root = annotation(ingress, "app-root")
     if annotation(ingress, "from-to-www-redirect") == "true":
@@ -94,6 +96,7 @@ def read(ingress: Object, *, tls: bool) -> Behaviour:
     # Before the redirects, which are nobody's business who may not come.
     out.actions[:0] = asked
     out.actions.extend(forwarding.actions(ask, object_key(ingress), out.problems))
+    out.passes_tls = ask("ssl-passthrough") == "true"
     out.stand_in = ask("default-backend")
     out.sticky = any(action[0] in ("sticky", "hash") for action in asked)
     return out

@@ -24,7 +24,7 @@ from knarr.aiokits.backoff import Backoff
 from knarr.aiokits.log import get_logger
 from knarr.aiokits.tasks import Tasks
 from knarr.network.ingress.certificates import Certificates
-from knarr.network.ingress.haproxyconfig import VERIFIED, Listen, render, server_line
+from knarr.network.ingress.haproxyconfig import KINDS, VERIFIED, Listen, render, server_line
 from knarr.network.ingress.routes import Routes, Server
 from knarr.network.ingress.script import SCRIPT
 
@@ -72,9 +72,12 @@ class HAProxy:
         self._maps: dict[str, dict[str, str]] = {name: {} for name in MAPS}
         self._certificates = Certificates()
         self._tls = Tls()
-        self._streams: socket.socket | None = None
+        self._sockets: dict[str, list[socket.socket]] = {}
+        self._passing = False
+        self._leaving: list[asyncio.subprocess.Process] = []
         self._process: asyncio.subprocess.Process | None = None
         self._ready = asyncio.Event()
+        self._leave = asyncio.Event()
         self._changing = asyncio.Lock()
         self._tasks = Tasks()
 
@@ -85,14 +88,25 @@ class HAProxy:
 
     def stream_port(self) -> int:
         """The port for TLS of Gateways that may go on undecrypted. It stays the same while we live, across deaths of the child."""
-        return int(self._stream_socket().getsockname()[1])
+        return int(self._listening("streams")[0].getsockname()[1])
 
-    def _stream_socket(self) -> socket.socket:
-        if self._streams is None:
-            place = self._listen.addresses[0]
-            self._streams = socket.create_server(("0.0.0.0" if place == "*" else place, 0), backlog=1024)
-            self._streams.setblocking(False)
-        return self._streams
+    def _listening(self, kind: str) -> list[socket.socket]:
+        """The sockets of a kind. They are ours, so that whoever connects while there is no child waits for the next. Raises OSError."""
+        if kind not in self._sockets:
+            listen, port = self._listen, {"http": self._listen.http_port, "https": self._listen.https_port}.get(kind, 0)
+            places = listen.addresses if port else listen.addresses[:1]
+            made: list[socket.socket] = []
+            try:
+                for place in places:
+                    family = socket.AF_INET6 if ":" in place else socket.AF_INET
+                    made.append(socket.create_server(("" if place == "*" else place, port), family=family, backlog=4096))
+                    made[-1].setblocking(False)
+            except OSError:
+                for one in made:
+                    one.close()
+                raise
+            self._sockets[kind] = made
+        return self._sockets[kind]
 
     async def run(self) -> None:
         """Keep the child running until cancelled; it is gone on return."""
@@ -104,13 +118,15 @@ class HAProxy:
                     await self._run_once()
                 except (HAProxyError, OSError) as error:
                     log.warning("ingress proxy cannot run", error=str(error))
-                self._ready.clear()
-                await backoff.sleep()
+                if not self._leaving or self._leaving[-1] is not self._process:
+                    self._ready.clear()
+                    await backoff.sleep()
         finally:
-            await self._stop()
-            if self._streams is not None:
-                self._streams.close()
-                self._streams = None
+            for process in (*self._leaving, self._process):
+                await _stop(process)
+            for one in (one for kind in self._sockets.values() for one in kind):
+                one.close()
+            self._sockets = {}
             shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _run_once(self) -> None:
@@ -119,11 +135,13 @@ class HAProxy:
             raise HAProxyError("haproxy is not installed (apt-get install haproxy)")
         self._write_files()
         begun_with = self._maps, self._certificates, self._tls
-        config, stream = self._folder / "haproxy.cfg", self._stream_socket().fileno()
-        config.write_text(render(self._folder, self._listen, stream, self._tls.servers))
+        config, sockets = self._folder / "haproxy.cfg", {kind: [one.fileno() for one in self._listening(kind)] for kind in KINDS}
+        config.write_text(render(self._folder, self._listen, sockets, self._tls.servers, passing=self._passing))
+        # A child that leaves may still answer there.
+        (self._folder / "admin.sock").unlink(missing_ok=True)
         self._process = process = await asyncio.create_subprocess_exec(
             binary, "-db", "-f", str(config),
-            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, preexec_fn=_die_with_parent, pass_fds=(stream,),
+            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, preexec_fn=_die_with_parent, pass_fds=[number for numbers in sockets.values() for number in numbers],
         )  # fmt: skip
         noise = bytearray()
         if process.stderr is not None:
@@ -135,7 +153,9 @@ class HAProxy:
                     await self._apply_running(*begun_with)
                     self._ready.set()
                 log.info("ingress proxy runs", pid=process.pid, http_port=self._listen.http_port)
-            await process.wait()
+            await self._ended(process)
+            if process in self._leaving:
+                return
             await self._tasks.wait_idle()
         finally:
             await self._tasks.close()
@@ -155,17 +175,20 @@ class HAProxy:
                 await asyncio.sleep(0.01)
         raise HAProxyError("haproxy does not answer on its socket")
 
-    async def _stop(self) -> None:
-        process = self._process
-        if process is None or process.returncode is not None:
-            return
-        process.send_signal(signal.SIGTERM)
+    async def _ended(self, process: asyncio.subprocess.Process) -> None:
+        """Wait until a child has ended, or has been told to leave when it has answered what it was asked."""
+        ended, told = asyncio.ensure_future(process.wait()), asyncio.ensure_future(self._leave.wait())
         try:
-            async with asyncio.timeout(5):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
+            await asyncio.wait([ended, told], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+            told.cancel()
+        if self._leave.is_set():
+            self._leave.clear()
+            self._leaving = [item for item in self._leaving if item.returncode is None]
+            if process.returncode is None:
+                process.send_signal(signal.SIGUSR1)
+                self._leaving.append(process)
 
     async def wait_ready(self) -> None:
         """Wait until the child answers."""
@@ -183,7 +206,14 @@ class HAProxy:
             if not self._folder.exists():
                 return
             self._write_files()
-            if self._ready.is_set():
+            passing = any("/" not in name for name in routes.streams)
+            if passing != self._passing:
+                # The only change that needs another child: TLS is looked at before it is decrypted, which costs all of it.
+                self._passing = passing
+                if self._ready.is_set():
+                    self._ready.clear()
+                    self._leave.set()
+            elif self._ready.is_set():
                 await self._change(*before)
 
     async def _change(self, before: Mapping[str, dict[str, str]], old: Certificates, tls: Tls) -> None:
@@ -337,6 +367,18 @@ class HAProxy:
                 return (await reader.read()).decode(errors="replace")
         finally:
             writer.close()
+
+
+async def _stop(process: asyncio.subprocess.Process | None) -> None:
+    if process is None or process.returncode is not None:
+        return
+    process.send_signal(signal.SIGTERM)
+    try:
+        async with asyncio.timeout(5):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
 
 
 async def _keep_tail(stream: asyncio.StreamReader, tail: bytearray) -> None:

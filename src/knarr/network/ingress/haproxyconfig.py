@@ -10,7 +10,7 @@ TLS of Gateways that is not looked into comes to a door of its own (`tls`), whic
 from __future__ import annotations
 
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from knarr.network.ingress.routes import NOWHERE, PASS, REFUSE, TERMINATE, TO_HT
 
 LIMITS = {"rps": ("(5s)", "http_req_rate"), "rpm": ("(60s)", "http_req_rate"), "connections": ("", "conn_cur")}
 """Kinds of limits: the table's window and what it counts."""
+KINDS = ("http", "https", "streams")
+"""Of listening sockets: the two usual ones, and one for TLS of Gateways."""
 SECURE, VERIFIED = "secure", "verified"
 """Sections with servers that speak TLS: as the backend wants, and each in a way of its own."""
 
@@ -149,7 +151,10 @@ def _streams(folder: Path) -> str:
     """Sections for TLS that goes on as it is, or decrypted but not looked into."""
     look_up = f"""{_door(folder, "tcp-request content")}
 {_site(folder, "tcp-request content")}
+  tcp-request content set-var(txn.wild) var(txn.host),regsub(^[^.]*,*) if !{{ var(txn.door) -m found }} {{ var(txn.host) -m found }}
   tcp-request content set-var(txn.stream) var(txn.site),map_str({folder}/streams.map)
+  tcp-request content set-var(txn.stream) var(txn.host),map_str({folder}/streams.map) if {{ var(txn.wild) -m found }}
+  tcp-request content set-var(txn.stream) var(txn.wild),map_str({folder}/streams.map) if {{ var(txn.wild) -m found }} !{{ var(txn.stream) -m found }}
   tcp-request content set-var(txn.flags) var(txn.stream),field(1,|)
   tcp-request content set-var(txn.target) var(txn.stream),field(2,|)"""
     return f"""  timeout client 1h
@@ -227,15 +232,18 @@ backend http2{suffix}
 """
 
 
-def render(folder: Path, listen: Listen, stream_socket: int, servers: Mapping[str, Server]) -> str:
+def render(folder: Path, listen: Listen, sockets: Mapping[str, Sequence[int]], servers: Mapping[str, Server], *, passing: bool) -> str:
     """The configuration; but for the servers it never changes while the listening places stay.
 
     Args:
-      stream_socket: Number of the listening socket for TLS of Gateways, which the child inherits.
+      sockets: Numbers of the listening sockets of each of KINDS, which the child inherits.
+      passing: TLS for some names that come to the usual port goes on as it is, so that all of it is looked at first.
     """
-    binds = "\n".join(f"  bind {address}:{listen.http_port}" for address in listen.addresses)
+    binds = "\n".join(f"  bind fd@{number}" for number in sockets["http"])
+    looked_at = [*sockets["streams"], *(sockets["https"] if passing else ())]
     tls = f"ssl crt-list {folder}/certs.list alpn h2,http/1.1"
-    secure = "\n".join(f"  bind {address}:{listen.https_port} {tls}" for address in listen.addresses)
+    secure = "".join(f"  bind fd@{number} {tls}\n" for number in sockets["https"] if not passing)
+    streams = "\n".join(f"  bind fd@{number}" for number in looked_at)
     forward = _forward(folder)
     backends = _verified(folder, servers) + "".join(_backends(seconds) for seconds in (0, *CONNECT_SECONDS))
     # Each connection needs two descriptors, and HAProxy refuses to start with fewer than it was promised.
@@ -268,14 +276,13 @@ frontend http
   http-request set-header X-Forwarded-Proto http
 {forward}
 frontend https
-{secure}
-  bind unix@{folder}/https.sock mode 600 accept-proxy {tls}
+{secure}  bind unix@{folder}/https.sock mode 600 accept-proxy {tls}
 {_route(folder, tls=True)}
   http-request return status 404 content-type text/plain string "default backend - 404" if {{ var(txn.flags) -m sub {ONLY_PLAIN} }}
   http-request set-header X-Forwarded-Proto https
 {forward}
 frontend tls
   mode tcp
-  bind fd@{stream_socket}
+{streams}
 {_streams(folder)}{backends}{_tables()}
 """

@@ -20,7 +20,7 @@ from knarr.api.types import Object
 from knarr.network.ingress import tlsannotations
 from knarr.network.ingress.alternatives import Action, Alternative, Place
 from knarr.network.ingress.annotations import HTTPS_BACKEND, Behaviour, annotation, read
-from knarr.network.ingress.routes import ENDPOINTS, FIRST, Addresses, Routes
+from knarr.network.ingress.routes import ENDPOINTS, FIRST, PASS, Addresses, Routes
 from knarr.network.objects import object_key
 
 CLASS_ANNOTATION = "kubernetes.io/ingress.class"
@@ -85,6 +85,11 @@ class _Builder:
         if any(char in path for char in "\r\n ") or "|" in host or ("|" in path and not behaviour.regex):
             self._problem(f"path {path!r} has characters that cannot be matched")
             return
+        if behaviour.passes_tls and path == "/":
+            if host == "*":
+                self._problem("ssl-passthrough needs a host name")
+            else:
+                self._routes.streams.setdefault(host, f"{PASS}|{target}")
         if host != "*":
             self._routes.hosts[host] = host
             for alias in behaviour.aliases:
