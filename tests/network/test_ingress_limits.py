@@ -227,6 +227,52 @@ async def test_bodies_origins_twins_and_canaries_by_cookie(running: Running) -> 
     assert (await running.get("main.test"))[1].startswith("b ")
 
 
+async def test_a_body_of_unknown_length_is_cut_off_when_it_grows_too_long(running: Running) -> None:  # noqa: F811
+    whole: list[int] = []
+
+    async def collect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await reader.readuntil(b"\r\n\r\n")
+            length = 0
+            while size := int((await reader.readline()).strip() or b"", 16):
+                length += len(await reader.readexactly(size + 2)) - 2
+            whole.append(length)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+            await writer.drain()
+        except (ValueError, asyncio.IncompleteReadError, ConnectionError):
+            whole.append(-1)
+        writer.close()
+
+    web = Web("a")
+    web.server = await asyncio.start_server(collect, own_address(), 0)
+    web.port = web.server.sockets[0].getsockname()[1]
+    svc, part = headless("a", web)
+    await running.client.create(SERVICES, svc, "default")
+    await running.client.create(ENDPOINT_SLICES, part, "default")
+    await put(running, "grows", proxy_body_size="100k")
+
+    async def sent(pieces: int) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.listen.http_port)
+        try:
+            writer.write(b"POST / HTTP/1.1\r\nHost: grows.test\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for _ in range(pieces):
+                writer.write(b"2710\r\n" + b"x" * 10000 + b"\r\n")
+                await writer.drain()
+            writer.write(b"0\r\n\r\n")
+            return (await asyncio.wait_for(reader.read(4096), 10)).split(b"\r\n")[0]
+        except ConnectionError:
+            return b""
+        finally:
+            writer.close()
+
+    assert b"200" in await sent(9)
+    assert b"200" not in await sent(300)
+    async with asyncio.timeout(10):
+        while len(whole) < 2:
+            await asyncio.sleep(0.02)
+    assert whole == [90000, -1]
+
+
 @pytest.mark.parametrize(
     ("password", "stored"),
     [("hello", BCRYPT), ("hello", SHA512), ("secret", "{SHA}5en6G6MezRroT3XKqkdPOmY/BfQ="), ("pw", "{PLAIN}pw")],

@@ -142,8 +142,8 @@ def _forward(folder: Path) -> str:
   http-request set-var(txn.kind) str({SECURE}) if {{ var(txn.flags) -m sub {AS_ASKED} }} {{ ssl_fc }}
   http-request set-var(txn.kind) str(http2) if !{{ var(txn.kind) -m found }} {{ var(txn.flags) -m sub {HTTP2_BACKEND} }}
   use_backend {VERIFIED} if {{ var(txn.server) -m found }}
-  use_backend %[var(txn.kind)]%[var(txn.connect)] if {{ var(txn.kind) -m found }}
-  use_backend plain%[var(txn.connect)] if {{ var(txn.connect) -m found }}
+  use_backend %[var(txn.kind)]%[var(txn.variant)] if {{ var(txn.kind) -m found }}
+  use_backend plain%[var(txn.variant)] if {{ var(txn.variant) -m found }}
   default_backend plain"""
 
 
@@ -216,10 +216,9 @@ def _verified(folder: Path, servers: Mapping[str, Server]) -> str:
 {own}"""
 
 
-def _backends(seconds: int) -> str:
-    """The sections that requests leave through: as they are, with TLS, with HTTP/2; with a time to connect, or 0 for the usual one."""
-    suffix, limit = (f"-{seconds}", f"  timeout connect {seconds}s\n") if seconds else ("", "")
-    common = limit + _COMMON
+def _backends(suffix: str, special: str) -> str:
+    """The sections that requests leave through: as they are, with TLS, with HTTP/2; with what is special about those of a suffix."""
+    common = special + _COMMON
     return f"""backend plain{suffix}
 {common}
   server any 0.0.0.0:0
@@ -245,7 +244,8 @@ def render(folder: Path, listen: Listen, sockets: Mapping[str, Sequence[int]], s
     secure = "".join(f"  bind fd@{number} {tls}\n" for number in sockets["https"] if not passing)
     streams = "\n".join(f"  bind fd@{number}" for number in looked_at)
     forward = _forward(folder)
-    backends = _verified(folder, servers) + "".join(_backends(seconds) for seconds in (0, *CONNECT_SECONDS))
+    variants = [("", ""), ("-sized", "  filter lua.size\n"), *((f"-{seconds}", f"  timeout connect {seconds}s\n") for seconds in CONNECT_SECONDS)]
+    backends = _verified(folder, servers) + "".join(_backends(*kind) for kind in variants)
     # Each connection needs two descriptors, and HAProxy refuses to start with fewer than it was promised.
     connections = max(100, min(20_000, (resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 200) // 2 - 100))
     return f"""global

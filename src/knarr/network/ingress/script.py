@@ -400,13 +400,22 @@ local change = {
   ["judge"] = judge,
   ["hash"] = hash,
   ["size"] = function(txn, action)
-    if (tonumber(header(txn, "content-length") or "0") or 0) > tonumber(action[2]) then refuse(txn, 413, "413 Request Entity Too Large") end
+    local told = tonumber(header(txn, "content-length") or "")
+    if told and told > tonumber(action[2]) then return refuse(txn, 413, "413 Request Entity Too Large") end
+    local method = txn.sf:method()
+    local some = header(txn, "transfer-encoding") or (txn.sf:req_ver() == "2.0" and method ~= "GET" and method ~= "HEAD")
+    if not told and some then
+      txn:set_var("txn.size", tonumber(action[2]))
+      txn:set_var("txn.variant", "-sized")
+    end
   end,
   ["timeout"] = function(txn, action) txn:set_var("txn.timeout", tonumber(action[2])) end,
   ["sticky"] = sticky,
   ["origin"] = origin,
   ["cors"] = cors,
-  ["connect"] = function(txn, action) txn:set_var("txn.connect", "-" .. action[2]) end,
+  ["connect"] = function(txn, action)
+    if not txn:get_var("txn.variant") then txn:set_var("txn.variant", "-" .. action[2]) end
+  end,
   ["once"] = function(txn) txn:set_var("txn.once", 1) end,
   ["mirror-url"] = function(txn, action)
     local held = held_by(txn)
@@ -441,6 +450,31 @@ local change = {
     txn:done(reply)
   end,
 }
+
+-- Counts bodies whose length nobody told, and cuts off those that grow too long.
+local Size = {id = "lua.size", flags = filter.FLT_CFG_FL_HTX}
+Size.__index = Size
+
+function Size:new()
+  return setmetatable({seen = 0}, self)
+end
+
+function Size:start_analyze(txn, channel)
+  if not channel:is_resp() then filter.register_data_filter(self, channel) end
+end
+
+function Size:http_payload(txn, message)
+  if message.channel:is_resp() then return end
+  self.seen = self.seen + message:input()
+  if self.seen > (txn:get_var("txn.size") or 0) then
+    local reply = txn:reply({status = 413})
+    reply:set_body("413 Request Entity Too Large")
+    txn:done(reply)
+    return filter.ERROR
+  end
+end
+
+core.register_filter("size", Size, function(class) return class end)
 
 core.register_action("choose", {"http-req"}, function(txn)
   for _, alternative in ipairs(split(rules:lookup(txn:get_var("txn.target")) or "", ";")) do
