@@ -34,6 +34,7 @@ from bench.network_world import (
     web_server,
 )
 from bench.row import Row
+from knarr.network.direct.services import DirectServices
 from knarr.network.policy.state import PolicyState
 from knarr.network.policy.table import PolicyTable
 from knarr.network.proxy.model import Rendered, render_service
@@ -63,11 +64,19 @@ async def _in_world(work: Callable[[World], Awaitable[list[Row]]]) -> list[Row]:
 async def _one_node(world: World, names: list[str], options: argparse.Namespace) -> list[Row]:
     client, server = await world.pod("client"), await world.pod("server")
     proxy, policy = ProxyTable("knt", world.cluster_cidrs, netns=world.node.path), PolicyTable("knt-policy", netns=world.node.path)
-    proxy.load({"web": _published(server)})
+    published = {"web": _published(server)}
+    proxy.load(published)
     policy.load(PolicyState("here").wanted())
+    direct = DirectServices(world.network.direct, world.cluster_cidrs) if world.network.direct is not None else None
     try:
+        if direct is not None:
+            direct.set_node_addresses([world.node.ip])
+            direct.load({key: rendered.offer for key, rendered in published.items()})
+            direct.attach()
         return await asyncio.to_thread(_against_bridge, world, client, server, names, options)
     finally:
+        if direct is not None:
+            direct.close()
         for table in (proxy, policy):
             table.remove()
             table.close()

@@ -125,6 +125,7 @@ def _add_network(up: argparse.ArgumentParser) -> None:
         "--pod-network", choices=["auto", "cni"], default=None,
         help="who makes the pods' network: auto is the built-in one unless there is a CNI configuration; with cni nodes wait for one, as Flannel's manifest brings it",
     )  # fmt: skip
+    up.add_argument("--direct-path", action=argparse.BooleanOptionalAction, default=None, help="lead packets between pods past the IP stack of their node, where nothing there has to see them (default: yes)")
     up.add_argument("--cni-conf-dir", default=None, metavar="FOLDER", help="where a CNI configuration is looked for, which then replaces the built-in pod network (default: /etc/cni/net.d)")
     up.add_argument("--cni-bin-dir", default=None, metavar="FOLDER[,FOLDER]", help="where its plugins are (default: /opt/cni/bin,/usr/lib/cni)")
     up.add_argument("--dns-upstream", default=None, metavar="SERVER[,SERVER]", help="servers for names outside the cluster (default: those of this machine, as they change); an empty text takes it back")

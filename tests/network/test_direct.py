@@ -259,11 +259,11 @@ def test_rules_of_others_on_the_way_are_found(tmp_path: Path) -> None:
             "iptables -t nat -L; iptables -L; nft add table inet knt-own; nft 'add chain inet knt-own f { type filter hook forward priority 0; }'"
         )
         run("nft add rule inet knt-own f accept; iptables -A INPUT -j ACCEPT")
-        assert watchers(("knt",), str(path)) == []
+        assert watchers(("knt",), str(path)) == {"ip filter INPUT": {1}}
         run("iptables -t nat -A POSTROUTING -s 192.0.2.0/24 -j MASQUERADE")
-        assert watchers(("knt",), str(path)) == ["ip nat POSTROUTING"]
-        run("iptables -t nat -F; iptables -P FORWARD DROP")
-        assert watchers(("knt",), str(path)) == ["ip filter FORWARD"]
+        assert watchers(("knt",), str(path)) == {"ip filter INPUT": {1}, "ip nat POSTROUTING": {4}}
+        run("iptables -t nat -F; iptables -F; iptables -P FORWARD DROP")
+        assert watchers(("knt",), str(path)) == {"ip filter FORWARD": {2}}
     finally:
         netns.delete_named(path)
 
@@ -347,6 +347,25 @@ async def test_node_ports_are_for_the_nodes_own_processes_and_strangers_are_let_
     led.close()
     with refused():
         await ask(world.node, "127.0.0.1", 30080)
+
+
+async def test_what_the_host_asks_of_a_service_is_not_tracked_unless_somebody_may_want_it(world: World, led: DirectServices) -> None:
+    server = await world.pod("server")
+    server.serve("server", 8080)
+    server.serve("server", 8081, family=socket.AF_INET6)
+    led.change({"x/web": Offer({("", 30080): ((server.ip, 8080),), ("fd96::9", 80): ((server.ips[1], 8081),)})})
+    gateway = world.network.gateways[0]
+    assert await ask(world.node, world.node.ip, 30080) == ("server", gateway)
+    assert (await ask(world.node, "fd96::9", 80))[0] == "server"
+    assert tracked(world.node) == set()
+    with world.node.open(socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 7)
+        sock.connect((world.node.ip, 30080))
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == 7
+    assert tracked(world.node) == {(gateway, server.ip)}
+    world.network.direct.hold_host("a firewall")
+    assert await ask(world.node, "fd96::9", 80) == ("server", world.network.gateways[1])
+    assert (world.network.gateways[1], server.ips[1]) in tracked(world.node)
 
 
 async def test_endpoints_outside_of_the_pod_network_make_nobody_slow_unless_they_are_translated_again(

@@ -91,6 +91,8 @@ class ClusterConfig:
     cni_bin_dirs: list[str] = field(default_factory=lambda: ["/opt/cni/bin", "/usr/lib/cni"])
     autopath: bool = False
     """Whether the DNS server walks through search paths for the pods."""
+    direct_path: bool = True
+    """Whether packets between pods may pass by the IP stack of their node, where its kernel can."""
     credential_provider_config: str = ""
     """File or folder that says which plugins give nodes credentials for images; "" for none."""
     credential_provider_bin_dir: str = ""

@@ -190,6 +190,7 @@ def _write(options: JoinOptions, node_name: str, authority: bytes, settings: dic
     config.announce = "auto" if settings.get("announce") else ""
     config.pod_network = settings.get("podNetwork") or config.pod_network
     config.autopath = bool(settings.get("autopath"))
+    config.direct_path = bool(settings.get("directPath", True))
     config.dns_upstreams = list(settings.get("dnsUpstreams") or ())
     config.stub_domains = dict(settings.get("stubDomains") or {})
     low, high = settings["nodePorts"]

@@ -36,12 +36,14 @@ class NetworkOptions:
     dns_upstreams: str | None = None
     stub_domains: tuple[str, ...] = ()
     """DOMAIN=SERVER[,SERVER] each; an empty text takes all of them back."""
+    direct_path: bool | None = None
 
 def read(options: argparse.Namespace) -> NetworkOptions:
     """The parsed options."""
     return NetworkOptions(
         options.service_cidr, options.pod_cidr, options.node_port_range, options.load_balancer_pool, options.announce, options.dns_autopath,
         options.pod_network, options.cni_conf_dir, options.cni_bin_dir, options.dns_upstream, tuple(options.dns_stub_domain),
+        options.direct_path,
     )  # fmt: skip
 
 
@@ -71,6 +73,8 @@ def apply(config: ClusterConfig, options: NetworkOptions, *, fresh: bool) -> boo
         config.announce = "" if options.announce == "off" else options.announce
     if options.autopath is not None:
         config.autopath = options.autopath
+    if options.direct_path is not None:
+        config.direct_path = options.direct_path
     if options.pod_network is not None:
         config.pod_network = options.pod_network
     if options.cni_conf_dir is not None:
@@ -87,7 +91,8 @@ def apply(config: ClusterConfig, options: NetworkOptions, *, fresh: bool) -> boo
 
 def _changeable(config: ClusterConfig) -> tuple[object, ...]:
     dns = config.autopath, tuple(config.dns_upstreams), tuple((name, tuple(servers)) for name, servers in config.stub_domains.items())
-    return config.balancer_range, config.announce, config.pod_network, config.cni_conf_dir, tuple(config.cni_bin_dirs), dns
+    network = config.pod_network, config.cni_conf_dir, tuple(config.cni_bin_dirs), config.direct_path
+    return config.balancer_range, config.announce, network, dns
 
 
 def _servers(name: str, text: str) -> list[str]:

@@ -55,6 +55,7 @@ def settings(config: ClusterConfig) -> dict[str, Any]:
         "announce": config.announce,
         "podNetwork": config.pod_network,
         "autopath": config.autopath,
+        "directPath": config.direct_path,
         "dnsUpstreams": config.dns_upstreams,
         "stubDomains": config.stub_domains,
         "nodePorts": list(config.node_ports),

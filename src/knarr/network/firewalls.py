@@ -32,8 +32,8 @@ _HOOKS = {1: "input", 2: "forward"}
 _FAMILIES = {1: "inet", 2: "ip", 10: "ip6"}
 _SILENT = {"counter", "log", "meta", "limit"}
 """Expressions that decide nothing in a last rule."""
-_ON_THE_WAY = (0, 2, 4)
-"""Hooks that packets between pods pass: prerouting, forward, postrouting."""
+PODS_WAY, HOST_WAY = frozenset((0, 2, 4)), frozenset((0, 1, 3, 4))
+"""Hooks that packets between pods pass (prerouting, forward, postrouting), and those between the host and a pod (input and output for forward)."""
 _OLD = {2: ("ip", "ip_tables_names", 0, 88), 10: ("ip6", "ip6_tables_names", 41, 140)}
 """Family: name, its list of tables, socket level, and where an entry says at which offset its target is."""
 _GET_INFO, _GET_ENTRIES = 64, 65
@@ -81,9 +81,9 @@ def forward_drops(own: tuple[str, ...] = OWN, netns: str | None = None) -> list[
     return [blocker.chain for blocker in blockers(own, netns) if blocker.hook == "forward"]
 
 
-def watchers(own: tuple[str, ...] = OWN, netns: str | None = None) -> list[str]:
-    """Chains with rules of somebody else's that packets between pods pass, whatever they do with them. Raises OSError."""
-    found = []
+def watchers(own: tuple[str, ...] = OWN, netns: str | None = None) -> dict[str, frozenset[int]]:
+    """Chains with rules of somebody else's, whatever those do, and their hooks. Raises OSError."""
+    found = {}
     with open_netlink(netns, NETLINK_NETFILTER) as netlink:
         for family, name in _FAMILIES.items():
             for body in netlink.dump(_GETCHAIN, struct.pack("=BBH", family, 0, 0), "listing chains"):
@@ -92,15 +92,17 @@ def watchers(own: tuple[str, ...] = OWN, netns: str | None = None) -> list[str]:
                     continue
                 hook, chain = dict(attributes(fields[4])), cstring(fields[3])
                 drops = 5 in fields and struct.unpack(">I", fields[5])[0] == 0
-                if struct.unpack(">I", hook[1])[0] in _ON_THE_WAY and (drops or _rules(netlink, family, table, chain)):
-                    found.append(f"{name} {table} {chain}")
+                if drops or _rules(netlink, family, table, chain):
+                    found[f"{name} {table} {chain}"] = frozenset(struct.unpack(">I", hook[1]))
     with entered(netns):
-        return found + [table for family in _OLD for table in _old_tables_with_rules(family)]
+        for family in _OLD:
+            found.update(_old_tables_with_rules(family))
+    return found
 
 
-def _old_tables_with_rules(family: int) -> list[str]:
+def _old_tables_with_rules(family: int) -> dict[str, frozenset[int]]:
     name, listing, level, _target_field = _OLD[family]
-    found = []
+    found = {}
     try:
         with open(f"/proc/thread-self/net/{listing}") as file:
             tables = file.read().split()
@@ -110,7 +112,7 @@ def _old_tables_with_rules(family: int) -> list[str]:
             hooks, entries, size = struct.unpack_from("=I", info, 32)[0], *struct.unpack_from("=II", info, 76)
             # One entry for each hook's policy and one that ends the table are always there.
             if size and entries > hooks.bit_count() + 1:
-                found.append(f"{name} {table}")
+                found[f"{name} {table}"] = frozenset(number for number in range(5) if hooks >> number & 1)
     except OSError as error:
         log.debug("tables of ip_tables cannot be read", family=name, error=str(error))
     return found
@@ -192,11 +194,11 @@ class FirewallWatch:
     Args:
       own: What the names of our own tables begin with, of other clusters as well.
       netns: Path of the node's network namespace; None is the process's.
-      on_watchers: Told after each look whether somebody else's rules see packets between pods.
+      on_watchers: Told after each look at which hooks somebody else's rules see packets.
     """
 
     def __init__(
-        self, client: Client, node_name: str, *, own: tuple[str, ...] = OWN, netns: str | None = None, on_watchers: Callable[[bool], None] | None = None
+        self, client: Client, node_name: str, *, own: tuple[str, ...] = OWN, netns: str | None = None, on_watchers: Callable[[frozenset[int]], None] | None = None
     ) -> None:
         self._recorder = EventRecorder(client, "knarr-network", node_name)
         # As kubelets do: the node's name stands for its uid, so that events of one node are found together.
@@ -219,7 +221,8 @@ class FirewallWatch:
                 try:
                     found = frozenset(await asyncio.to_thread(blockers, self._own, self._netns))
                     if self._on_watchers is not None:
-                        self._on_watchers(bool(await asyncio.to_thread(watchers, self._own, self._netns)))
+                        others = await asyncio.to_thread(watchers, self._own, self._netns)
+                        self._on_watchers(frozenset().union(*others.values()))
                 except OSError as error:
                     log.warning("firewalls of this machine cannot be read", error=str(error))
                     continue

@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import ip_address, ip_network
 
+from knarr.aiokits.log import get_logger
 from knarr.network import conntrack
+from knarr.network.direct.programs import LED_MARK
 from knarr.network.ipam import gateway_of
 from knarr.network.netlink import NETLINK_NETFILTER, NetlinkSocket
-from knarr.network.nftables import Element, ElementBatch, join, packed_address, port_key, protocol_key, run_script, value
+from knarr.network.nftables import Element, ElementBatch, NftError, join, packed_address, port_key, protocol_key, run_script, value
 
-LOOPBACK_MARK = 0x4000
+log = get_logger(__name__)
 
 
 def render(table: str, cluster_cidrs: Sequence[str], pod_cidrs: Sequence[str], link_prefix: str) -> str:
@@ -92,6 +94,19 @@ def _no_host_port(cluster_cidrs: Sequence[str], pod_cidrs: Sequence[str]) -> Ite
             yield f"  {ip} daddr @cluster{version} {ip} daddr != {{ {', '.join(gateways)} }} return"
 
 
+_LED = """table inet {table} {{
+ chain led_in {{
+  type filter hook prerouting priority raw; policy accept;
+{answers}
+ }}
+ chain led_out {{
+  type filter hook output priority raw; policy accept;
+  meta mark & {mark} != 0 notrack
+ }}
+}}
+"""
+"""Segments of the host's own connections that were led to a pod: nothing is to be translated, so nothing is tracked."""
+
 Port = Sequence[str | int]
 """protocol, host address ("" for all), host port, pod address, container port."""
 
@@ -111,6 +126,17 @@ class HostPorts:
         run_script(render(self._table, cluster_cidrs, pod_cidrs, self._link_prefix), self._netns)
         self.ports = {}
         self.change(list(ports), ())
+
+    def leave_led_untracked(self, gateways: Iterable[str]) -> bool:
+        """Add rules for sockets that carry `programs.LED_MARK`, which answer at the gateways' addresses; False where the kernel has them not."""
+        mark = hex(LED_MARK)
+        answers = (f"  {'ip6' if ':' in gateway else 'ip'} daddr {gateway} meta l4proto tcp socket mark & {mark} != 0 notrack" for gateway in gateways)
+        try:
+            run_script(_LED.format(table=self._table, answers="\n".join(answers), mark=mark), self._netns)
+        except NftError as error:
+            log.info("the host's own connections to Services are tracked on this kernel", reason=str(error).splitlines()[0])
+            return False
+        return True
 
     def socket(self) -> NetlinkSocket:
         """The netfilter socket of the namespace."""

@@ -239,9 +239,13 @@ class NodeRoutes:
                 messages += self._tunnel(netlink, peer, network, source)
         netlink.send(*messages)
 
-    def _tell_direct(self, cidr: str, index: int = 0, mac: str = "") -> None:
-        if (direct := self._network.direct) is not None:
-            direct.set_peer(cidr, index, mac, tunnel_mac(self._network.pod_cidrs[0]) if index else "")
+    def _tell_direct(self, cidr: str, mac: str = "", device: rtnl.Link | None = None) -> None:
+        if (direct := self._network.direct) is None:
+            return
+        if device is None:
+            direct.set_peer(cidr)
+        else:
+            direct.set_peer(cidr, device.index, mac, device.mac, device.mtu)
 
     def _drop_stale_device(self, netlink: NetlinkSocket) -> None:
         """A device of an earlier life of this node, whose pod CIDR was another, would refuse what is sent to this one."""
@@ -259,7 +263,7 @@ class NodeRoutes:
         end = self._peers.get(self._behind(peer)) or peer
         index = self._ensure_device(netlink, end)
         mac = tunnel_mac(end.pod_cidrs[0])
-        self._tell_direct(str(network), index, mac)
+        self._tell_direct(str(network), mac, rtnl.link(netlink, self._device))
         # The peer's own address in its pod CIDR serves as the neighbour behind the tunnel.
         neighbour = network.network_address + 1
         return [

@@ -232,7 +232,10 @@ class BridgeNetwork:
             held: list[Port] = [port for lease in self._addresses.leases.values() for port in lease.ports]
             self._host_ports.install(self.cluster_cidrs, self.pod_cidrs, held)
             run_inside(self.netns, self._sysctls.ensure_tracking)
-            self._adopt_links()
+            if self.direct is not None:
+                self._adopt_links(self.direct)
+                if self._host_ports.leave_led_untracked(self.gateways):
+                    self.direct.release_host("rules")
         except Exception as error:
             self._why_not = str(error)
             raise
@@ -281,15 +284,14 @@ class BridgeNetwork:
         # Packets to unused pod addresses must not wander to the default route; the bridge without ports swallows them.
         write(f"net/ipv4/conf/{self.bridge}/route_localnet", "1")
 
-    def _adopt_links(self) -> None:
+    def _adopt_links(self, direct: DirectPath) -> None:
         """Let pods that are there already take this process's direct path instead of a former one's."""
-        if self.direct is None or self._addresses is None:
-            return
+        assert self._addresses is not None
         indexes = {link.name: link.index for link in rtnl.links(self._socket())}
         for lease in self._addresses.leases.values():
             if (index := indexes.get(lease.link)) is not None:
                 self._watch_link(index)
-                self._go_directly(self.direct, lease.sandbox_id, index)
+                self._go_directly(direct, lease.sandbox_id, index)
 
     # Pods
 

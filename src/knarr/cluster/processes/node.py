@@ -153,7 +153,7 @@ class Node:
             table=f"knarr{config.suffix}-net",
             link_prefix=f"kp{config.slot}-",
             # Until policies are in force and other firewalls are looked for.
-            direct=path.available(None, (_POLICIES, _FIREWALLS)),
+            direct=path.available(None, (_POLICIES, _FIREWALLS), (_FIREWALLS,)) if config.direct_path else None,
         )
 
     def make_runtime(self, network: BridgeNetwork | PluginNetwork) -> EmbeddedRuntime | GRPCRuntime:
@@ -276,11 +276,12 @@ class Node:
 
     async def watch_firewalls(self, client: Client, direct: DirectPath | None) -> None:
         """Tell which firewalls of this machine may stop pods; packets that any of them looks at must pass it."""
-        from knarr.network.firewalls import FirewallWatch
+        from knarr.network.firewalls import HOST_WAY, PODS_WAY, FirewallWatch
 
-        def settle(watched: bool) -> None:
+        def settle(watched: frozenset[int]) -> None:
             if direct is not None:
-                (direct.hold if watched else direct.release)(_FIREWALLS)
+                (direct.hold if watched & PODS_WAY else direct.release)(_FIREWALLS)
+                (direct.hold_host if watched & HOST_WAY else direct.release_host)(_FIREWALLS)
 
         await FirewallWatch(client, self.node.name, on_watchers=settle).run()
 

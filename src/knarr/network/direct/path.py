@@ -48,15 +48,17 @@ class DirectPath:
     Args:
       netns: Path of the node's network namespace; None is the process's.
       held: Reasons to hold everything until they are released.
+      host_held: Reasons to track the connections of the host's own processes to Services; "rules" until its pod network has rules for it.
 
     Raises:
       OSError: this kernel has not what is needed (eBPF with redirection to peers, 5.10 and later).
     """
 
-    def __init__(self, netns: str | None = None, held: Iterable[str] = ()) -> None:
+    def __init__(self, netns: str | None = None, held: Iterable[str] = (), host_held: Iterable[str] = ()) -> None:
         self._netns = netns
         self._lock = threading.RLock()
         self._held = set(held)
+        self._host_held = {"rules", *host_held}
         self._pods: dict[str, _Pod] = {}
         self._by_address: dict[str, _Pod] = {}
         self._isolated: frozenset[str] = frozenset()
@@ -68,7 +70,7 @@ class DirectPath:
             self._prefixes = self._map("peers", LPM_TRIE, 20, programs.PEERS_VALUE.size, _MAX_PEERS)
             self.plain = self._map("plain", HASH, programs.ADDRESS_PORT.size, 4, _MAX_PLAIN)
             self.members = self._map("members", HASH, 8, 4, _PLACES * 2)
-            state = self._map("state", ARRAY, 4, programs.STATE_BYTES, 1, MAPPABLE)
+            self.state = state = self._map("state", ARRAY, 4, programs.STATE_BYTES, 1, MAPPABLE)
             self._state = state.memory()
             self._from_pod = Program("from_pod", CLASSIFIER, programs.from_pod(self._addresses, self._prefixes, self.plain, state))
             self._from_tunnel = Program("from_tunnel", CLASSIFIER, programs.from_tunnel(self._addresses, state))
@@ -140,14 +142,14 @@ class DirectPath:
         """Put the program at the tunnel's device; idempotent."""
         netlink.send(*rtnl.classify(index, self._from_tunnel.fd, "from_tunnel"))
 
-    def set_peer(self, cidr: str, index: int = 0, mac: str = "", own_mac: str = "") -> None:
-        """Where pods of another node are: behind a tunnel's device, or (index 0) wherever the IP stack knows."""
+    def set_peer(self, cidr: str, index: int = 0, mac: str = "", own_mac: str = "", mtu: int = 0) -> None:
+        """Where pods of another node are: behind a tunnel's device that carries packets of up to `mtu` bytes, or (index 0) wherever the IP stack knows."""
         network = ip_network(cidr)
         raw = [bytes.fromhex(text.replace(":", "")) or bytes(6) for text in (mac, own_mac)]
         key = struct.pack("=I", network.prefixlen + (96 if network.version == 4 else 0)) + programs.packed(str(network.network_address))
         with self._lock:
             if self._maps:
-                self._prefixes.set(key, programs.PEERS_VALUE.pack(index, *raw))
+                self._prefixes.set(key, programs.PEERS_VALUE.pack(index, *raw, mtu))
                 self._peers[cidr] = key
 
     def drop_peer(self, cidr: str) -> None:
@@ -195,6 +197,18 @@ class DirectPath:
             self._held.discard(reason)
             self._settle()
 
+    def hold_host(self, reason: str) -> None:
+        """Connections that the host's own processes begin are tracked from now on."""
+        with self._lock:
+            self._host_held.add(reason)
+            self._state[programs.HOST_SWITCH] = 0
+
+    def release_host(self, reason: str) -> None:
+        """Take a reason back."""
+        with self._lock:
+            self._host_held.discard(reason)
+            self._state[programs.HOST_SWITCH] = not self._host_held
+
     @property
     def open(self) -> bool:
         """Whether pods that are not held themselves go directly now."""
@@ -223,10 +237,10 @@ class DirectPath:
             return pod is not None and self.open and self._state[at : at + 2] == b"\0\0"
 
 
-def available(netns: str | None, held: Iterable[str]) -> DirectPath | None:
+def available(netns: str | None, held: Iterable[str], host_held: Iterable[str]) -> DirectPath | None:
     """A direct path, or None where the kernel has not what it needs, which is logged."""
     try:
-        return DirectPath(netns, held)
+        return DirectPath(netns, held, host_held)
     except OSError as error:
         log.info("pods have no direct path on this kernel", reason=str(error).splitlines()[0])
         return None

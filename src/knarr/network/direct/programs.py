@@ -4,9 +4,9 @@ Role: `path` and `services` own the maps and attach what is assembled here. Addr
 IPv4 mapped (::ffff:a.b.c.d), so one map serves both families.
 
     pods      address -> link, place in `state`, hardware address           pods of this node
-    peers     longest prefix -> link (0: leave it to the IP stack), hardware addresses      pods of other nodes
+    peers     longest prefix -> link (0: leave it to the IP stack), hardware addresses, MTU   pods of other nodes
     plain     address . port -> 1            destinations outside of the pod network that nobody translates
-    state     one byte array: switch at 0; from a pod's place on: translated, held
+    state     one byte array: switches of pods and of the host at 0 and 1; from a pod's place on: translated, held
     members   cookie of a network namespace -> POD or HOST
     services  address . port -> number, count of endpoints, whether only for the host
     endpoints number . index -> address . port
@@ -17,7 +17,9 @@ which neither needs tracking go straight into the other's namespace, or into the
 request that leaves the pod network may come to be translated by the node, and then answers must pass the node's
 tracking: from it on the sender is `translated`, and all of its segments take the stack.
 `from_tunnel` does the same for what other nodes send. `connect` leads a socket that is about to connect to a Service to
-one of its endpoints at once, so that nothing is to be translated; `peer_name` tells the program what it asked for.
+one of its endpoints at once, so that nothing is to be translated; `peer_name` tells the program what it asked for. The
+host's own segments pass its stack in any case; sockets of the host that were led are marked, so that rules (`podnet`)
+can keep their segments out of tracking.
 Invariants: a program that does not know leaves the packet or socket as it is.
 Source: the division is that of Cilium's socket load balancer and eBPF host routing; linux/include/uapi/linux/bpf.h.
 """
@@ -34,6 +36,7 @@ from knarr.network.direct.assembler import (
     DOUBLE,
     EQUAL,
     FRAME,
+    GETSOCKOPT,
     GREATER,
     HALF,
     NETNS_COOKIE,
@@ -43,6 +46,7 @@ from knarr.network.direct.assembler import (
     R2,
     R3,
     R4,
+    R5,
     R6,
     R7,
     R8,
@@ -50,6 +54,8 @@ from knarr.network.direct.assembler import (
     RANDOM,
     REDIRECT,
     REDIRECT_PEER,
+    SETSOCKOPT,
+    SHIFT_RIGHT,
     SOCKET_COOKIE,
     UPDATE,
     WORD,
@@ -58,16 +64,20 @@ from knarr.network.direct.assembler import (
 from knarr.network.direct.bpf import Map
 
 POD, HOST = 1, 2
+LED_MARK = 0x1000
+"""Mark of the host's sockets whose connection needs no tracking."""
+_SOL_SOCKET, _SO_MARK = 1, 36
 STATE_BYTES, PLACE_BYTES = 65536, 8
+HOST_SWITCH = 1
 TRANSLATED, HELD = 0, 1
 """Bytes of a pod's place."""
 PODS_VALUE, PEERS_VALUE, ADDRESS_PORT, SERVICE, ENDPOINT_KEY = (
-    struct.Struct("=II6s2x"), struct.Struct("=I6s6s"), struct.Struct("=16s2s2x"), struct.Struct("=III"), struct.Struct("=II"),
+    struct.Struct("=II6s2x"), struct.Struct("=I6s6sI"), struct.Struct("=16s2s2x"), struct.Struct("=III"), struct.Struct("=II"),
 )  # fmt: skip
 FORMER_BYTES = 40
 
 _PASS = -1
-_PACKET, _END, _LINK = 76, 80, 40
+_LENGTH, _LINK, _PACKET, _END, _SEGMENT = 0, 40, 76, 80, 176
 _USER4, _USER6, _PORT, _PROTOCOL = 4, 8, 24, 36
 _TCP = 6
 _MAPPED = -0x10000 if struct.pack("=H", 1) == b"\x01\x00" else 0xFFFF
@@ -75,8 +85,9 @@ _MAPPED = -0x10000 if struct.pack("=H", 1) == b"\x01\x00" else 0xFFFF
 _MAPPED_PREFIX = bytes(10) + b"\xff\xff"
 _ETHERNET = 14
 _NODE_MAC_WORD, _NODE_MAC_HALF = 0xEEEEEEEE - (1 << 32), 0xEEEE
-# Places on the stack of `from_pod`: the source, and the destination as the key of three maps (prefix length before, port behind).
-_SOURCE, _PREFIX, _DESTINATION, _DESTINATION_PORT, _FLAGS = -48, -28, -24, -8, -4
+# Places on the stack of `from_pod`: the length of both headers, the source, the destination as the key of three maps (prefix length
+# before, port behind), and the segment's flags.
+_HEADERS, _SOURCE, _PREFIX, _DESTINATION, _DESTINATION_PORT, _FLAGS = -56, -48, -28, -24, -8, -4
 
 
 def packed(address: str) -> bytes:
@@ -116,6 +127,8 @@ def _parse_tcp(code: Code, header: int) -> None:
         HALF, FRAME, _DESTINATION_PORT + 2, 0
     )
     code.load(BYTE, R3, R7, _ETHERNET + header + 13).store(BYTE, FRAME, _FLAGS, R3)
+    code.load(BYTE, R3, R7, _ETHERNET + header + 12).compute(AND, R3, 0xF0).compute(SHIFT_RIGHT, R3, 2).compute(ADD, R3, header)
+    code.store(DOUBLE, FRAME, _HEADERS, R3)
 
 
 def _into_pod(code: Code) -> None:
@@ -146,6 +159,10 @@ def from_pod(pods: Map, peers: Map, plain: Map, state: Map) -> bytes:
     code.label("elsewhere").store_number(WORD, FRAME, _PREFIX, 128).lookup(peers.fd, _PREFIX, "outside")
     code.load(BYTE, R1, R9, 0).jump_if(R1, EQUAL, 0, "pass").load(HALF, R1, R8, 0).jump_if(R1, NOT_EQUAL, 0, "pass")
     code.load(WORD, R4, R0, 0).jump_if(R4, EQUAL, 0, "pass")
+    # Who sends more than the tunnel carries must hear of it, from the stack.
+    code.load(WORD, R1, R6, _LENGTH).compute(ADD, R1, -_ETHERNET).load(WORD, R2, R6, _SEGMENT).jump_if(R2, EQUAL, 0, "whole")
+    code.load(DOUBLE, R1, FRAME, _HEADERS).add(R1, R2).label("whole")
+    code.load(WORD, R2, R0, 16).jump_if_register(R1, GREATER, R2, "pass")
     code.load(WORD, R1, R0, 4).store(WORD, R7, 0, R1).load(HALF, R1, R0, 8).store(HALF, R7, 4, R1)
     code.load(HALF, R1, R0, 10).store(HALF, R7, 6, R1).load(WORD, R1, R0, 12).store(WORD, R7, 8, R1)
     code.copy(R1, R4).set(R2, 0).call(REDIRECT).exit()
@@ -165,7 +182,7 @@ def from_tunnel(pods: Map, state: Map) -> bytes:
 
 
 # Places on the stack of `connect`: a cookie, what is asked for, an endpoint's key, a value of `former`.
-_COOKIE, _ASKED, _CHOSEN, _FORMER = -8, -32, -40, -80
+_COOKIE, _ASKED, _CHOSEN, _FORMER, _KIND, _MARK = -8, -32, -40, -80, -88, -92
 
 
 def _asked(code: Code, version: int, place: int) -> None:
@@ -189,13 +206,14 @@ def _answer(code: Code, version: int, source: int, offset: int) -> None:
     code.load(HALF, R3, source, offset + 16).store(WORD, R6, _PORT, R3)
 
 
-def connect(version: int, members: Map, services: Map, endpoints: Map, former: Map) -> bytes:
+def connect(version: int, members: Map, services: Map, endpoints: Map, former: Map, state: Map) -> bytes:
     """Hook of connect() in sockets of a family; those of IPv6 may name mapped addresses."""
     code = Code()
     code.copy(R6, R1).load(WORD, R1, R6, _PROTOCOL).jump_if(R1, NOT_EQUAL, _TCP, "pass")
     code.copy(R1, R6).call(NETNS_COOKIE).store(DOUBLE, FRAME, _COOKIE, R0).lookup(members.fd, _COOKIE, "pass").load(WORD, R7, R0, 0)
     _asked(code, version, _ASKED)
     code.lookup(services.fd, _ASKED, "pass").load(WORD, R8, R0, 0).load(WORD, R9, R0, 4)
+    code.store(DOUBLE, FRAME, _KIND, R7)
     code.load(WORD, R1, R0, 8).jump_if(R1, EQUAL, 0, "ours").jump_if(R7, NOT_EQUAL, HOST, "pass").label("ours")
     code.call(RANDOM).remainder(R0, R9).store(WORD, FRAME, _CHOSEN, R8).store(WORD, FRAME, _CHOSEN + 4, R0)
     code.lookup(endpoints.fd, _CHOSEN, "pass").copy(R7, R0)
@@ -205,6 +223,14 @@ def connect(version: int, members: Map, services: Map, endpoints: Map, former: M
     code.copy(R1, R6).call(SOCKET_COOKIE).store(DOUBLE, FRAME, _COOKIE, R0)
     code.map(R1, former.fd).copy(R2, FRAME).compute(ADD, R2, _COOKIE).copy(R3, FRAME).compute(ADD, R3, _FORMER).set(R4, 0).call(UPDATE)
     _answer(code, version, R7, 0)
+    code.load(DOUBLE, R1, FRAME, _KIND).jump_if(R1, NOT_EQUAL, HOST, "pass")
+    code.memory(R1, state.fd).load(BYTE, R1, R1, HOST_SWITCH).jump_if(R1, EQUAL, 0, "pass")
+    # A mark of somebody else's is left as it is.
+    for helper in (GETSOCKOPT, SETSOCKOPT):
+        code.store_number(WORD, FRAME, _MARK, LED_MARK if helper == SETSOCKOPT else 0)
+        code.copy(R1, R6).set(R2, _SOL_SOCKET).set(R3, _SO_MARK).copy(R4, FRAME).compute(ADD, R4, _MARK).set(R5, 4).call(helper)
+        if helper == GETSOCKOPT:
+            code.jump_if(R0, NOT_EQUAL, 0, "pass").load(WORD, R1, FRAME, _MARK).jump_if(R1, NOT_EQUAL, 0, "pass")
     return code.label("pass").set(R0, 1).exit().assemble()
 
 

@@ -72,7 +72,7 @@ class DirectServices:
             self._endpoints = self._map("endpoints", HASH, programs.ENDPOINT_KEY.size, programs.ADDRESS_PORT.size, _MAX_ENDPOINTS)
             former = self._map("former", LRU_HASH, 8, programs.FORMER_BYTES, _SOCKETS, 0)
             for version, connect, name in ((4, bpf.CONNECT4, bpf.PEERNAME4), (6, bpf.CONNECT6, bpf.PEERNAME6)):
-                code = programs.connect(version, path.members, self._services, self._endpoints, former)
+                code = programs.connect(version, path.members, self._services, self._endpoints, former, path.state)
                 self._parts.append(Program("connect", bpf.SOCKET_ADDRESS, code, connect))
                 self._parts.append(Program("peer_name", bpf.SOCKET_ADDRESS, programs.peer_name(version, former), name))
         except BaseException:
