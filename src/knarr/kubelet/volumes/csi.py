@@ -435,6 +435,9 @@ class CSIVolumes:
             await self._call(driver, "NodeUnpublishVolume", "NodeUnpublishVolumeRequest", request)
             with contextlib.suppress(OSError):
                 os.rmdir(data["target"])
+            if os.path.dirname(data["target"]) != folder:
+                with contextlib.suppress(OSError):
+                    os.rmdir(os.path.dirname(data["target"]))
         staging = data.get("staging")
         if not staging:
             _forget(folder)
