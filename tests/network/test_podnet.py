@@ -264,3 +264,20 @@ async def test_udp_flows_to_a_host_port_follow_its_next_pod(world):
         pod.serve(name, 53, udp=True)
         assert (await ask(world.client, address, 7070, **flow))[0] == name
         await world.network.teardown(world.pods[-1][1])
+
+
+async def test_connections_to_an_address_that_the_node_has_left_end_at_once(world):
+    pod = await world.pod("a")
+    world.node.serve("node", 6443)
+    with world.node.open(socket.SOCK_STREAM) as door, pod.open(socket.SOCK_STREAM) as sock:
+        door.bind((world.node.ip, 6444))
+        door.listen()
+        sock.settimeout(3)
+        await asyncio.to_thread(sock.connect, (world.node.ip, 6444))
+        await world.network.change_address(world.node.ip, "192.168.77.9")
+        sock.send(b"?")
+        with pytest.raises(ConnectionResetError):
+            await asyncio.to_thread(sock.recv, 1)
+    # Back again, as a laptop at home.
+    await world.network.change_address("192.168.77.9", world.node.ip)
+    assert (await ask(pod, world.node.ip, 6443))[0] == "node"

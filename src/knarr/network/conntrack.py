@@ -19,9 +19,9 @@ from knarr.network.netlink import NLM_F_CREATE, NLM_F_EXCL, Message, NetlinkErro
 
 _SUBSYSTEM = 1 << 8
 _NEW, _GET, _DELETE = _SUBSYSTEM, _SUBSYSTEM | 1, _SUBSYSTEM | 2
-_TUPLE_ORIGINAL, _TUPLE_REPLY, _ZONE, _FILTER = 1, 2, 18, 25
+_TUPLE_ORIGINAL, _TUPLE_REPLY, _STATUS, _ZONE, _STATUS_MASK = 1, 2, 3, 18, 26
 TCP, UDP = 6, 17
-_SEEN_REPLY, _ASSURED, _CONFIRMED = 2, 4, 8
+_SEEN_REPLY, _ASSURED, _CONFIRMED, _SOURCE_TRANSLATED, _TARGET_TRANSLATED = 2, 4, 8, 0x10, 0x20
 _ESTABLISHED, _BE_LIBERAL = 3, 8
 _ADOPTED_SECONDS = 86400
 
@@ -34,7 +34,6 @@ class Flow:
         "original",
         "reply_address",
         "reply_port",
-        "reply_target_address",
         "source_address",
         "target_address",
         "target_port",
@@ -45,7 +44,7 @@ class Flow:
         self.family = family
         self.original = original
         self.zone = zone
-        self.source_address = self.target_address = self.reply_address = self.reply_target_address = ""
+        self.source_address = self.target_address = self.reply_address = ""
         self.target_port = self.reply_port = 0
 
 
@@ -76,18 +75,23 @@ def udp_flows(netlink: NetlinkSocket) -> list[Flow]:
     return _flows(netlink, lambda original: _protocol(original) == UDP)
 
 
-def _flows(netlink: NetlinkSocket, wanted: Callable[[memoryview], bool]) -> list[Flow]:
+def _flows(netlink: NetlinkSocket, wanted: Callable[[memoryview], bool], status: int = 0) -> list[Flow]:
+    """Flows whose original tuple is wanted and that have one of the status bits, if any are given."""
     found: list[Flow] = []
+    # Kernels before 5.15 do not choose by status, but send everything.
+    chosen = be32(_STATUS, status) + be32(_STATUS_MASK, status) if status.bit_count() == 1 else b""
     for family in (socket.AF_INET, socket.AF_INET6):
-        for body in netlink.dump(_GET, struct.pack("=BBH", family, 0, 0), "listing tracked flows"):
+        for body in netlink.dump(_GET, struct.pack("=BBH", family, 0, 0) + chosen, "listing tracked flows"):
             fields = dict(attributes(body, 4))
+            if status and not int.from_bytes(fields.get(_STATUS, b""), "big") & status:
+                continue
             original = fields.get(_TUPLE_ORIGINAL)
             reply = fields.get(_TUPLE_REPLY)
             if original is None or reply is None or not wanted(original):
                 continue
             flow = Flow(family, bytes(original), bytes(fields[_ZONE]) if _ZONE in fields else None)
             flow.source_address, flow.target_address, _kind, _port, flow.target_port = _tuple(original)
-            flow.reply_address, flow.reply_target_address, _kind, flow.reply_port, _port = _tuple(reply)
+            flow.reply_address, _target, _kind, flow.reply_port, _port = _tuple(reply)
             found.append(flow)
     return found
 
@@ -129,10 +133,9 @@ def forget_translated(netlink: NetlinkSocket, address: str) -> int:
 
 def translated_tcp_sources(netlink: NetlinkSocket) -> set[str]:
     """Who began TCP connections whose other end, or whose own address, is another on the way."""
-    found = set()
-    for flow in _flows(netlink, lambda original: _protocol(original) == TCP):
-        if flow.reply_address != flow.target_address or flow.reply_target_address != flow.source_address:
-            found.add(flow.source_address)
+    found: set[str] = set()
+    for translated in (_SOURCE_TRANSLATED, _TARGET_TRANSLATED):
+        found |= {flow.source_address for flow in _flows(netlink, lambda original: _protocol(original) == TCP, translated)}
     return found
 
 
@@ -146,7 +149,7 @@ def adopt(netlink: NetlinkSocket, connections: Iterable[Connection]) -> None:
         liberal = struct.pack("=BB", _BE_LIBERAL, _BE_LIBERAL)
         state = nested(1, u8(1, _ESTABLISHED), attribute(4, liberal), attribute(5, liberal))
         body = struct.pack("=BBH", family, 0, 0) + nested(_TUPLE_ORIGINAL, *there) + nested(_TUPLE_REPLY, *back)
-        body += be32(3, _SEEN_REPLY | _ASSURED | _CONFIRMED) + nested(4, state) + be32(7, _ADOPTED_SECONDS)
+        body += be32(_STATUS, _SEEN_REPLY | _ASSURED | _CONFIRMED) + nested(4, state) + be32(7, _ADOPTED_SECONDS)
         messages.append(Message(_NEW, NLM_F_CREATE | NLM_F_EXCL, body, "tracking a living connection"))
     for start in range(0, len(messages), 100):
         netlink.send(*messages[start : start + 100], ignore=(errno.EEXIST,))

@@ -222,7 +222,7 @@ class FirewallWatch:
                     found = frozenset(await asyncio.to_thread(blockers, self._own, self._netns))
                     if self._on_watchers is not None:
                         others = await asyncio.to_thread(watchers, self._own, self._netns)
-                        self._on_watchers(frozenset().union(*others.values()))
+                        await asyncio.to_thread(self._on_watchers, frozenset().union(*others.values()))
                 except OSError as error:
                     log.warning("firewalls of this machine cannot be read", error=str(error))
                     continue

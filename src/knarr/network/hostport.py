@@ -16,8 +16,19 @@ from knarr.aiokits.log import get_logger
 from knarr.network import conntrack
 from knarr.network.direct.programs import LED_MARK
 from knarr.network.ipam import gateway_of
-from knarr.network.netlink import NETLINK_NETFILTER, NetlinkSocket
-from knarr.network.nftables import Element, ElementBatch, NftError, join, packed_address, port_key, protocol_key, run_script, value
+from knarr.network.netlink import NETLINK_NETFILTER, NetlinkError, NetlinkSocket
+from knarr.network.nftables import (
+    Element,
+    ElementBatch,
+    NftError,
+    StateMismatch,
+    join,
+    packed_address,
+    port_key,
+    protocol_key,
+    run_script,
+    value,
+)
 
 log = get_logger(__name__)
 
@@ -95,9 +106,13 @@ def _no_host_port(cluster_cidrs: Sequence[str], pod_cidrs: Sequence[str]) -> Ite
 
 
 _LED = """table inet {table} {{
+ set former4 {{ type ipv4_addr; flags timeout; timeout 1h; }}
+ set former6 {{ type ipv6_addr; flags timeout; timeout 1h; }}
  chain led_in {{
   type filter hook prerouting priority raw; policy accept;
 {answers}
+  ip daddr @former4 ip saddr @own4 meta l4proto tcp tcp flags & syn == 0 reject with tcp reset
+  ip6 daddr @former6 ip6 saddr @own6 meta l4proto tcp tcp flags & syn == 0 reject with tcp reset
  }}
  chain led_out {{
   type filter hook output priority raw; policy accept;
@@ -105,7 +120,8 @@ _LED = """table inet {table} {{
  }}
 }}
 """
-"""Segments of the host's own connections that were led to a pod: nothing is to be translated, so nothing is tracked."""
+"""Segments of the host's own connections that were led to a pod: nothing is to be translated, so nothing is tracked. What pods go on sending
+to a former address of the host, where they were led, is refused, so that their programs notice."""
 
 Port = Sequence[str | int]
 """protocol, host address ("" for all), host port, pod address, container port."""
@@ -137,6 +153,18 @@ class HostPorts:
             log.info("the host's own connections to Services are tracked on this kernel", reason=str(error).splitlines()[0])
             return False
         return True
+
+    def change_address(self, old: str, new: str) -> None:
+        """The host has another address: end connections that pods have to the old one."""
+        left, taken = ElementBatch(self._table), ElementBatch(self._table)
+        left.add(f"former{6 if ':' in old else 4}", [Element(packed_address(old))])
+        taken.delete(f"former{6 if ':' in new else 4}", [Element(packed_address(new))])
+        for batch in (left, taken):
+            try:
+                batch.commit(self.socket())
+            except (StateMismatch, NetlinkError) as error:
+                # The new one was not left before, or the kernel has no such rules: connections end by themselves then.
+                log.debug("former addresses", old=old, new=new, error=str(error))
 
     def socket(self) -> NetlinkSocket:
         """The netfilter socket of the namespace."""

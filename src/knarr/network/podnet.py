@@ -168,6 +168,10 @@ class BridgeNetwork:
         """Free what belongs to sandboxes that are not among `living` (ids); returns their ids."""
         return await self._run(lambda: self._recover(living))
 
+    async def change_address(self, old: str, new: str) -> None:
+        """The node has another address; connections of pods to the old one end at once instead of hanging."""
+        await self._run(lambda: self._host_ports.change_address(old, new))
+
     def _table_lost(self) -> None:
         if len(self._tasks) == 0:
             self._tasks.spawn(self.start(), "pod network: write the table anew")

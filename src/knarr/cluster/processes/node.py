@@ -233,7 +233,7 @@ class Node:
                 if direct is not None:
                     group.create_task(self.open_direct_path(direct, policy), name="direct-path")
                 if not self.node.ip:
-                    group.create_task(relocation.follow(self.address, lambda _old, new: self.move(new, kubelet)), name="relocation")
+                    group.create_task(relocation.follow(self.address, lambda _old, new: self.move(new, kubelet, network)), name="relocation")
                 announcing = self.announce_balancers(network_client, informers) if self.announces else self.leave_announcing(kubelet_client)
                 group.create_task(announcing, name="announce")
         finally:
@@ -244,8 +244,10 @@ class Node:
             await kubelet_client.close()
             await network_client.close()
 
-    async def move(self, address: str, kubelet: Kubelet) -> None:
+    async def move(self, address: str, kubelet: Kubelet, network: BridgeNetwork | PluginNetwork) -> None:
         """The machine has another address, so this node has."""
+        from knarr.network.plugins import PluginNetwork
+
         old, self.address = self.address, address
         self.second = nodes.second_address(self.config, self.node)
         if not self.config.joined:
@@ -255,6 +257,8 @@ class Node:
         with netns.open_netlink(None, NETLINK_NETFILTER) as netlink:
             # Connections of pods to what was there hang otherwise, until their programs give them up.
             forgotten = conntrack.forget_translated(netlink, old)
+        if not isinstance(network, PluginNetwork):
+            await network.change_address(old, address)
         log.info("node has another address", address=address, connections_forgotten=forgotten)
 
     @property

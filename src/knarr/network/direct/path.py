@@ -51,7 +51,7 @@ class DirectPath:
       host_held: Reasons to track the connections of the host's own processes to Services; "rules" until its pod network has rules for it.
 
     Raises:
-      OSError: this kernel has not what is needed (eBPF with redirection to peers, 5.10 and later).
+      OSError: this kernel has not what is needed (eBPF with redirection to peers and numbers of namespaces, Linux 5.14).
     """
 
     def __init__(self, netns: str | None = None, held: Iterable[str] = (), host_held: Iterable[str] = ()) -> None:
