@@ -1,8 +1,8 @@
 """Priority and fairness: which requests may run at once, and whose turn it is when not all may.
 
 Requests are classified by the FlowSchemas, lowest matchingPrecedence first, into a priority level and, within it, a flow.
-A level has seats in proportion to its shares, and lends what it does not use (flowlevels.py); who finds none waits in a bounded
-queue per flow, and flows take turns.
+A level has seats in proportion to its shares, and lends what it does not use (flowlevels.py); who finds none waits in one of its queues, which
+are bounded, dealt to flows by shuffle sharding, and served fairly (flowqueues.py).
 Reads answered from memory do not wait for anything and are only classified. Long-running requests take no seat.
 
 Owner: APIServer. Input: the FlowSchema and PriorityLevelConfiguration stores. Full: 429 with Retry-After.
@@ -24,7 +24,8 @@ from knarr.api.resources import FLOW_SCHEMAS
 from knarr.api.types import Object
 from knarr.apiserver import flowdebug
 from knarr.apiserver.attributes import Attributes, UserInfo
-from knarr.apiserver.flowlevels import ADJUSTMENT_SECONDS, PriorityLevel, adjust, shares_of
+from knarr.apiserver.flowlevels import ADJUSTMENT_SECONDS, Place, PriorityLevel, adjust, shares_of
+from knarr.apiserver.flowqueues import ESTIMATED_SECONDS, Queue, QueueSet
 from knarr.apiserver.instruments import Histograms
 from knarr.apiserver.metrics import family
 from knarr.apiserver.requestinfo import RequestInfo
@@ -38,6 +39,7 @@ STATUS_MANAGER = "api-priority-and-fairness-config-consumer-v1"
 LONG_SUBRESOURCES = frozenset({"exec", "attach", "portforward", "log", "proxy"})
 MOST_CLASSIFIED = 4096
 WAIT_BOUNDS = (0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30)
+LENGTH_BOUNDS = (0, 10, 25, 50, 100, 250, 500, 1000)
 
 
 FlowKey = tuple[UserInfo, str, str, str, str, str, str]
@@ -66,10 +68,12 @@ class Classified:
 class _Counts:
     """Of one FlowSchema in one level."""
 
-    __slots__ = ("dispatched", "executing", "rejected", "served", "turned_away", "waiting")
+    __slots__ = ("dispatched", "executing", "lengths", "rejected", "seconds", "served", "turned_away", "waiting")
 
-    def __init__(self, waits: Histograms, schema: str, level: str) -> None:
+    def __init__(self, waits: Histograms, lengths: Histograms, seconds: Histograms, schema: str, level: str) -> None:
         self.dispatched = self.executing = self.waiting = 0
+        self.lengths = lengths.at(schema, level)
+        self.seconds = seconds.at(schema, level, "regular")
         self.rejected: dict[str, int] = {}
         self.served = waits.at("true", schema, level)
         self.turned_away = waits.at("false", schema, level)
@@ -78,7 +82,7 @@ class _Counts:
 class Seat:
     """One request's place: enter before, leave in the end."""
 
-    __slots__ = ("_counts", "arrived", "attributes", "classified", "path", "started")
+    __slots__ = ("_counts", "_place", "arrived", "attributes", "classified", "path", "started", "waits_in")
 
     def __init__(self, classified: Classified, attributes: Attributes, path: str, arrived: float) -> None:
         self.classified = classified
@@ -88,11 +92,14 @@ class Seat:
         self.started = 0.0
         """By the loop's clock; 0 while it waits."""
         self._counts = classified.counts
+        self._place: Place | None = None
+        self.waits_in: Queue | None = None
 
     def enter_nowait(self) -> bool:
         """Take a seat if one is free."""
         level = self.classified.level
-        if not level.enter_nowait():
+        self._place = level.enter_nowait(self.classified.flow)
+        if self._place is None:
             return False
         counts = self._counts
         counts.dispatched += 1
@@ -112,25 +119,36 @@ class Seat:
         level.present.add(self)
         counts.waiting += 1
         try:
-            await level.enter(self.classified.flow)
+            self._place = await level.enter(self.classified.flow, self._queued)
         except BaseException as error:
             level.present.discard(self)
-            reason = "cancelled" if not isinstance(error, errors.StatusError) else "time-out" if level.timed_out > full else "queue-full"
+            reason = "cancelled"
+            if isinstance(error, errors.StatusError):
+                reason = "time-out" if level.timed_out > full else "queue-full" if level.queuing else "concurrency-limit"
             counts.rejected[reason] = counts.rejected.get(reason, 0) + 1
             counts.turned_away.observe(loop.time() - begin)
             raise
         finally:
             counts.waiting -= 1
+            self.waits_in = None
         self.started = loop.time()
         counts.dispatched += 1
         counts.executing += 1
         counts.served.observe(self.started - begin)
 
-    def leave(self) -> None:
+    def _queued(self, queue: Queue) -> None:
+        self.waits_in = queue
+        self._counts.lengths.observe(len(queue.waiting))
+
+    def leave(self, now: float) -> None:
         level = self.classified.level
-        self._counts.executing -= 1
+        counts = self._counts
+        counts.executing -= 1
+        counts.seconds.observe(now - self.started)
         level.present.discard(self)
-        level.leave()
+        place, self._place = self._place, None
+        if place is not None:
+            level.leave(place)
 
 
 class FlowControl:
@@ -148,6 +166,16 @@ class FlowControl:
         self._waits = Histograms(
             "apiserver_flowcontrol_request_wait_duration_seconds", "[BETA] Length of time a request spent waiting in its queue",
             ("execute", "flow_schema", "priority_level"), WAIT_BOUNDS,
+        )  # fmt: skip
+        self._lengths = Histograms(
+            "apiserver_flowcontrol_request_queue_length_after_enqueue",
+            "[ALPHA] Length of queue in the API Priority and Fairness subsystem, as seen by each request after it is enqueued",
+            ("flow_schema", "priority_level"), LENGTH_BOUNDS,
+        )  # fmt: skip
+        self._seconds = Histograms(
+            "apiserver_flowcontrol_request_execution_seconds",
+            "[ALPHA] Duration of initial stage (for a WATCH) or any (for a non-WATCH) stage of request execution in the API Priority and Fairness "
+            "subsystem", ("flow_schema", "priority_level", "type"), WAIT_BOUNDS,
         )  # fmt: skip
         self._counts: dict[tuple[str, str], _Counts] = {}
         """(FlowSchema, level) -> its counts."""
@@ -228,7 +256,7 @@ class FlowControl:
     def _counts_of(self, schema: str, level: str) -> _Counts:
         found = self._counts.get((schema, level))
         if found is None:
-            found = self._counts[schema, level] = _Counts(self._waits, schema, level)
+            found = self._counts[schema, level] = _Counts(self._waits, self._lengths, self._seconds, schema, level)
         return found
 
     def admit(self, request: Request, info: RequestInfo, attributes: Attributes) -> Seat | None:
@@ -295,7 +323,9 @@ class FlowControl:
                     "[BETA] Number of requests executed by API Priority and Fairness subsystem", [(labels, counts.dispatched) for labels, counts in flows]),
             *family(prefix + "rejected_requests_total", "counter", "[BETA] Number of requests rejected by API Priority and Fairness subsystem",
                     [(f'{labels},reason="{reason}"', count) for labels, counts in flows for reason, count in counts.rejected.items()]),
-            *self._waits.lines(),
+            *family(prefix + "current_inqueue_seats", "gauge", f"[ALPHA] Number of seats currently pending in queues of {in_system[3:]}",
+                    [(labels, counts.waiting) for labels, counts in flows]),
+            *self._waits.lines(), *self._lengths.lines(), *self._seconds.lines(),
         ]  # fmt: skip
         levels = [(f'priority_level="{level.name}"', level) for level in self._levels.values()]
         by_level: tuple[tuple[str, str, Callable[[PriorityLevel], float]], ...] = (
@@ -307,11 +337,35 @@ class FlowControl:
             ("demand_seats_average", "[ALPHA] Time-weighted average, over last adjustment period, of demand_seats", lambda one: one.demand.average),
             ("demand_seats_stdev", "[ALPHA] Time-weighted standard deviation, over last adjustment period, of demand_seats", lambda one: one.demand.deviation),
             ("demand_seats_smoothed", "[ALPHA] Smoothed seat demands", lambda one: one.demand.smoothed),
+            ("target_seats", "[ALPHA] Seat allocation targets", lambda one: one.target),
+            ("request_concurrency_limit", "[ALPHA] Nominal number of execution seats configured for each priority level", lambda one: one.nominal),
         )
         for name, text, value in by_level:
             lines += family(prefix + name, "gauge", text, [(labels, value(level)) for labels, level in levels])
+        lines += self._meters(prefix)
         text = "[ALPHA] Fair fraction of server's concurrency to allocate to each priority level that can use it"
         return [*lines, *family(prefix + "seat_fair_frac", "gauge", text, [("", self._fair)])]
+
+
+    def _meters(self, prefix: str) -> list[str]:
+        """Return how far the queues of each level have got."""
+        queued = [(f'priority_level="{level.name}"', level.set) for level in self._levels.values() if level.set is not None]
+        lines: list[str] = []
+        readings: tuple[tuple[str, str, Callable[[QueueSet], float]], ...] = (
+            ("current_r", "R(time of last change)", lambda one: one.meter),
+            ("dispatch_r", "R(time of last dispatch)", lambda one: one.dispatched_at),
+            ("latest_s", "S(most recently dispatched request)", lambda one: one.latest),
+        )
+        for name, text, value in readings:
+            lines += family(prefix + name, "gauge", f"[ALPHA] {text}", [(labels, value(one)) for labels, one in queued])
+        oldest = "S(oldest waiting request in queue)"
+        for name, text, discount in (("next_s_bounds", oldest, 0.0), ("next_discounted_s_bounds", f"{oldest} - estimated work in progress", ESTIMATED_SECONDS)):
+            samples = [
+                (f'bound="{bound}",{labels}', place) for labels, one in queued if one.waiting
+                for bound, place in zip(("min", "max"), one.bounds(discount), strict=True)
+            ]  # fmt: skip
+            lines += family(prefix + name, "gauge", f"[ALPHA] min and max, over queues, of {text}", samples)
+        return lines
 
 
 def _with_dangling(schema: Object, level: str, exists: bool) -> Object:

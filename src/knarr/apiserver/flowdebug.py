@@ -1,17 +1,16 @@
 """/debug/api_priority_and_fairness/: tables of levels, queues and requests, for people.
 
-Flows have queues of their own here, made when somebody waits, so a level's queues are numbered in the order of their next turn.
-
 Source: apiserver util/flowcontrol/apf_controller_debug.go.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from knarr.apiserver.flowlevels import PriorityLevel
+from knarr.apiserver.flowqueues import ESTIMATED_SECONDS, Queue
 
 if TYPE_CHECKING:
     from knarr.apiserver.flow import Seat
@@ -50,34 +49,38 @@ def levels(found: Sequence[PriorityLevel], leaving: frozenset[str]) -> bytes:
     for level in sorted(found, key=lambda one: one.name):
         idle = not level.inside and not level.waiting
         rows.append((
-            level.name, len(level.waiting_by_flow), _flag(idle), _flag(level.name in leaving), level.waiting, level.inside, level.dispatched,
+            level.name, sum(1 for _ in _active(level)), _flag(idle), _flag(level.name in leaving), level.waiting, level.inside, level.dispatched,
             level.rejected, level.timed_out, level.cancelled,
         ))  # fmt: skip
     return table(rows)
 
 
 def queues(found: Sequence[PriorityLevel]) -> bytes:
-    """One line for each queue with somebody in it; all take one seat each."""
+    """One line for each queue; all requests take one seat each."""
     rows: list[Sequence[object]] = [QUEUE_COLUMNS]
     for level in found:
-        for index, (flow, count) in enumerate(level.waiting_by_flow.items()):
-            running = sum(1 for seat in level.present if seat.started and seat.classified.flow == flow)
-            rows.append((level.name, index, count, running, running, "0.00000000ss", count, count, "0.00000000ss"))
+        for queue in level.set.queues if level.set is not None else ():
+            count, running = len(queue.waiting), queue.running
+            rows.append((
+                level.name, queue.index, count, running, running, f"{queue.next_dispatch:.8f}ss", count, count, f"{count * ESTIMATED_SECONDS:.8f}ss",
+            ))  # fmt: skip
     return table(rows)
+
+
+def _active(level: PriorityLevel) -> Iterator[Queue]:
+    return (queue for queue in (level.set.queues if level.set is not None else ()) if queue.waiting or queue.running)
 
 
 def requests(found: Sequence[PriorityLevel], *, details: bool) -> bytes:
     """One line for each request that waits or runs."""
     rows: list[Sequence[object]] = [(*REQUEST_COLUMNS, *DETAIL_COLUMNS) if details else REQUEST_COLUMNS]
     for level in found:
-        order = list(level.waiting_by_flow)
-        places = dict.fromkeys(order, 0)
+        places: dict[int, int] = {}
         for seat in sorted(level.present, key=lambda one: one.arrived):
-            queue, place = -1, -1
-            flow = seat.classified.flow
-            if not seat.started and flow in places:
-                queue, place = order.index(flow), places[flow]
-                places[flow] += 1
+            queue = seat.waits_in.index if seat.waits_in is not None else -1
+            place = -1
+            if queue >= 0:
+                place = places[queue] = places.get(queue, -1) + 1
             rows.append(_request(level, seat, queue, place, details=details))
     return table(rows)
 

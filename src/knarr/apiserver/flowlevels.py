@@ -1,21 +1,21 @@
-"""Seats of the priority levels: taking one, waiting for one in fair turns, and lending what a level does not use.
+"""Seats of the priority levels: taking one, waiting for one in a queue (flowqueues.py), and lending what a level does not use.
 
 Every ADJUSTMENT_SECONDS each level's limit is worked out anew between what it keeps in any case and what it may borrow at most, in
 proportion to the demand of the last while. Owner: FlowControl. Bound: the queues of each level; full means 429 with Retry-After.
 
-Source: apiserver util/flowcontrol (apf_controller.go updateBorrowing, conc_alloc.go, fairqueuing); KEP-1040.
+Source: apiserver util/flowcontrol (apf_controller.go updateBorrowing, conc_alloc.go, fairqueuing/queueset); KEP-1040.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from knarr.api import errors
 from knarr.api.types import Object
+from knarr.apiserver.flowqueues import Queue, QueueSet
 
 if TYPE_CHECKING:
     from knarr.apiserver.flow import Seat
@@ -62,6 +62,16 @@ class Demand:
         self._since, self._sum, self._squares, self._peak = self._at, 0.0, 0.0, self._seats
 
 
+class Place:
+    """What a request has while it runs."""
+
+    __slots__ = ("queue", "since")
+
+    def __init__(self, queue: Queue | None, since: float) -> None:
+        self.queue = queue
+        self.since = since
+
+
 class PriorityLevel:
     """Seats, and the queues before them."""
 
@@ -73,17 +83,21 @@ class PriorityLevel:
         """The limit for now."""
         self.nominal = self.least = self.most = 0
         """The limit as configured, what is left of it when all is lent that may be, and what it becomes with all that may be borrowed."""
+        self.target = 0.0
+        """What it was to have at the last adjustment, if others did not want it."""
         self.inside = 0
-        self.waiting = 0
         self.rejected = self.dispatched = self.timed_out = self.cancelled = 0
-        self.queues = 0
-        self.demand = Demand(clock or asyncio.get_running_loop().time)
+        self._clock = clock or asyncio.get_running_loop().time
+        self.demand = Demand(self._clock)
         self.present: set[Seat] = set()
         """Requests that wait or run."""
-        self._flow_limit = 0
-        self._total_limit = 0
-        self._queues: dict[str, deque[asyncio.Future[None]]] = {}
-        """Flows with somebody waiting, in the order of their next turn."""
+        self.queuing = False
+        """Whether who finds no seat may wait for one."""
+        self.set: QueueSet | None = None
+
+    @property
+    def waiting(self) -> int:
+        return self.set.waiting if self.set is not None else 0
 
     def configure(self, obj: Object, total_seats: int, total_shares: int) -> None:
         """Take the settings of a PriorityLevelConfiguration; the limit for now becomes the nominal one when that changes."""
@@ -100,89 +114,96 @@ class PriorityLevel:
             self.seats = nominal if self.exempt else max(1, nominal)
         response = own.get("limitResponse") or {}
         queuing = response.get("queuing") or {}
-        if response.get("type") == "Queue":
-            length = queuing.get("queueLengthLimit") or 50
-            self.queues = queuing.get("queues") or 64
-            self._flow_limit = length * (queuing.get("handSize") or 8)
-            self._total_limit = length * self.queues
-        else:
-            self.queues = self._flow_limit = self._total_limit = 0
+        self.queuing = not self.exempt and response.get("type") == "Queue"
+        if self.queuing:
+            settings = (queuing.get("queues") or 64, queuing.get("handSize") or 8, queuing.get("queueLengthLimit") or 50)
+            if self.set is None:
+                self.set = QueueSet(self._clock, *settings)
+            else:
+                self.set.configure(*settings)
         self.limit_to(self.seats)
 
     def limit_to(self, seats: int) -> None:
         """Change the limit for now; those who wait get what is free."""
         self.seats = seats
-        while self.inside < self.seats and self._queues:
-            self._next()
+        if self.set is not None:
+            self.set.seats = seats
+        self._dispatch()
 
-    @property
-    def waiting_by_flow(self) -> dict[str, int]:
-        return {flow: len(queue) for flow, queue in self._queues.items()}
-
-    def enter_nowait(self) -> bool:
+    def enter_nowait(self, flow: str) -> Place | None:
         """Take a seat if one is free."""
-        if self.exempt or (self.inside < self.seats and not self._queues):
-            self.inside += 1
-            self.dispatched += 1
-            self.demand.change(1)
-            return True
-        return False
+        found = self.set
+        if not self.exempt and (self.inside >= self.seats or (found is not None and found.waiting)):
+            return None
+        self.inside += 1
+        self.dispatched += 1
+        self.demand.change(1)
+        if found is None or not self.queuing:
+            return Place(None, 0.0)
+        queue = found.pick(flow)
+        found.run(queue)
+        return Place(queue, self._clock())
 
-    async def enter(self, flow: str) -> None:
-        """Take a seat, waiting for it if need be. Raises 429."""
-        if self.enter_nowait():
-            return
-        queue = self._queues.get(flow)
-        if self.waiting >= self._total_limit or (queue is not None and len(queue) >= self._flow_limit):
+    async def enter(self, flow: str, queued: Callable[[Queue], None] | None = None) -> Place:
+        """Take a seat, waiting for it if need be.
+
+        Args:
+          flow: "schema/distinguisher".
+          queued: called with the queue that the request has been put into.
+
+        Raises:
+          StatusError: 429.
+        """
+        place = self.enter_nowait(flow)
+        if place is not None:
+            return place
+        found = self.set
+        queue = found.pick(flow) if found is not None and self.queuing else None
+        if found is None or queue is None or len(queue.waiting) >= found.length:
             self.rejected += 1
             raise errors.too_many_requests(FULL, 1)
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queues.setdefault(flow, deque()).append(waiter)
-        self.waiting += 1
+        waiter = found.wait(queue, asyncio.get_running_loop().create_future())
+        if queued is not None:
+            queued(queue)
         self.demand.change(1)
         try:
             async with asyncio.timeout(QUEUE_WAIT_SECONDS):
-                await waiter
+                await waiter.future
         except BaseException as error:
-            if waiter.done() and not waiter.cancelled():
-                self.leave()
+            if waiter.future.done() and not waiter.future.cancelled():
+                self.leave(Place(queue, self._clock()))
             else:
-                self._forget(flow, waiter)
+                if not waiter.gone:
+                    found.forget(waiter)
+                self.demand.change(-1)
             if isinstance(error, TimeoutError):
                 self.rejected += 1
                 self.timed_out += 1
                 raise errors.too_many_requests(FULL, 1) from None
             self.cancelled += 1
             raise
+        return Place(queue, self._clock())
 
-    def _forget(self, flow: str, waiter: asyncio.Future[None]) -> None:
-        queue = self._queues.get(flow)
-        if queue is not None and waiter in queue:
-            queue.remove(waiter)
-            self.waiting -= 1
-            self.demand.change(-1)
-            if not queue:
-                del self._queues[flow]
-
-    def leave(self) -> None:
-        """Give a seat back; the next flow's first gets it."""
+    def leave(self, place: Place) -> None:
+        """Give a seat back; it goes to whose turn it is."""
         self.inside -= 1
         self.demand.change(-1)
-        if self._queues and self.inside < self.seats:
-            self._next()
+        if place.queue is not None and self.set is not None:
+            self.set.finish(place.queue, self._clock() - place.since)
+        self._dispatch()
 
-    def _next(self) -> None:
-        flow = next(iter(self._queues))
-        queue = self._queues.pop(flow)
-        waiter = queue.popleft()
-        self.waiting -= 1
-        if queue:
-            # Back to the end of the line: each flow one at a time.
-            self._queues[flow] = queue
-        self.inside += 1
-        self.dispatched += 1
-        if not waiter.done():
-            waiter.set_result(None)
+    def _dispatch(self) -> None:
+        found = self.set
+        while found is not None and found.waiting and self.inside < self.seats:
+            waiter = found.next()
+            if waiter.future.cancelled():
+                # In this very moment; he does not know of it yet.
+                waiter.gone = True
+                found.finish(waiter.queue, 0.0)
+                continue
+            self.inside += 1
+            self.dispatched += 1
+            waiter.future.set_result(None)
 
 
 def shares_of(obj: Object) -> int:
@@ -226,6 +247,8 @@ def adjust(levels: Sequence[PriorityLevel]) -> float:
     else:
         claims = [Claim(wanted[level.name], level.most, max(wanted[level.name], level.demand.smoothed)) for level in limited]
         limits, fair = share_out(total, claims)
+    for level in limited:
+        level.target = max(wanted[level.name], level.demand.smoothed)
     for level, limit in zip(limited, limits, strict=True):
         level.limit_to(max(1, round(limit)))
     return fair

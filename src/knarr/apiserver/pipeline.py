@@ -200,7 +200,7 @@ class Pipeline:
                 await self._route(request, info, attributes, user)
             finally:
                 if seat is not None:
-                    seat.leave()
+                    seat.leave(server.loop.time())
         except StatusError as error:
             if trace is not None:
                 trace.failed(error)
