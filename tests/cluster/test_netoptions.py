@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from knarr.cluster import config as cluster_config
-from knarr.cluster import netoptions, nodes
+from knarr.cluster import netoptions, nodes, tokens
 from knarr.cluster.config import ClusterConfig, ConfigError
 from knarr.cluster.netoptions import NetworkOptions
 from knarr.network import pool
@@ -38,6 +38,8 @@ def test_ranges_of_two_families_are_kept_and_decide_what_follows_from_them(confi
     assert netoptions.apply(config, NetworkOptions(balancer_pool="192.0.2.240-192.0.2.250", announce="auto"), fresh=False)
     assert config.announce == "auto"
     assert netoptions.apply(config, NetworkOptions(announce="off"), fresh=False)
+    assert netoptions.apply(config, NetworkOptions(pod_network="cni"), fresh=False)
+    assert tokens.settings(config)["podNetwork"] == "cni"
     assert config.announce == ""
 
 
