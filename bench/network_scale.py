@@ -18,6 +18,7 @@ from bench.row import Row
 from knarr.aiokits.tasks import Tasks
 from knarr.api.resources import ENDPOINT_SLICES, SERVICES
 from knarr.api.types import Object
+from knarr.network.direct.services import available
 from knarr.network.policy.model import compile_policy, read_pod
 from knarr.network.policy.state import PolicyState
 from knarr.network.policy.table import PolicyTable
@@ -55,7 +56,10 @@ def many(count: int) -> list[tuple[Object, Object]]:
 async def _proxied(world: World, table: str, objects: list[tuple[Object, Object]]) -> AsyncIterator[tuple[ServiceProxy, FedInformers, float]]:
     """A proxy that has loaded these Services, and how long that took it."""
     informers = FedInformers()
-    proxy = ServiceProxy(None, informers, node_name="here", table=table, pod_cidrs=world.cluster_cidrs, netns=world.node.path)  # type: ignore[arg-type]
+    direct = available(world.network.direct, world.cluster_cidrs) if world.network.direct is not None else None
+    proxy = ServiceProxy(
+        None, informers, node_name="here", table=table, pod_cidrs=world.cluster_cidrs, netns=world.node.path, direct=direct,  # type: ignore[arg-type]
+    )  # fmt: skip
     proxy._recorder = Recorder()  # type: ignore[assignment]
     informers.put(SERVICES, *(item for item, _part in objects))
     informers.put(ENDPOINT_SLICES, *(part for _item, part in objects))
