@@ -80,6 +80,10 @@ def render_service(gateway: Object, listeners: Sequence[Listener]) -> Object:
         "allocateLoadBalancerNodePorts": False,
         "ipFamilyPolicy": "SingleStack",
         "ipFamilies": ["IPv4"],
+        # There is one endpoint. But connections to Services with affinity are translated on their way, never when they are begun, so
+        # that the proxy can ask where they were meant to go.
+        "sessionAffinity": "ClientIP",
+        "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 60}},
         "ports": [{"name": f"p{port}", "port": port, "protocol": "TCP", "targetPort": port} for port in ports],
     }
     if asked := _asked(gateway):
@@ -103,6 +107,10 @@ def render_slice(gateway: Object, listeners: Sequence[Listener], ports: Ports) -
         "metadata": metadata,
         "addressType": "IPv4",
         "endpoints": [{"addresses": [ports.address], "conditions": {"ready": True}}],
+        # There is one endpoint. But connections to Services with affinity are translated on their way, never when they are begun, so
+        # that the proxy can ask where they were meant to go.
+        "sessionAffinity": "ClientIP",
+        "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": 60}},
         "ports": [{"name": f"p{port}", "port": place, "protocol": "TCP"} for port, place in sorted(to.items())],
     }
 

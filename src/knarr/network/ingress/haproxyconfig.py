@@ -97,6 +97,7 @@ def _route(folder: Path, *, tls: bool) -> str:
 {_limits()}
   http-request wait-for-body time 2s if {{ var(txn.mirror) -m found }}
   http-request lua.mirror if {{ var(txn.mirror) -m found }}
+  http-response set-header Server knarr unless {{ res.hdr(Server) -m found }}
   http-response lua.stand_in if {{ var(txn.errors) -m found }}
   http-response lua.answered if {{ var(txn.after) -m found }}"""
 
