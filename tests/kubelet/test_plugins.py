@@ -278,33 +278,32 @@ async def _publish_claim(bench: Bench, handle: str, *, attach: bool = False) -> 
     await bench.client.patch(PERSISTENT_VOLUME_CLAIMS, "c", bench.namespace, {"status": status}, type="merge", subresource="status")
 
 
-@pytest.mark.parametrize(
-    ("failing", "code", "undone"),
-    [
+async def test_only_what_a_driver_may_have_done_is_undone(bench: Bench, driver: CSIDriver) -> None:
+    await _publish_claim(bench, "h")
+    volumes = [{"name": "v", "persistentVolumeClaim": {"claimName": "c"}}]
+    for failing, code, undone in (
         ("NodeStageVolume", "INVALID_ARGUMENT", []),
         ("NodeStageVolume", "UNAVAILABLE", ["NodeUnstageVolume"]),
         ("NodePublishVolume", "INVALID_ARGUMENT", ["NodeUnstageVolume"]),
         ("NodePublishVolume", "UNAVAILABLE", ["NodeUnpublishVolume", "NodeUnstageVolume"]),
-    ],
-)
-async def test_only_what_a_driver_may_have_done_is_undone(bench: Bench, driver: CSIDriver, failing: str, code: str, undone: list[str]) -> None:
-    driver.faults[failing] = code
-    await _publish_claim(bench, "h")
-    await bench.run("p", "true", container={"volumeMounts": [{"name": "v", "mountPath": "/v"}]}, volumes=[{"name": "v", "persistentVolumeClaim": {"claimName": "c"}}])
-    async with asyncio.timeout(10):
-        while [n for n, _ in driver.calls].count(failing) < 2:
-            await asyncio.sleep(0.02)
-    staged = next(m for n, m in driver.calls if n == "NodeStageVolume")
-    assert staged["volume_capability"]["access_mode"] == {"mode": 1}, "the driver does not tell one pod from many"
-    await bench.client.delete(PODS, "p", bench.namespace, grace_period_seconds=0)
-    await bench.until_gone("p")
-    async with asyncio.timeout(10):
-        while [n for n, _ in driver.calls if n in ("NodeUnpublishVolume", "NodeUnstageVolume")] != undone:
-            await asyncio.sleep(0.02)
-    left = bench.folder / "kubelet" / "plugins" / "kubernetes.io" / "csi" / "test.csi"
-    async with asyncio.timeout(10):
-        while left.exists() and list(left.iterdir()):
-            await asyncio.sleep(0.02)
+    ):
+        driver.faults = {failing: code}
+        driver.calls.clear()
+        await bench.run("p", "true", container={"volumeMounts": [{"name": "v", "mountPath": "/v"}]}, volumes=volumes)
+        async with asyncio.timeout(10):
+            while [n for n, _ in driver.calls].count(failing) < 2:
+                await asyncio.sleep(0.02)
+        staged = next(m for n, m in driver.calls if n == "NodeStageVolume")
+        assert staged["volume_capability"]["access_mode"] == {"mode": 1}, "the driver does not tell one pod from many"
+        await bench.client.delete(PODS, "p", bench.namespace, grace_period_seconds=0)
+        await bench.until_gone("p")
+        async with asyncio.timeout(10):
+            while [n for n, _ in driver.calls if n in ("NodeUnpublishVolume", "NodeUnstageVolume")] != undone:
+                await asyncio.sleep(0.02)
+        left = bench.folder / "kubelet" / "plugins" / "kubernetes.io" / "csi" / "test.csi"
+        async with asyncio.timeout(10):
+            while left.exists() and list(left.iterdir()):
+                await asyncio.sleep(0.02)
 
 
 async def test_a_volume_is_staged_anew_when_all_mounts_are_gone(bench: Bench, driver: CSIDriver) -> None:
