@@ -73,5 +73,7 @@ VOLUME_ATTACHMENTS = builtin("storage.k8s.io", "v1", "volumeattachments")
 VOLUME_ATTRIBUTES_CLASSES = builtin("storage.k8s.io", "v1", "volumeattributesclasses")
 
 # Served only on request (--runtime-config).
+CLUSTER_TRUST_BUNDLES = builtin("certificates.k8s.io", "v1beta1", "clustertrustbundles")
+POD_CERTIFICATE_REQUESTS = builtin("certificates.k8s.io", "v1alpha1", "podcertificaterequests")
 DEVICE_TAINT_RULES = builtin("resource.k8s.io", "v1alpha3", "devicetaintrules")
 STORAGE_VERSION_MIGRATIONS = builtin("storagemigration.k8s.io", "v1alpha1", "storageversionmigrations")

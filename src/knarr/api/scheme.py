@@ -17,7 +17,9 @@ from knarr.api.facts import read_fact
 _EMPTY: Mapping[str, "Subresource"] = MappingProxyType({})
 
 # Off by default in 1.35; what works with them is there once they are served.
-_OPTIONAL = ("storagemigration.k8s.io/v1alpha1", "resource.k8s.io/v1alpha3")
+_OPTIONAL = ("storagemigration.k8s.io/v1alpha1", "resource.k8s.io/v1alpha3", "certificates.k8s.io/v1beta1", "certificates.k8s.io/v1alpha1")
+# Served in a later version of the same group alone.
+_OUTDATED = frozenset({"certificates.k8s.io/v1alpha1/clustertrustbundles"})
 
 # One kind served under two groups or versions is stored once; the store key follows the storage side.
 _STORED_AS = {("events.k8s.io", "events"): ""}
@@ -176,7 +178,7 @@ def _build_optional(facts: dict[str, Any]) -> Scheme:
         for name, entry in facts["groups"].items()
         if (versions := tuple(version for version in entry["versions"] if f"{name}/{version}" in _OPTIONAL))
     ]
-    keys = [(key, _split(key)) for key in facts["resources"]]
+    keys = [(key, _split(key)) for key in facts["resources"] if key not in _OUTDATED]
     resources = [_resource(*parts, facts["resources"][key]) for key, parts in keys if f"{parts[0]}/{parts[1]}" in _OPTIONAL]
     return Scheme(resources, groups)
 

@@ -75,7 +75,7 @@ _GATES = (
 )
 
 
-SWITCHABLE = frozenset({"DRADeviceTaints", "MaxUnavailableStatefulSet", "StorageVersionMigrator"})
+SWITCHABLE = frozenset({"ClusterTrustBundle", "DRADeviceTaints", "MaxUnavailableStatefulSet", "PodCertificateRequest", "StorageVersionMigrator"})
 
 
 def parse(text: str) -> dict[str, bool]:

@@ -52,11 +52,15 @@ CONTROLLERS: dict[str, str] = {
     "selinux-warning-controller": "volume.selinuxwarning:SELinuxWarningController",
     "device-taint-eviction-controller": "devicetainteviction:DeviceTaintEvictionController",
     "storage-version-migrator-controller": "storageversionmigrator:StorageVersionMigrator",
+    "podcertificaterequest-cleaner-controller": "trust:PodCertificateRequestCleaner",
+    "kube-apiserver-serving-clustertrustbundle-publisher-controller": "trust:ServingTrustPublisher",
 }
 
 GATES: dict[str, str] = {
     "device-taint-eviction-controller": "DRADeviceTaints",
     "storage-version-migrator-controller": "StorageVersionMigrator",
+    "podcertificaterequest-cleaner-controller": "PodCertificateRequest",
+    "kube-apiserver-serving-clustertrustbundle-publisher-controller": "ClusterTrustBundle",
 }
 """Controllers that start only with a feature gate, which is off in 1.35."""
 
@@ -107,12 +111,10 @@ ALIASES: dict[str, str] = {
 
 OFF_BY_DEFAULT = frozenset({"bootstrap-signer-controller", "token-cleaner-controller", "selinux-warning-controller"})
 
-# Known to upstream's --controllers, so taken here too, and started by neither: their feature gates are off in 1.35 (the first three),
+# Known to upstream's --controllers, so taken here too, and started by neither: its feature gate is off in 1.35 (the first),
 # or they belong to a cloud provider (the others).
 WITHOUT_WORK = frozenset(
     {
-        "kube-apiserver-serving-clustertrustbundle-publisher-controller",
-        "podcertificaterequest-cleaner-controller",
         "storageversion-garbage-collector-controller",
         "cloud-node-lifecycle-controller",
         "node-route-controller",

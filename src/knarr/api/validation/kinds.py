@@ -19,6 +19,7 @@ from knarr.api.validation import (
     service,
     small,
     storage,
+    trust,
 )
 from knarr.api.validation.claims import create_claim, update_claim
 from knarr.api.validation.pod import create_pod, create_pod_template, update_pod
@@ -74,6 +75,10 @@ KINDS.update(
         ("certificates.k8s.io", "certificatesigningrequests"): Kind(
             certificates.create_request, certificates.update_request, name=certificates.any_name, rechecks_metadata=True
         ),
+        ("certificates.k8s.io", "clustertrustbundles"): Kind(
+            trust.create_bundle, trust.update_bundle, name=certificates.any_name, rechecks_metadata=True
+        ),
+        ("certificates.k8s.io", "podcertificaterequests"): Kind(trust.create_pod_request, trust.update_pod_request),
         ("apiregistration.k8s.io", "apiservices"): Kind(
             small.create_api_service, small.update_api_service, name=small.api_service_name, core_finalizers=False
         ),

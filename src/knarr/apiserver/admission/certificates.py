@@ -50,6 +50,13 @@ class CertificateApproval(Plugin):
             raise refuse(request, f"user not permitted to approve requests with signerName {go_quote(signer)}")
 
 
+_SIGNED = {
+    "certificatesigningrequests": ("certificate", "conditions"),
+    "podcertificaterequests": ("beginRefreshAt", "certificateChain", "conditions", "notAfter", "notBefore"),
+}  # fmt: skip
+"""What of a request's status only its signer writes."""
+
+
 class CertificateSigning(Plugin):
     name = "CertificateSigning"
 
@@ -57,12 +64,13 @@ class CertificateSigning(Plugin):
         self._authorizer = authorizer
 
     def handles(self, operation: str, resource: Resource, subresource: str) -> bool:
-        return is_resource(resource, GROUP, "certificatesigningrequests") and subresource == "status" and operation == UPDATE
+        requests = resource.group == GROUP and resource.plural in _SIGNED
+        return requests and subresource == "status" and operation == UPDATE
 
     async def validate(self, request: AdmissionRequest) -> None:
         old = request.old_object or {}
         before, after = old.get("status") or {}, (request.object or {}).get("status") or {}
-        if all((before.get(field) or None) == (after.get(field) or None) for field in ("certificate", "conditions")):
+        if all((before.get(field) or None) == (after.get(field) or None) for field in _SIGNED[request.resource.plural]):
             return
         signer = (old.get("spec") or {}).get("signerName") or ""
         if not await may_use_signer(self._authorizer, request.user, "sign", signer):

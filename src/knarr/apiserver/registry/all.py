@@ -48,6 +48,8 @@ STRATEGIES: dict[tuple[str, str], type[Strategy]] = {
     ("batch", "cronjobs"): simple.CronJob,
     ("batch", "jobs"): jobs.Job,
     ("certificates.k8s.io", "certificatesigningrequests"): core.CertificateSigningRequest,
+    ("certificates.k8s.io", "clustertrustbundles"): simple.ClusterTrustBundle,
+    ("certificates.k8s.io", "podcertificaterequests"): simple.PodCertificateRequest,
     ("coordination.k8s.io", "leases"): simple.Lease,
     ("discovery.k8s.io", "endpointslices"): simple.EndpointSlice,
     ("flowcontrol.apiserver.k8s.io", "flowschemas"): simple.FlowControl,

@@ -153,6 +153,26 @@ class StorageVersionMigration(Strategy):
         self.keep_metadata(obj, old, names=METADATA_NOT_OF_STATUS)
 
 
+class ClusterTrustBundle(Conditional):
+    field_names = ("spec.signerName",)
+
+    def fields(self, obj: Object) -> tuple[str, ...]:
+        return ((obj.get("spec") or {}).get("signerName") or "",)
+
+
+class PodCertificateRequest(Strategy):
+    unconditional_update = False
+    field_names = ("spec.signerName", "spec.podName", "spec.nodeName")
+
+    def fields(self, obj: Object) -> tuple[str, ...]:
+        spec = obj.get("spec") or {}
+        return spec.get("signerName") or "", spec.get("podName") or "", spec.get("nodeName") or ""
+
+    def prepare_status(self, call: Call, obj: Object, old: Object) -> None:
+        super().prepare_status(call, obj, old)
+        self.keep_metadata(obj, old, names=METADATA_NOT_OF_STATUS)
+
+
 class HorizontalPodAutoscaler(Strategy):
     pass
 
