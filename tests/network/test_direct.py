@@ -18,7 +18,7 @@ import pytest
 from knarr.network import conntrack, netns
 from knarr.network.direct.path import DirectPath
 from knarr.network.direct.services import DirectServices, Offer
-from knarr.network.firewalls import watchers
+from knarr.network.firewalls import look
 from knarr.network.netlink import NETLINK_NETFILTER
 from knarr.network.podnet import BridgeNetwork
 from knarr.network.policy.model import compile_policy, read_pod
@@ -259,11 +259,11 @@ def test_rules_of_others_on_the_way_are_found(tmp_path: Path) -> None:
             "iptables -t nat -L; iptables -L; nft add table inet knt-own; nft 'add chain inet knt-own f { type filter hook forward priority 0; }'"
         )
         run("nft add rule inet knt-own f accept; iptables -A INPUT -j ACCEPT")
-        assert watchers(("knt",), str(path)) == {"ip filter INPUT": {1}}
+        assert look(("knt",), str(path))[1] == {"ip filter INPUT": {1}}
         run("iptables -t nat -A POSTROUTING -s 192.0.2.0/24 -j MASQUERADE")
-        assert watchers(("knt",), str(path)) == {"ip filter INPUT": {1}, "ip nat POSTROUTING": {4}}
+        assert look(("knt",), str(path))[1] == {"ip filter INPUT": {1}, "ip nat POSTROUTING": {4}}
         run("iptables -t nat -F; iptables -F; iptables -P FORWARD DROP")
-        assert watchers(("knt",), str(path)) == {"ip filter FORWARD": {2}}
+        assert look(("knt",), str(path))[1] == {"ip filter FORWARD": {2}}
     finally:
         netns.delete_named(path)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from knarr.aiokits.tasks import Tasks
-from knarr.network.firewalls import PODS_WAY, FirewallWatch, blockers, watchers
+from knarr.network.firewalls import PODS_WAY, FirewallWatch, blockers, look
 
 from .test_service_proxy import Recorder
 from .world import World
@@ -92,7 +92,7 @@ async def test_pods_talk_through_a_firewall_that_lets_them_and_its_rules_stay(wo
     a, b = await world.pod("a"), await world.pod("b")
     a.serve("a", 8080)
     # As a node does: what others look at must pass them.
-    assert any(hooks & PODS_WAY for hooks in watchers(("knt",), world.node.path).values())
+    assert any(hooks & PODS_WAY for hooks in look(("knt",), world.node.path)[1].values())
     world.network.direct.hold("firewalls")
     with pytest.raises(TimeoutError):
         await asyncio.to_thread(lambda: b.ask(a.ip, 8080, seconds=0.4))

@@ -53,51 +53,54 @@ class Blocker:
         return f"a firewall of this machine ({self.chain}) drops what the machine {what} unless one of its rules lets it through"
 
 
-def blockers(own: tuple[str, ...] = OWN, netns: str | None = None) -> list[Blocker]:
-    """Chains that may stop pods, of tables whose names do not begin with one of `own`. Raises OSError."""
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    """A base chain of somebody else's."""
+
+    name: str
+    hook: int
+    drops: bool
+    """Whether what comes to its end is dropped."""
+    rules: list[memoryview]
+
+
+def _chains(own: tuple[str, ...], netns: str | None) -> list[_Chain]:
     found = []
     with open_netlink(netns, NETLINK_NETFILTER) as netlink:
         for family, name in _FAMILIES.items():
             for body in netlink.dump(_GETCHAIN, struct.pack("=BBH", family, 0, 0), "listing chains"):
                 fields = dict(attributes(body, 4))
-                if 4 not in fields or 5 not in fields or body[0] != family:
+                if body[0] != family or 4 not in fields or 5 not in fields or (table := cstring(fields[1])).startswith(own):
                     continue
-                hook = dict(attributes(fields[4]))
-                number = struct.unpack(">I", hook[1])[0] if 1 in hook else -1
-                policy = struct.unpack(">I", fields[5])[0]
-                table, chain = cstring(fields[1]), cstring(fields[3])
-                if number not in _HOOKS or table.startswith(own):
-                    continue
-                if policy == 0 or _ends_in_refusal(netlink, family, table, chain):
-                    found.append(Blocker(_HOOKS[number], f"{name} {table} {chain}"))
+                hook, chain = struct.unpack(">I", dict(attributes(fields[4]))[1])[0], cstring(fields[3])
+                drops = struct.unpack(">I", fields[5])[0] == 0
+                found.append(_Chain(f"{name} {table} {chain}", hook, drops, _rules(netlink, family, table, chain)))
+    return found
+
+
+def blockers(own: tuple[str, ...] = OWN, netns: str | None = None) -> list[Blocker]:
+    """Chains that may stop pods, of tables whose names do not begin with one of `own`. Raises OSError."""
+    return look(own, netns)[0]
+
+
+def look(own: tuple[str, ...] = OWN, netns: str | None = None) -> tuple[list[Blocker], dict[str, frozenset[int]]]:
+    """`blockers`, and all chains with rules of somebody else's, whatever those do, with their hooks. Raises OSError."""
+    blocking, watching = [], {}
+    for chain in _chains(own, netns):
+        if chain.hook in _HOOKS and (chain.drops or _end_in_refusal(chain.rules)):
+            blocking.append(Blocker(_HOOKS[chain.hook], chain.name))
+        if chain.drops or chain.rules:
+            watching[chain.name] = frozenset((chain.hook,))
     with entered(netns):
         for family in _OLD:
-            found.extend(_old_policies(family))
-    return found
+            blocking.extend(_old_policies(family))
+            watching.update(_old_tables_with_rules(family))
+    return blocking, watching
 
 
 def forward_drops(own: tuple[str, ...] = OWN, netns: str | None = None) -> list[str]:
     """The chains of `blockers` on the forward hook."""
     return [blocker.chain for blocker in blockers(own, netns) if blocker.hook == "forward"]
-
-
-def watchers(own: tuple[str, ...] = OWN, netns: str | None = None) -> dict[str, frozenset[int]]:
-    """Chains with rules of somebody else's, whatever those do, and their hooks. Raises OSError."""
-    found = {}
-    with open_netlink(netns, NETLINK_NETFILTER) as netlink:
-        for family, name in _FAMILIES.items():
-            for body in netlink.dump(_GETCHAIN, struct.pack("=BBH", family, 0, 0), "listing chains"):
-                fields = dict(attributes(body, 4))
-                if body[0] != family or 4 not in fields or (table := cstring(fields[1])).startswith(own):
-                    continue
-                hook, chain = dict(attributes(fields[4])), cstring(fields[3])
-                drops = 5 in fields and struct.unpack(">I", fields[5])[0] == 0
-                if drops or _rules(netlink, family, table, chain):
-                    found[f"{name} {table} {chain}"] = frozenset(struct.unpack(">I", hook[1]))
-    with entered(netns):
-        for family in _OLD:
-            found.update(_old_tables_with_rules(family))
-    return found
 
 
 def _old_tables_with_rules(family: int) -> dict[str, frozenset[int]]:
@@ -118,8 +121,7 @@ def _old_tables_with_rules(family: int) -> dict[str, frozenset[int]]:
     return found
 
 
-def _ends_in_refusal(netlink: NetlinkSocket, family: int, table: str, chain: str) -> bool:
-    rules = _rules(netlink, family, table, chain)
+def _end_in_refusal(rules: list[memoryview]) -> bool:
     last = [_expression(item) for _kind, item in attributes(rules[-1])] if rules else []
     deciding = [(name, data) for name, data in last if name not in _SILENT]
     return len(deciding) == 1 and _refuses(*deciding[0])
@@ -219,9 +221,9 @@ class FirewallWatch:
                 await self._wake.wait()
                 self._wake.clear()
                 try:
-                    found = frozenset(await asyncio.to_thread(blockers, self._own, self._netns))
+                    blocking, others = await asyncio.to_thread(look, self._own, self._netns)
+                    found = frozenset(blocking)
                     if self._on_watchers is not None:
-                        others = await asyncio.to_thread(watchers, self._own, self._netns)
                         await asyncio.to_thread(self._on_watchers, frozenset().union(*others.values()))
                 except OSError as error:
                     log.warning("firewalls of this machine cannot be read", error=str(error))
