@@ -212,8 +212,11 @@ class Store(Protocol):
         """Like get_nowait, reading past the cache."""
         ...
 
-    def add_handler(self, handler: Callable[[str, Object, Object | None], None]) -> Callable[[], None]:
-        """Call handler(type, object, old) for each later event (ADDED, MODIFIED, DELETED), at once in the publishing turn."""
+    def add_handler(self, handler: Callable[[str, Object, Object | None], None], *, previous: bool = True) -> Callable[[], None]:
+        """Call handler(type, object, old) for each later event (ADDED, MODIFIED, DELETED), at once in the publishing turn.
+
+        Without `previous`, `old` may be None although there was one: spares decoding it.
+        """
         ...
 
     @property

@@ -134,6 +134,8 @@ class ResourceCache:
         self.trigger = -1
         """Index of the field by which most watchers select (pods: spec.nodeName); -1 without."""
         self.handlers: tuple[Callable[[str, Object, Object | None], None], ...] = ()
+        self.want_previous = 0
+        """How many of them look at what was there before."""
         self.pending: dict[str, tuple[bytes, Object, object]] = {}
         """Key -> (value, decoded, form) of writes on their way: spares decoding what was just encoded here, and converting it to a form
         that it is in already (None: to none)."""
@@ -260,7 +262,7 @@ class ResourceCache:
     def _call_handlers(self, events: list[Event]) -> None:
         for event in events:
             obj = self.decoded(event.current)
-            old = self.decoded(event.previous) if event.previous is not None else None
+            old = self.decoded(event.previous) if event.previous is not None and self.want_previous else None
             for handler in self.handlers:
                 handler(event.type, obj, old)
             # The ring keeps what has passed for a while, as bytes; hardly anybody asks for it decoded again.

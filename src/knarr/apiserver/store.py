@@ -111,12 +111,14 @@ class ResourceStore:
             return True
         return self.storage.store.is_stale(self.cache.prefix + cached.key)
 
-    def add_handler(self, handler: Callable[[str, Object, Object | None], None]) -> Callable[[], None]:
+    def add_handler(self, handler: Callable[[str, Object, Object | None], None], *, previous: bool = True) -> Callable[[], None]:
         """Call handler(type, object, old) for every later event; returns the way to stop that."""
         cache = self.cache
         cache.handlers = (*cache.handlers, handler)
+        cache.want_previous += previous
 
         def cancel() -> None:
+            cache.want_previous -= previous
             cache.handlers = tuple(other for other in cache.handlers if other is not handler)
 
         return cancel

@@ -18,6 +18,7 @@ from knarr.apiserver.attributes import Store
 Reference = tuple[str, str, str]
 """(plural, namespace, name)."""
 
+_MOST_SHARED = 4096
 # Volume plugins whose secret lives under secretRef.
 _SECRET_REF_VOLUMES = ("cephfs", "flexVolume", "rbd", "scaleIO", "iscsi", "storageos")
 
@@ -79,11 +80,10 @@ def secrets_and_config_maps(pod: Object) -> set[tuple[str, str]]:
 
 
 def references(pod: Object) -> frozenset[Reference]:
-    """Everything whose reading the pod justifies, with the pod itself and its service account."""
+    """Everything beside the pod itself whose reading it justifies, its service account too."""
     metadata, spec = pod["metadata"], pod.get("spec") or {}
     namespace = metadata.get("namespace", "")
     found: set[Reference] = {(plural, namespace, name) for plural, name in secrets_and_config_maps(pod)}
-    found.add(("pods", namespace, metadata["name"]))
     found.add(("serviceaccounts", namespace, spec.get("serviceAccountName") or "default"))
     statuses = {status.get("name"): status.get("resourceClaimName") for status in (pod.get("status") or {}).get("resourceClaimStatuses") or ()}
     for claim in spec.get("resourceClaims") or ():
@@ -94,7 +94,7 @@ def references(pod: Object) -> frozenset[Reference]:
 
 
 class NodeReferences:
-    """Per node: references of its pods, counted."""
+    """Per node: references of its pods, counted. Pods of one workload share theirs."""
 
     def __init__(self, pods: Store, claims: Store, volumes: Store) -> None:
         self._pods = pods
@@ -102,39 +102,55 @@ class NodeReferences:
         self._volumes = volumes
         self._by_pod: dict[tuple[str, str], tuple[str, frozenset[Reference]]] = {}
         self._by_node: dict[str, Counter[Reference]] = {}
+        self._shared: dict[frozenset[Reference], frozenset[Reference]] = {}
 
     def start(self) -> None:
         """Load what is there and follow what comes."""
-        self._pods.add_handler(self._changed)
+        self._pods.add_handler(self._changed, previous=False)
         for pod in self._pods.list_nowait():
             self._changed("ADDED", pod, None)
 
-    def _changed(self, type: str, pod: Object, old: Object | None) -> None:
+    def _changed(self, type: str, pod: Object, _old: Object | None) -> None:
         metadata = pod["metadata"]
         key = (metadata.get("namespace", ""), metadata["name"])
         node = (pod.get("spec") or {}).get("nodeName") or ""
+        now = (node, self._references(pod)) if node and type != "DELETED" else None
         known = self._by_pod.get(key)
-        if type != "DELETED" and old is not None and known is not None and old.get("spec") == pod.get("spec"):
-            if not (pod.get("spec") or {}).get("resourceClaims"):
-                return
+        if now == known:
+            return
         if known is not None:
             del self._by_pod[key]
-            counts = self._by_node[known[0]]
-            for reference in known[1]:
-                counts[reference] -= 1
-                if counts[reference] <= 0:
-                    del counts[reference]
-            if not counts:
-                del self._by_node[known[0]]
-        # A mirror pod names what it likes but was made by the node itself: only itself counts.
-        if type != "DELETED" and node:
-            mirror = "kubernetes.io/config.mirror" in (metadata.get("annotations") or {})
-            found = frozenset({("pods", *key)}) if mirror else references(pod)
-            self._by_pod[key] = (node, found)
-            self._by_node.setdefault(node, Counter()).update(found)
+            self._discount(*known)
+        if now is not None:
+            self._by_pod[key] = now
+            if now[1]:
+                self._by_node.setdefault(node, Counter()).update(now[1])
+
+    def _discount(self, node: str, gone: frozenset[Reference]) -> None:
+        counts = self._by_node.get(node)
+        if counts is None:
+            return
+        for reference in gone:
+            counts[reference] -= 1
+            if counts[reference] <= 0:
+                del counts[reference]
+        if not counts:
+            del self._by_node[node]
+
+    def _references(self, pod: Object) -> frozenset[Reference]:
+        """What the pod leads to; a mirror pod names what it likes but was made by the node itself: only itself counts."""
+        if "kubernetes.io/config.mirror" in (pod["metadata"].get("annotations") or {}):
+            return frozenset()
+        found = references(pod)
+        if len(self._shared) >= _MOST_SHARED:
+            self._shared.clear()
+        return self._shared.setdefault(found, found)
 
     def has(self, node: str, plural: str, namespace: str, name: str) -> bool:
         """Does a pod on the node lead to this object; volumes are reached over claims, their secrets over volumes."""
+        if plural == "pods":
+            known = self._by_pod.get((namespace, name))
+            return known is not None and known[0] == node
         counts = self._by_node.get(node)
         if counts is None:
             return False
