@@ -298,3 +298,12 @@ def test_policies_for_tls_to_backends_need_an_authority_and_the_older_counts():
         found = {key.partition("/")[2]: state(status["ancestors"][0]["conditions"])["Accepted"][1] for key, status in outcome.policies.items()}
         assert found == expected
         assert action in table.rules[table.prefix["*|/"].split("|")[0]]
+
+
+def test_an_expression_whose_conditions_do_not_hold_leaves_the_request_to_prefixes():
+    asked = {"headers": [{"name": "X-A", "value": "1"}], "path": {"type": "RegularExpression", "value": "/p/[0-9]+"}}
+    rules = [{"matches": [asked], "backendRefs": [{"name": "a", "port": 80}]}, to("b", path="/p"), to("b")]
+    table, _outcome = build([gateway(listener())], [route(*rules)])
+    [entry] = table.regex.values()
+    ways = [way.split("~")[0] for way in table.rules[entry.split("|")[0]].split(";")]
+    assert ways == ["h:X-A:1,t::0", "p::%2Fp%2F,t::0", "t::0"]

@@ -125,6 +125,7 @@ async def test_matches_and_filters_do_what_the_specification_says(running: Runni
         to("b", match("/q", queryParams=[{"name": "v", "value": "x y"}])),
         to("b", match("/m", method="POST")),
         to("b", match("/re/[0-9]+", "RegularExpression")),
+        to("b", match("/[a-z]+/cond", "RegularExpression", **header("one"))),
         to("b", match("/old"), filters=[{"type": "URLRewrite", "urlRewrite": {"hostname": "in.test", "path": {"type": "ReplacePrefixMatch", "replacePrefixMatch": "/new"}}}]),
         {"matches": [match("/gone")], "filters": [{"type": "RequestRedirect", "requestRedirect": moved}]},
         to("b", match("/change"), filters=[{"type": "RequestHeaderModifier", "requestHeaderModifier": change}, {"type": "ResponseHeaderModifier", "responseHeaderModifier": {"add": [{"name": "X-Out", "value": "yes"}], "remove": ["Server"]}}]),
@@ -141,7 +142,7 @@ async def test_matches_and_filters_do_what_the_specification_says(running: Runni
     expected = [
         ("/h", {}, "a"), ("/h", {"headers": "x-kind: one\r\n"}, "b"), ("/h/x", {"headers": "X-Kind: three\r\n"}, "b"), ("/h", {"headers": "X-Kind: threes\r\n"}, "a"),
         ("/q?v=x%20y&w=1", {}, "b"), ("/q?v=x", {}, "a"), ("/m", {"method": "POST"}, "b"), ("/m", {}, "a"),
-        ("/re/12", {}, "b"), ("/re/12x", {}, "a"), ("/other", {}, "a"),
+        ("/re/12", {}, "b"), ("/re/12x", {}, "a"), ("/q/cond", {}, "a"), ("/q/cond", {"headers": "X-Kind: one\r\n"}, "b"), ("/other", {}, "a"),
     ]  # fmt: skip
     for path, options, name in expected:
         status, body, _head = await running.get("g.test", path, **options)

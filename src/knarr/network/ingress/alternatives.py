@@ -28,7 +28,7 @@ LISTED = "L"
 ONLY_PLAIN, ONLY_TLS = "P", "T"
 
 Condition = tuple[str, str, str]
-"""(what, name, value): "m" method, "h"/"H" header equals or matches, "q"/"Q" query parameter, "t" over TLS, "w" share in percent, "i" source addresses, "c" cookie equals, "d" as "w", but of no weight in the order; with "!" in front it must not hold."""
+"""(what, name, value): "m" method, "h"/"H" header equals or matches, "q"/"Q" query parameter, "t" over TLS, "w" share in percent, "i" source addresses, "c" cookie equals, "p" the path has a prefix, "d" as "w", but of no weight in the order; with "!" in front it must not hold."""
 Action = tuple[str, ...]
 """What to do: see `script`."""
 
@@ -125,9 +125,8 @@ def _given(entry: str | None) -> list[Alternative]:
 
 def _wider(routes: Routes, collected: dict[Place, list[Alternative]], kind: Kind, host: str, path: str) -> Iterator[Alternative]:
     """What would serve the place if its own list were not there: shorter prefixes first of this host, then of wider ones."""
-    if kind == "regex":
-        return
-    whole = path.rstrip("/") + "/"
+    # What an expression matches is known of a request only, so it is asked for the prefix.
+    whole = path.rstrip("/") + "/" if kind != "regex" else None
     wild = "*" + host[host.find(".") :] if "." in host and not host.startswith("*") else ""
     # What belongs to a door of a Gateway is nobody else's.
     sites = (host,) if "/" in host else dict.fromkeys((host, *((wild,) if wild else ()), "*"))
@@ -135,6 +134,7 @@ def _wider(routes: Routes, collected: dict[Place, list[Alternative]], kind: Kind
         keys = {key for key in routes.prefix if key.startswith(f"{site}|")} | {f"{site}|{p}" for k, s, p in collected if (k, s) == ("prefix", site)}
         for key in sorted(keys, key=len, reverse=True):
             prefix = key[len(site) + 1 :]
-            if whole.startswith(prefix) and (kind, host, path) != ("prefix", site, prefix):
-                yield from collected.get(("prefix", site, prefix), ())
-                yield from _given(routes.prefix.get(key))
+            if (whole is None or whole.startswith(prefix)) and (kind, host, path) != ("prefix", site, prefix):
+                asked: tuple[Condition, ...] = (("p", "", prefix),) if whole is None and prefix != "/" else ()
+                for found in (*collected.get(("prefix", site, prefix), ()), *_given(routes.prefix.get(key))):
+                    yield replace(found, conditions=(*found.conditions, *asked))

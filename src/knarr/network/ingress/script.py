@@ -86,6 +86,7 @@ function holds(txn, condition)
   if what == "m" then return txn.sf:method() == wanted end
   if what == "t" then return (over_tls(txn) and "1" or "0") == wanted end
   if what == "w" or what == "d" then return math.random() * 100 < tonumber(wanted) end
+  if what == "p" then return (txn.sf:path() .. "/"):sub(1, #wanted) == wanted end
   if what == "i" then return source_is_in(txn, wanted) end
   local value
   if what == "c" then return cookie(txn, name) == wanted end
