@@ -118,7 +118,6 @@ class HAProxy:
                     await self._run_once()
                 except (HAProxyError, OSError) as error:
                     log.warning("ingress proxy cannot run", error=str(error))
-                if not self._leaving or self._leaving[-1] is not self._process:
                     self._ready.clear()
                     await backoff.sleep()
         finally:
@@ -130,13 +129,14 @@ class HAProxy:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _run_once(self) -> None:
+        """Run a child until it makes room for another. Raises HAProxyError when it ends otherwise, OSError."""
         binary = program()
         if binary is None:
             raise HAProxyError("haproxy is not installed (apt-get install haproxy)")
         self._write_files()
-        begun_with = self._maps, self._certificates, self._tls
+        begun_with, passing = (self._maps, self._certificates, self._tls), self._passing
         config, sockets = self._folder / "haproxy.cfg", {kind: [one.fileno() for one in self._listening(kind)] for kind in KINDS}
-        config.write_text(render(self._folder, self._listen, sockets, self._tls.servers, passing=self._passing))
+        config.write_text(render(self._folder, self._listen, sockets, self._tls.servers, passing=passing))
         # A child that leaves may still answer there.
         (self._folder / "admin.sock").unlink(missing_ok=True)
         self._process = process = await asyncio.create_subprocess_exec(
@@ -151,7 +151,11 @@ class HAProxy:
                 async with self._changing:
                     # What came while it started may be in the files only.
                     await self._apply_running(*begun_with)
-                    self._ready.set()
+                    if passing == self._passing:
+                        self._leave.clear()
+                        self._ready.set()
+                    else:
+                        self._leave.set()
                 log.info("ingress proxy runs", pid=process.pid, http_port=self._listen.http_port)
             await self._ended(process)
             if process in self._leaving:
