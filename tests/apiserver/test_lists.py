@@ -122,3 +122,14 @@ async def test_yaml_is_written_as_gos(apiserver: RunningAPIServer) -> None:
     text = answer.body.decode()
     lines = ['  a: "1"\n', '  b: "yes"\n', "  c: |\n    one\n    two\n", "  d: 'x: y'\n", '  e: "y"\n', '  f: "1e3"\n', "  g: plain\n", '  name: "n"\n']
     assert [line for line in lines if line not in text] == []
+
+
+async def test_an_empty_table_of_a_kind_without_columns_of_its_own_has_no_rows_at_all(apiserver: RunningAPIServer) -> None:
+    as_table = {"Accept": "application/json;as=Table;v=v1;g=meta.k8s.io"}
+
+    async def rows(resource: str) -> object:
+        path = f"/api/v1/namespaces/default/{resource}?labelSelector=none"
+        return orjson.loads((await apiserver.client.request("GET", path, headers=as_table)).body)["rows"]
+
+    assert await rows("limitranges") is None
+    assert await rows("configmaps") == []

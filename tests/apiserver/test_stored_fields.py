@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from knarr.api.errors import StatusError
-from knarr.api.resources import CSI_DRIVERS, IP_ADDRESSES, PERSISTENT_VOLUMES, RESOURCE_CLAIM_TEMPLATES, SERVICE_ACCOUNTS
+from knarr.api.resources import CSI_DRIVERS, DEPLOYMENTS, INGRESS_CLASSES, IP_ADDRESSES, PERSISTENT_VOLUMES, RESOURCE_CLAIM_TEMPLATES, SERVICE_ACCOUNTS
 from knarr.testing.apiserver import RunningAPIServer
 
 
@@ -85,3 +85,19 @@ async def test_an_empty_list_is_owned_though_it_is_stored_as_none(apiserver: Run
     for name, given, owned in (("a", {"endpoints": []}, True), ("b", {"endpoints": None}, False), ("c", {}, False)):
         made = orjson.loads((await http.request("POST", path, headers, orjson.dumps({"metadata": {"name": name}, "addressType": "IPv4", **given}))).body)
         assert (made["endpoints"], "f:endpoints" in made["metadata"]["managedFields"][0]["fieldsV1"]) == (None, owned)
+
+
+async def test_of_when_a_scale_was_written_its_parent_knows_nothing(apiserver: RunningAPIServer) -> None:
+    template = {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c", "image": "i"}]}}
+    spec = {"replicas": 1, "selector": {"matchLabels": {"a": "b"}}, "template": template}
+    await apiserver.client.create(DEPLOYMENTS, {"metadata": {"name": "d"}, "spec": spec}, "default")
+    await apiserver.client.patch(DEPLOYMENTS, "d", "default", {"spec": {"replicas": 3}}, subresource="scale")
+    managers = (await apiserver.client.get(DEPLOYMENTS, "d", "default"))["metadata"]["managedFields"]
+    assert [(one.get("subresource"), "time" in one) for one in managers] == [("scale", False), (None, True)]
+
+
+async def test_what_may_not_change_is_judged_for_itself_too(apiserver: RunningAPIServer) -> None:
+    made = await apiserver.client.create(INGRESS_CLASSES, {"metadata": {"name": "c"}, "spec": {"controller": "example.com/c"}})
+    with pytest.raises(StatusError) as refused:
+        await apiserver.client.update(INGRESS_CLASSES, {**made, "spec": {"controller": "None"}})
+    assert fields(refused) == ["spec.controller"] * 2

@@ -210,7 +210,8 @@ def scale_to_parent(
     replicas = of_paths(replicas_path)
     scale = managed.decode(scale_entries)
     found: managed.Managers = {}
-    for identity, owned in managed.decode(parent_entries).items():
+    parents = managed.decode(parent_entries)
+    for identity, owned in parents.items():
         if not fieldset.has(owned.fields, path):
             found[identity] = owned
             continue
@@ -223,5 +224,7 @@ def scale_to_parent(
             found[identity] = owned.having(rest)
     for identity, owned in scale.items():
         if fieldset.has(owned.fields, ("f:spec", "f:replicas")):
-            found[identity] = managed.Owned(replicas, api_version, owned.applied, owned.time)
+            # As upstream: of when the scale was written nothing is known to the parent.
+            known = parents.get(identity)
+            found[identity] = managed.Owned(replicas, api_version, owned.applied, known.time if known is not None else None)
     return managed.encode(found)

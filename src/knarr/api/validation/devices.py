@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from knarr.api import cel
-from knarr.api.errors import duplicate, field_forbidden, invalid_value, not_supported, required, too_many
+from knarr.api.errors import duplicate, field_forbidden, invalid_value, not_supported, required, too_long, too_many
 from knarr.api.validation.metadata import Errors, immutable, validate_annotations, validate_labels
 from knarr.api.validation.scheduling import validate_node_selector
 from knarr.api.validation.strings import dns_label, dns_subdomain, label_key_errors, label_value_errors
@@ -385,14 +385,14 @@ def create_taint_rule(obj: Object, errors: Errors) -> None:
 
 def _attribute(attribute: Object, path: str, errors: Errors) -> None:
     given = [key for key in ("int", "bool", "string", "version") if attribute.get(key) is not None]
-    for key in ("string", "version"):
-        value = attribute.get(key)
-        if value is not None and len(value) > _MAX_TEXT:
-            errors.append(invalid_value(f"{path}.{key}", value, f"must be no more than {_MAX_TEXT} bytes"))
     version = attribute.get("version")
+    if len(attribute.get("string") or "") > _MAX_TEXT:
+        errors.append(too_long(f"{path}.string", _MAX_TEXT))
     if version is not None and not _VERSION.fullmatch(version):
         detail = "must be a string compatible with semver.org spec 2.0.0"
         errors.append(invalid_value(f"{path}.version", version, detail))
+    if len(version or "") > _MAX_TEXT:
+        errors.append(too_long(f"{path}.version", _MAX_TEXT))
     if not given:
         errors.append(required(path, "exactly one value must be specified"))
     elif len(given) > 1:

@@ -188,9 +188,8 @@ def create_ingress_class(obj: Object, errors: Errors) -> None:
 
 def update_ingress_class(new: Object, old: Object, errors: Errors, subresource: str) -> None:
     spec, before = new.get("spec") or {}, old.get("spec") or {}
-    if spec.get("parameters") is not None:
-        _class_parameters(spec["parameters"], errors)
     immutable(errors, "spec.controller", spec.get("controller"), before.get("controller"))
+    create_ingress_class(new, errors)
 
 
 # NetworkPolicy.

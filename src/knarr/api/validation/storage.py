@@ -86,6 +86,7 @@ def update_attributes_class(new: Object, old: Object, errors: Errors, subresourc
     for key in ("driverName", "parameters"):
         if new.get(key) != old.get(key):
             errors.append(field_forbidden(key, f"updates to {key} are forbidden."))
+    create_attributes_class(new, errors)
 
 
 def create_attachment(obj: Object, errors: Errors) -> None:

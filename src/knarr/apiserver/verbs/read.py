@@ -222,7 +222,7 @@ def _start_watch(call: Call) -> None:
     bookmarks = bool(call.boolean("allowWatchBookmarks"))
     timeout = call.integer("timeoutSeconds") or 0
     least = call.server.config.min_request_timeout_seconds
-    seconds = float(timeout) if timeout > 0 else least * (1 + random.random())
+    seconds = float(max(0, timeout)) if timeout else least * (1 + random.random())
     prepare = None
     if call.endpoint.converter is not None:
         prepare = Prepare(call.endpoint.prepare, call.server.tasks.spawn, call.endpoint.json.id)
