@@ -8,7 +8,15 @@ import orjson
 import pytest
 
 from knarr.api.errors import StatusError
-from knarr.api.resources import CSI_DRIVERS, DEPLOYMENTS, INGRESS_CLASSES, IP_ADDRESSES, PERSISTENT_VOLUMES, RESOURCE_CLAIM_TEMPLATES, SERVICE_ACCOUNTS
+from knarr.api.resources import (
+    CSI_DRIVERS,
+    DEPLOYMENTS,
+    INGRESS_CLASSES,
+    IP_ADDRESSES,
+    PERSISTENT_VOLUMES,
+    RESOURCE_CLAIM_TEMPLATES,
+    SERVICE_ACCOUNTS,
+)
 from knarr.testing.apiserver import RunningAPIServer
 
 
