@@ -11,7 +11,7 @@ import pytest
 
 from knarr.aiokits.tasks import Tasks
 from knarr.api.errors import StatusError
-from knarr.api.resources import CUSTOM_RESOURCE_DEFINITIONS, ENDPOINT_SLICES, NAMESPACES, SERVICES
+from knarr.api.resources import CUSTOM_RESOURCE_DEFINITIONS, ENDPOINT_SLICES, NAMESPACES, RESOURCE_QUOTAS, SERVICES
 from knarr.api.scheme import Resource
 from knarr.client.informer import Informers
 from knarr.network.ingress import IngressController
@@ -232,6 +232,20 @@ async def test_every_gateway_has_an_address_of_its_own_and_shares_nothing(apiser
         service = await client.get(SERVICES, "gw-a-knarr", "default")
         assert service["metadata"]["labels"]["gateway.networking.k8s.io/gateway-name"] == "gw-a"
         assert service["metadata"]["ownerReferences"][0]["name"] == "gw-a"
+        # A Gateway whose Service is refused says why, and costs the others nothing.
+        await client.create(NAMESPACES, {"metadata": {"name": "full"}})
+        quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": {"hard": {"services": "0"}}}
+        made_quota = await client.create(RESOURCE_QUOTAS, quota, "full")
+        # Nobody counts here.
+        await client.update(RESOURCE_QUOTAS, {**made_quota, "status": {"hard": {"services": "0"}, "used": {"services": "0"}}}, subresource="status")
+        poor = made(GATEWAYS, "poor", gatewayClassName="knarr", listeners=[{"name": "http", "port": http, "protocol": "HTTP"}])
+        await create(client, GATEWAYS, {**poor, "metadata": {"name": "poor", "namespace": "full"}})
+
+        async def explained() -> bool:
+            found = (await client.get(GATEWAYS, "poor", "full")).get("status") or {}
+            return any(item["reason"] == "AddressNotAssigned" and "quota" in item["message"] for item in found.get("conditions") or ())
+
+        await eventually(explained)
         await client.delete(GATEWAYS, "gw-a", "default")
 
         async def gone() -> bool:

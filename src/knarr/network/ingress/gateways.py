@@ -194,7 +194,11 @@ class GatewaySupport:
     async def bring_about(self, outcome: Outcome, ports: Ports) -> None:
         """Give every Gateway its Service."""
         if self.active and self._own:
+            before = dict(self._own.refused)
             await self._own.bring_about(self.gateways(), outcome.listeners, ports)
+            if self._own.refused != before:
+                # What was refused is said in the status, which is made before.
+                self._wake.set()
 
     async def write_statuses(self, outcome: Outcome) -> None:
         """Bring statuses to what came out; unchanged ones are not written."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from knarr.aiokits.log import get_logger
 from knarr.api import errors
 from knarr.api.errors import StatusError
 from knarr.api.resources import ENDPOINT_SLICES, SERVICES
@@ -26,6 +27,8 @@ from knarr.network.ingress.gatewayapi import GATEWAYS
 from knarr.network.ingress.listeners import Listener
 from knarr.network.loadbalancer import ingress_addresses
 from knarr.network.objects import SERVICE_NAME, object_key
+
+log = get_logger(__name__)
 
 GATEWAY_NAME = "gateway.networking.k8s.io/gateway-name"
 MANAGED_BY = "endpointslice.kubernetes.io/managed-by"
@@ -131,13 +134,17 @@ class GatewayServices:
         self._client = client
         self._services = services
         self._slices = slices
+        self.refused: dict[str, str] = {}
+        """Why the API does not take a Service or EndpointSlice, by kind and key."""
         services.add_index("of-gateway", lambda obj: ["yes"] if is_of_gateway(obj) else [])
 
     def published(self, gateway: Object) -> Published:
         """Where a Gateway is reached now, by its Service."""
-        service = self._services.get(gateway["metadata"]["namespace"], service_name(gateway))
+        namespace, name = gateway["metadata"]["namespace"], service_name(gateway)
+        service = self._services.get(namespace, name)
         if service is None:
-            return Published(pending=("AddressNotAssigned", "its Service does not exist yet"), own=True)
+            why = self.refused.get(f"Service {namespace}/{name}", "its Service does not exist yet")
+            return Published(pending=("AddressNotAssigned", why), own=True)
         if not is_of_gateway(service):
             return Published(pending=("AddressNotAssigned", f"there is a service {service['metadata']['name']} that is not its own"), own=True)
         found, asked = tuple(ingress_addresses(service)), _asked(gateway)
@@ -178,9 +185,18 @@ class GatewayServices:
                     patch["spec"] = {"loadBalancerIP": None, **wanted["spec"]}
                 await self._client.patch(resource, meta["name"], meta["namespace"], patch, type="merge")
         except StatusError as error:
-            # Somebody was faster, or it is being removed: its own event comes.
-            if not (errors.is_already_exists(error) or errors.is_conflict(error) or errors.is_not_found(error)) and not _ending(error):
+            # Where somebody was faster, or it is being removed, its own event comes.
+            if errors.is_already_exists(error) or errors.is_conflict(error) or errors.is_not_found(error):
+                return
+            if error.code not in (400, 403, 422):
                 raise
+            # A quota, or a namespace that is being removed, is this Gateway's trouble only.
+            key = f"{resource.kind} {object_key(wanted)}"
+            if self.refused.get(key) != error.message:
+                log.warning("a gateway gets no service", gateway=meta["labels"][GATEWAY_NAME], namespace=meta["namespace"], error=error.message)
+            self.refused[key] = error.message
+        else:
+            self.refused.pop(f"{resource.kind} {object_key(wanted)}", None)
 
     async def _remove(self, service: Object) -> None:
         meta = service["metadata"]
@@ -190,8 +206,3 @@ class GatewayServices:
             except StatusError as error:
                 if not errors.is_not_found(error):
                     raise
-
-
-def _ending(error: StatusError) -> bool:
-    """Whether the namespace is being removed, and takes nothing new."""
-    return error.code == 403 and "being terminated" in error.message
