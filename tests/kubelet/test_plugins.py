@@ -16,7 +16,16 @@ import grpc.aio
 import pytest
 import pytest_asyncio
 
-from knarr.api.resources import CSI_DRIVERS, CSI_NODES, NODES, PERSISTENT_VOLUME_CLAIMS, PERSISTENT_VOLUMES, PODS, VOLUME_ATTACHMENTS
+from knarr.api.resources import (
+    CSI_DRIVERS,
+    CSI_NODES,
+    EVENTS,
+    NODES,
+    PERSISTENT_VOLUME_CLAIMS,
+    PERSISTENT_VOLUMES,
+    PODS,
+    VOLUME_ATTACHMENTS,
+)
 from knarr.kubelet.affinity.manager import Affinity
 from knarr.kubelet.config import KubeletConfig
 from knarr.kubelet.plugins import wire
@@ -304,6 +313,19 @@ async def test_only_what_a_driver_may_have_done_is_undone(bench: Bench, driver: 
         async with asyncio.timeout(10):
             while left.exists() and list(left.iterdir()):
                 await asyncio.sleep(0.02)
+
+
+async def test_a_volume_for_one_pod_is_refused_to_a_second(bench: Bench, driver: CSIDriver) -> None:
+    await _publish_claim(bench, "h")
+    fields: Any = {"container": {"volumeMounts": [{"name": "v", "mountPath": "/v"}]}, "volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": "c"}}]}
+    await bench.run("first", "sleep 1000", **fields)
+    await bench.until_ready("first")
+    await bench.run("second", "true", **fields)
+    async with asyncio.timeout(10):
+        while not any("ReadWriteOncePod access mode and is already in use" in e["message"] for e in (await bench.client.list(EVENTS, bench.namespace))["items"]):
+            await asyncio.sleep(0.05)
+    await bench.client.delete(PODS, "first", bench.namespace, grace_period_seconds=0)
+    await bench.until_phase("second", "Succeeded", 40)
 
 
 async def test_a_volume_is_staged_anew_when_all_mounts_are_gone(bench: Bench, driver: CSIDriver) -> None:

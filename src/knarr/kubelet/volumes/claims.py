@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import os
 import stat
+from glob import escape, glob
 
 from knarr.aiokits.log import get_logger
 from knarr.api import errors
@@ -33,6 +34,8 @@ class Claims:
         self._client = client
         self._csi = csi
         self._root = root
+        self._single: dict[str, str] = {}
+        """Name of a volume for one pod at a time to the uid of that pod."""
 
     def takes_ownership(self, mounted: MountedVolume) -> bool:
         """Whether fsGroup is applied by us: not to hostPath, and not where the driver does it."""
@@ -61,6 +64,8 @@ class Claims:
             read_only = bool(volume["persistentVolumeClaim"].get("readOnly"))
         claim, persistent = await self._resolve(pod, claim_name, ephemeral="ephemeral" in volume)
         spec = persistent["spec"]
+        if spec.get("accessModes") == ["ReadWriteOncePod"]:
+            self._claim_for_one(pod, persistent["metadata"]["name"])
         groups = []
         raw = (persistent["metadata"].get("annotations") or {}).get(_GID_ANNOTATION)
         if raw and raw.isdigit():
@@ -88,6 +93,19 @@ class Claims:
                 await devices.grow(device, target)
 
             self._csi.growth.use(InUse(pod, persistent["metadata"]["name"], grow))
+
+    def _claim_for_one(self, pod: Object, volume: str) -> None:
+        """Hold a volume for this pod alone. Raises VolumeError while another pod of this node has it."""
+        uid = pod["metadata"]["uid"]
+        holder = self._single.setdefault(volume, uid)
+        if holder == uid:
+            # A kubelet before this one may have given it to a pod that is still here.
+            found = glob(os.path.join(escape(self._root), "pods", "*", "volume[sD]*", "*", escape(volume)))
+            holder = next((other for path in found if (other := path.split("/")[-4]) != uid), uid)
+        if holder != uid:
+            if self._single[volume] == uid:
+                del self._single[volume]
+            raise VolumeError("volume uses the ReadWriteOncePod access mode and is already in use by another pod")
 
     async def _resolve(self, pod: Object, claim_name: str, *, ephemeral: bool) -> tuple[Object, Object]:
         namespace = pod["metadata"].get("namespace", "")
@@ -173,6 +191,8 @@ class Claims:
         """Tell CSI drivers and iSCSI targets that the pod is gone; plain mounts are undone by the caller."""
         await iscsi.release(pod_dir)
         await self._csi.unmount(pod_uid, pod_dir)
+        for volume in [name for name, holder in self._single.items() if holder == pod_uid]:
+            del self._single[volume]
 
 
 _SOURCES = (
