@@ -14,6 +14,7 @@ from knarr.aiokits.tasks import Tasks
 from knarr.api.resources import ENDPOINT_SLICES, NODES, SERVICES
 from knarr.network import announce, rtnl
 from knarr.network.announcer import LABEL, Announcer, announcing_node, leading_interface
+from knarr.network.machine import Machine
 from knarr.network.proxy import ServiceProxy
 
 from .fed import FedInformers
@@ -99,6 +100,40 @@ async def test_a_neighbour_reaches_an_announced_address_until_it_is_withdrawn(fa
             await proxy.cleanup()
 
 
+async def test_the_machines_node_announces_for_its_further_nodes_under_the_local_policy() -> None:
+    address = "192.168.77.240"
+    async with World() as world, Tasks() as tasks:
+        await world.add_further()
+        informers, machine = FedInformers(), Machine("here", ip_network("192.168.79.0/24"))
+        proxy = ServiceProxy(
+            None, informers, node_name="here", table="knt", pod_cidrs=world.cluster_cidrs, netns=world.node.path, machine=machine  # type: ignore[arg-type]
+        )  # fmt: skip
+        announcer = Announcer(None, informers, node_name="here", own_prefixes=("knt", "knp"), netns=world.node.path, machine=machine)  # type: ignore[arg-type]
+        proxy._recorder = announcer._recorder = Recorder()  # type: ignore[assignment]
+        running = [tasks.spawn(proxy.run(), "proxy"), tasks.spawn(announcer.run(), "announcer")]
+        await proxy.wait_synced()
+        try:
+            pod = await world.pod("web", further=True)
+            pod.serve("web", 8080)
+            informers.put(ENDPOINT_SLICES, endpoint_slice("web", BACK, [ready(pod.ip, "further")]))
+            informers.put(NODES, node("here"), node("further", takes_part=False))
+            informers.put(SERVICES, balancer(address, externalTrafficPolicy="Local"))
+            await until(lambda: proxy.idle)
+            assert announcer.announced == {}
+            known = node("further", takes_part=False)
+            known["status"]["addresses"] = [{"type": "InternalIP", "address": "192.168.79.2"}]
+            informers.put(NODES, known)
+            await until(lambda: announcer.announced == {address: "lan0"} and proxy.idle)
+            assert await asyncio.to_thread(world.client.ask, address, 80) == ("web", world.client.ip)
+            informers.drop(NODES, "", "further")
+            await until(lambda: announcer.announced == {} and proxy.idle)
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            await proxy.cleanup()
+
+
 def test_one_node_answers_for_an_address_and_another_takes_over() -> None:
     nodes = [node(f"n{number}") for number in range(5)]
     web = balancer("192.0.2.1")
@@ -114,6 +149,16 @@ def test_one_node_answers_for_an_address_and_another_takes_over() -> None:
     slices = [endpoint_slice("web", BACK, [ready("10.0.0.1", "n3"), {"addresses": ["10.0.0.2"], "conditions": {"ready": False}, "nodeName": "n4"}])]
     assert announcing_node(local, slices, nodes) == "n3"
     assert announcing_node(local, [], nodes) is None
+    # The machine n1 has a further node in a namespace, which takes no part itself.
+    machine = Machine("n1", ip_network("172.29.0.0/24"))
+    further = node("further", takes_part=False)
+    further["status"]["addresses"] = [{"type": "InternalIP", "address": "172.29.0.2"}]
+    behind = [endpoint_slice("web", BACK, [ready("10.0.1.1", "further")])]
+    assert announcing_node(local, behind, [*nodes, further], machine) == "n1"
+    assert announcing_node(local, behind, [*nodes, further]) is None
+    assert announcing_node(local, [*behind, *slices], [*nodes, further], machine) in ("n1", "n3")
+    assert announcing_node(local, slices, [*nodes, further], machine) == "n3"
+    assert announcing_node(local, behind, [*(obj for obj in nodes if obj["metadata"]["name"] != "n1"), further], machine) is None
     spread = {announcing_node({**web, "metadata": {"namespace": "default", "name": f"s{number}"}}, [], nodes) for number in range(60)}
     assert len(spread) == 5
 

@@ -13,7 +13,7 @@ import pytest
 from knarr.network import netns
 from knarr.network.proxy.model import render_service
 from knarr.network.proxy.table import ProxyTable
-from knarr.network.proxy.topology import NodeView
+from knarr.network.proxy.topology import NodeView, categorise, collect
 
 from .world import Place, World, endpoint_slice, ready, refused, service
 
@@ -30,8 +30,8 @@ class Proxied:
         self.table = ProxyTable("knt", cluster_cidrs, netns=node)
         self.table.load({})
 
-    def put(self, svc: dict[str, Any], *slices: dict[str, Any]) -> None:
-        rendered = render_service(svc, slices, HERE)
+    def put(self, svc: dict[str, Any], *slices: dict[str, Any], view: NodeView = HERE) -> None:
+        rendered = render_service(svc, slices, view)
         assert not rendered.problems
         assert self.table.change({svc["metadata"]["name"]: rendered}) == {}
 
@@ -118,6 +118,77 @@ async def test_the_local_policy_keeps_the_clients_address_and_drops_without_loca
     # Pods and the node may go through all endpoints.
     assert (await ask(world.node, world.node.ip, 30080))[0] == "a"
     assert (await ask(await world.pod("client"), world.node.ip, 30080))[0] == "a"
+
+
+@pytest.mark.parametrize("version", [4, 6])
+async def test_the_local_policy_counts_other_nodes_of_the_machine_for_balancer_addresses_and_keeps_the_client(version):
+    async with World(dual_stack=True) as world:
+        await world.add_further()
+        proxied, which = Proxied(world.node.path, world.cluster_cidrs), 0 if version == 4 else 1
+        family, cluster_ip, external, balancer = (
+            (socket.AF_INET, "10.96.0.10", "172.31.0.1", "172.31.0.2") if version == 4 else (socket.AF_INET6, "fd96::10", "fd99::1", "fd99::2")
+        )
+        near, far = await world.pod("near"), await world.pod("far", further=True)
+        for name, pod in (("near", near), ("far", far)):
+            pod.serve(name, 8080, family=family), pod.serve(name, 8080, udp=True, family=family)
+        svc = service(
+            "web", cluster_ip, [("http", "TCP", 80), ("datagrams", "UDP", 80)], type="LoadBalancer", node_ports={80: 30080},
+            externalTrafficPolicy="Local", externalIPs=[external], status={"loadBalancer": {"ingress": [{"ip": balancer}]}},
+        )  # fmt: skip
+
+        def part(*endpoints: dict[str, Any]) -> dict[str, Any]:
+            return endpoint_slice("web", [("http", "TCP", 8080), ("datagrams", "UDP", 8080)], list(endpoints), f"IPv{version}")
+
+        machine = NodeView("here", "zone-a", frozenset({"further"}))
+        only_far = part(ready(far.ips[which], "further"), ready("fd77::9:9" if version == 6 else "10.77.9.9", "another machine's"))
+        proxied.put(svc, only_far, view=machine)
+        client = world.client.ips[which]
+        await ready_to_talk(world.client, balancer)
+        for address in (balancer, external):
+            for udp in (False, True):
+                assert {await ask(world.client, address, 80, udp=udp) for _ in range(4)} == {("far", client)}
+        # A node port is the node's own.
+        with pytest.raises(TimeoutError):
+            await ask(world.client, world.node.ips[which], 30080, seconds=0.3)
+        both = part(ready(near.ips[which]), ready(far.ips[which], "further"))
+        proxied.put(svc, both, view=machine)
+        assert {await ask(world.client, balancer, 80) for _ in range(30)} == {("near", client), ("far", client)}
+        assert {await ask(world.client, world.node.ips[which], 30080) for _ in range(8)} == {("near", client)}
+        proxied.put({**svc, "spec": {**svc["spec"], "sessionAffinity": "ClientIP"}}, both, view=machine)
+        assert len({await ask(world.client, balancer, 80) for _ in range(12)}) == 1
+        # Without further nodes of its own the node serves none but its own.
+        proxied.put(svc, only_far)
+        with pytest.raises(TimeoutError):
+            await ask(world.client, balancer, 80, seconds=0.3)
+        proxied.table.remove()
+        proxied.table.close()
+
+
+async def ready_to_talk(place: Place, address: str) -> None:
+    """New IPv6 addresses of a LAN cannot be used for about a second."""
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                await ask(place, address, 80, seconds=0.3)
+                return
+            except OSError:
+                await asyncio.sleep(0.02)
+
+
+def test_what_terminates_serves_a_balancer_address_when_the_whole_machine_has_nothing_else():
+    def ending(ip: str, node: str) -> dict[str, Any]:
+        return {"addresses": [ip], "conditions": {"ready": False, "serving": True, "terminating": True}, "nodeName": node}
+
+    def near(*endpoints: dict[str, Any]) -> list[str]:
+        found = collect([endpoint_slice("web", BACK, list(endpoints))], "http", "TCP", "IPv4", machine, False)
+        chosen = categorise(found, machine, uses_cluster=True, uses_local=True)
+        assert all(endpoint.local for endpoint in chosen.local)
+        return [endpoint.ip for endpoint in chosen.near]
+
+    machine = NodeView("here", siblings=frozenset({"further"}))
+    assert near(ending("10.0.0.1", "here"), ready("10.0.0.2", "further"), ready("10.0.0.3", "joined")) == ["10.0.0.2"]
+    assert near(ending("10.0.0.1", "here"), ending("10.0.0.2", "further"), ready("10.0.0.3", "joined")) == ["10.0.0.1", "10.0.0.2"]
+    assert near(ready("10.0.0.3", "joined")) == []
 
 
 async def test_external_and_balancer_addresses_answer_and_source_ranges_hold(world):

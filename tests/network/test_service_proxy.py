@@ -7,6 +7,7 @@ import json
 import os
 import random
 import socket
+from ipaddress import ip_network
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from knarr.aiokits.clock import now_rfc3339
 from knarr.aiokits.tasks import Tasks
 from knarr.api.resources import ENDPOINT_SLICES, NODES, SERVICES
 from knarr.network import nftables
+from knarr.network.machine import Machine
 from knarr.network.netlink import NetlinkError
 from knarr.network.proxy import ServiceProxy
 from knarr.network.proxy import table as table_module
@@ -40,7 +42,7 @@ class Recorder:
 
 
 class Running:
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, machine: Machine | None = None) -> None:
         self.world = world
         self.informers = FedInformers()
         self.proxy = ServiceProxy(
@@ -50,6 +52,7 @@ class Running:
             table="knt",
             pod_cidrs=world.cluster_cidrs,
             netns=world.node.path,  # type: ignore[arg-type]
+            machine=machine,
         )
         self.proxy._recorder = self.recorder = Recorder()  # type: ignore[assignment]
 
@@ -163,6 +166,46 @@ async def test_the_health_port_tells_whether_this_node_has_endpoints(running):
     await running.settle()
     with pytest.raises(OSError):
         await health()
+
+
+@pytest.mark.parametrize(("machine", "led_to"), [("here", 1), ("control", 0)])
+async def test_nodes_of_the_machine_that_come_and_go_change_what_its_own_node_leads_to_from_outside(machine, led_to):
+    """Another machine's nodes change nothing here, and a health port tells of this node alone."""
+
+    def node(name: str, *addresses: str, **spec: Any) -> dict[str, Any]:
+        listed = [{"type": "Hostname", "address": name}, *({"type": "InternalIP", "address": address} for address in addresses)]
+        return {"metadata": {"name": name}, "spec": spec, "status": {"addresses": listed}}
+
+    (port,) = free_ports(1)
+    async with World() as world, Tasks() as tasks:
+        running = Running(world, Machine(machine, ip_network("192.168.79.0/24")))
+        task = tasks.spawn(running.proxy.run(), "proxy")
+        await running.proxy.wait_synced()
+
+        def counts() -> tuple[int, int]:
+            return len(running.proxy._table.elements("local4")), len(running.proxy._table.elements("port_local4"))
+
+        await running.put(ENDPOINT_SLICES, endpoint_slice("web", BACK, [ready("10.77.1.9", node="n2"), ready("10.77.9.9", node="far")]))
+        await running.put(NODES, node("far", "192.0.2.7"), node("here", "192.0.2.6"), node("n2"))
+        svc = service(
+            "web", "10.96.0.20", HTTP, type="LoadBalancer", node_ports={80: 30080}, externalTrafficPolicy="Local", healthCheckNodePort=port,
+            status={"loadBalancer": {"ingress": [{"ip": "172.31.0.9"}]}},
+        )  # fmt: skip
+        await running.put(SERVICES, svc)
+        assert counts() == (0, 0)
+        await running.put(NODES, node("n2", "192.168.79.2"))
+        assert counts() == (led_to, 0)
+        assert (await fetch(port, "/"))[0] == 503
+        assert running.proxy.rendered["default/web"].no_local == {"external"}
+        commits = running.proxy.commits
+        await running.put(NODES, node("n2", "192.168.79.2", unschedulable=True), node("odd", "no address"))
+        assert running.proxy.commits == commits
+        running.informers.drop(NODES, "", "n2")
+        await running.settle()
+        assert counts() == (0, 0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await running.proxy.cleanup()
 
 
 async def fetch(port: int, path: str) -> tuple[int, str]:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -120,6 +121,8 @@ class World:
         self.dual_stack = dual_stack
         self.directory = Path(mkdtemp(prefix="knarr-net-"))
         self.pods: list[tuple[Place, SandboxNetwork]] = []
+        self.further_pods: list[tuple[Place, SandboxNetwork]] = []
+        self.further: tuple[Place, BridgeNetwork] | None = None
         cidrs = ["10.77.0.0/24", "fd77::/112"] if dual_stack else ["10.77.0.0/24"]
         self.cluster_cidrs = ["10.77.0.0/16", "fd77::/64"] if dual_stack else ["10.77.0.0/16"]
         self.node = Place(str(netns.create_named(f"{self.label}-node")), ["192.168.77.1", "fd78::1"])
@@ -148,13 +151,40 @@ class World:
                 netlink.send(rtnl.add_route(rtnl.IPv4Network("0.0.0.0/0"), index=index, gateway=rtnl.IPv4Address(other.ips[0])))
                 netlink.send(rtnl.add_route(rtnl.IPv6Network("::/0"), index=index, gateway=rtnl.IPv6Address(other.ips[1])))
 
-    async def pod(self, name: str, *, ports: list[PortMapping] | None = None, annotations: dict[str, str] | None = None) -> Place:
+    async def add_further(self) -> None:
+        """A second node behind the first, as nodes in namespaces of a machine are: its ways out lead through the first."""
+        place = Place(str(netns.create_named(f"{self.label}-further")), ["192.168.79.2", "fd79::2"])
+        network = BridgeNetwork(
+            bridge="knt0", pod_cidrs=["10.77.1.0/24", "fd77::1:0/112"], cluster_cidrs=["10.77.0.0/16", "fd77::/64"],
+            state_dir=self.directory / "further", table="knt-pods", netns=place.path, mtu=1400,
+        )  # fmt: skip
+        self.further = place, network
+        inside, outside = Path(place.path).name, Path(self.node.path).name
+        for command in (
+            f"link add node1 netns {outside} type veth peer name eth0 netns {inside}",
+            f"-n {outside} address add 192.168.79.1/24 dev node1",
+            f"-n {outside} address add fd79::1/64 dev node1 nodad",
+            f"-n {outside} link set node1 up",
+            f"-n {inside} address add 192.168.79.2/24 dev eth0",
+            f"-n {inside} address add fd79::2/64 dev eth0 nodad",
+            f"-n {inside} link set eth0 up",
+            f"-n {inside} route add default via 192.168.79.1",
+            f"-n {inside} route add default via fd79::1",
+            f"-n {outside} route add 10.77.1.0/24 via 192.168.79.2",
+            f"-n {outside} route add fd77::1:0/112 via fd79::2",
+        ):
+            subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+        await network.start()
+
+    async def pod(
+        self, name: str, *, ports: list[PortMapping] | None = None, annotations: dict[str, str] | None = None, further: bool = False
+    ) -> Place:
         number = next(_numbers)
         path = await asyncio.to_thread(netns.create_named, f"{self.label}-p{number}")
         sandbox = SandboxNetwork(f"{number:08x}{'0' * 56}", str(path), "default", name, f"uid-{name}", ports or [], annotations or {})
         place = Place(str(path), [])
-        self.pods.append((place, sandbox))
-        place.ips = (await self.network.setup(sandbox)).ips
+        (self.further_pods if further else self.pods).append((place, sandbox))
+        place.ips = (await (self.further[1] if further and self.further else self.network).setup(sandbox)).ips
         return place
 
     async def __aenter__(self) -> World:
@@ -163,12 +193,14 @@ class World:
 
     async def __aexit__(self, *_exception: object) -> None:
         try:
-            for _place, sandbox in self.pods:
-                await self.network.teardown(sandbox)
-            await self.network.cleanup()
-            await self.network.close()
+            for network, pods in ((self.network, self.pods), *([(self.further[1], self.further_pods)] if self.further else [])):
+                for _place, sandbox in pods:
+                    await network.teardown(sandbox)
+                await network.cleanup()
+                await network.close()
         finally:
-            for place in (*(place for place, _sandbox in self.pods), self.node, self.client):
+            further = [self.further[0]] if self.further else []
+            for place in (*(place for place, _sandbox in (*self.pods, *self.further_pods)), *further, self.node, self.client):
                 place.close()
             shutil.rmtree(self.directory, ignore_errors=True)
 

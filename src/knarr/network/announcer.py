@@ -2,8 +2,8 @@
 
 Role: cluster runs one per node that is a host of that network, when asked to. Nodes that announce carry a label; each
 computes by itself which of them answers for an address, so nothing is elected or written: the Ready one with the highest
-hash of its name and the Service's, under the Local traffic policy among those with an endpoint. When it goes, the next one
-announces.
+hash of its name and the Service's, under the Local traffic policy among those with an endpoint (a machine's own node has
+those of the further nodes in the machine's namespaces, too). When it goes, the next one announces.
 Invariants: an address is announced only on the interface that leads to its network (or the one named); no address is
 ever set on an interface, so nothing is left behind when the process dies. Costs nothing while nobody asks: the sockets'
 filters let only questions through.
@@ -18,7 +18,7 @@ import errno
 import hashlib
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ipaddress import IPv6Address, ip_address
 
 from knarr.aiokits.log import get_logger
@@ -32,6 +32,7 @@ from knarr.network import rtnl
 from knarr.network.announce import ARP_FILTER, ETHERTYPE_ARP, ETHERTYPE_IPV6, NDP_FILTER, announcements, answer, asked_for, solicited_node
 from knarr.network.hostwatch import HostWatch
 from knarr.network.loadbalancer import ingress_addresses, is_ours
+from knarr.network.machine import Machine, internal_addresses
 from knarr.network.netns import entered, open_netlink
 from knarr.network.objects import object_key, slice_service
 from knarr.network.rtnl import Address
@@ -47,13 +48,20 @@ _AGAIN_SECONDS = 1.0
 """Announcements are told twice, as frames may be lost."""
 
 
-def announcing_node(service: Object, slices: Iterable[Object], nodes: Iterable[Object]) -> str | None:
-    """Name of the node that answers for a Service's addresses; None when no node may."""
+def announcing_node(service: Object, slices: Iterable[Object], nodes: Sequence[Object], machine: Machine | None = None) -> str | None:
+    """Name of the node that answers for a Service's addresses; None when no node may.
+
+    Args:
+      machine: The machine whose further nodes have their endpoints served by its own node.
+    """
     candidates = {node["metadata"]["name"] for node in nodes if _takes_part(node)}
     if (service.get("spec") or {}).get("externalTrafficPolicy") == "Local":
-        candidates &= {
+        serving = {
             endpoint.get("nodeName") for part in slices for endpoint in part.get("endpoints") or () if (endpoint.get("conditions") or {}).get("ready") is not False
         }
+        if machine is not None and any(machine.holds(node) for node in nodes if node["metadata"]["name"] in serving):
+            serving.add(machine.node)
+        candidates &= serving
     key = object_key(service)
     return max(candidates, key=lambda name: hashlib.blake2b(f"{name} {key}".encode(), digest_size=8).digest(), default=None)
 
@@ -139,6 +147,7 @@ class Announcer:
     Args:
       interface: Name of the interface to announce on; "auto" finds it for each address.
       own_prefixes: Interfaces whose names begin so are the cluster's own, never the local network's.
+      machine: The machine of the cluster that has further nodes in namespaces; every node that announces must be told the same.
       netns: Path of the node's network namespace; None is the process's.
     """
 
@@ -150,9 +159,11 @@ class Announcer:
         node_name: str,
         interface: str = "auto",
         own_prefixes: tuple[str, ...] = ("knarr", "kp", "knn"),
+        machine: Machine | None = None,
         netns: str | None = None,
     ) -> None:
         self._informers = informers
+        self._machine = machine
         self._services = informers.get(SERVICES)
         self._slices = informers.get(ENDPOINT_SLICES)
         self._slices.add_index("service", slice_service)
@@ -203,7 +214,7 @@ class Announcer:
     def _updated(self, old: Object, new: Object) -> None:
         if old.get("kind") == "Node" or "nodeInfo" in (old.get("status") or {}):
             # Heartbeats change a node's status all the time.
-            if _takes_part(old) != _takes_part(new):
+            if _takes_part(old) != _takes_part(new) or internal_addresses(old) != internal_addresses(new):
                 self._wake.set()
         elif any(old.get(part) != new.get(part) for part in ("spec", "status", "endpoints")):
             self._wake.set()
@@ -214,7 +225,7 @@ class Announcer:
         nodes = self._nodes.list()
         for service in self._services.list():
             if is_ours(service) and (addresses := ingress_addresses(service)):
-                if announcing_node(service, self._slices.by_index("service", object_key(service)), nodes) == self._node_name:
+                if announcing_node(service, self._slices.by_index("service", object_key(service)), nodes, self._machine) == self._node_name:
                     found.update((ip_address(address), service) for address in addresses)
         return found
 

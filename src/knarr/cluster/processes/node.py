@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from knarr.kubelet.config import KubeletConfig
     from knarr.kubelet.kubelet import Kubelet
     from knarr.network.direct.path import DirectPath
+    from knarr.network.machine import Machine
     from knarr.network.plugins import PluginNetwork
     from knarr.network.podnet import BridgeNetwork
     from knarr.network.policy import PolicyEngine
@@ -197,6 +198,8 @@ class Node:
         kubelet_client, network_client = self.clients()
         informers = Informers(network_client)
         direct = network.direct if isinstance(network, BridgeNetwork) else None
+        # The ways between nodes of one machine are the built-in network's.
+        machine = self.machine if isinstance(network, BridgeNetwork) else None
         proxy = ServiceProxy(
             network_client,
             informers,
@@ -206,6 +209,7 @@ class Node:
             # Where load balancers and monitoring look for kube-proxy's health; other clusters of this machine keep out of its way.
             health_port=10256 if self.node.netns else self.config.kubelet_port + 6,
             metrics_port=10249 if self.node.netns else self.config.kubelet_port - 1,
+            machine=machine,
             direct=services.available(direct, self.config.pod_cidrs) if direct is not None else None,
         )
         policy = PolicyEngine(
@@ -234,7 +238,7 @@ class Node:
                     group.create_task(self.open_direct_path(direct, policy), name="direct-path")
                 if not self.node.ip:
                     group.create_task(relocation.follow(self.address, lambda _old, new: self.move(new, kubelet, network)), name="relocation")
-                announcing = self.announce_balancers(network_client, informers) if self.announces else self.leave_announcing(kubelet_client)
+                announcing = self.announce_balancers(network_client, informers, machine) if self.announces else self.leave_announcing(kubelet_client)
                 group.create_task(announcing, name="announce")
         finally:
             await informers.close()
@@ -266,6 +270,18 @@ class Node:
         """Whether this node tells the local network of LoadBalancer addresses; nodes in namespaces of this machine are not part of it."""
         return bool(self.config.announce) and not self.node.netns
 
+    @property
+    def machine(self) -> Machine | None:
+        """The machine whose further nodes are namespaces: that of the control plane; None when its own node is not known."""
+        from knarr.network.machine import Machine
+
+        config = self.config
+        if config.joined:
+            name, network = config.machine_node, config.machine_cidr
+        else:
+            name, network = next((node.name for node in config.nodes if not node.netns), ""), config.node_cidr
+        return Machine(name, ipaddress.ip_network(network)) if name and network else None
+
     async def leave_announcing(self, client: Client) -> None:
         """Take back the mark of a node that announced before its cluster was told not to: others would leave addresses to it."""
         from knarr.network.announcer import LABEL
@@ -295,11 +311,11 @@ class Node:
         await policy.wait_synced()
         await asyncio.to_thread(direct.release, _POLICIES)
 
-    async def announce_balancers(self, client: Client, informers: Informers) -> None:
+    async def announce_balancers(self, client: Client, informers: Informers, machine: Machine | None) -> None:
         """Answer ARP and NDP for LoadBalancer addresses that fall to this node."""
         from knarr.network.announcer import Announcer
 
-        await Announcer(client, informers, node_name=self.node.name, interface=self.config.announce).run()
+        await Announcer(client, informers, node_name=self.node.name, interface=self.config.announce, machine=machine).run()
 
     async def go_down_in_order(self, kubelet: Kubelet) -> None:
         """When the supervisor asks for it, end the pods as configured, then this process."""

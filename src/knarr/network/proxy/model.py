@@ -233,14 +233,17 @@ def _lead(out: Rendered, port: _Port, address: str, number: int, endpoints: Sequ
 
 
 def _external(out: Rendered, port: _Port, address: str, number: int) -> None:
-    """One frontend that the world outside may use; no address means all of the node's own."""
+    """One frontend that the world outside may use; no address means all of the node's own.
+
+    What comes to an address reaches the machine, so the Local policy means all of its nodes; a node port is one node's.
+    """
     node_port = not address
     key = _key(port, address, number)
     prefix = "port_" if node_port else ""
     table = f"{'port' if node_port else 'service'}{port.version}"
     if (table, key) in out.elements:
         return
-    everywhere, here = port.backends.cluster, port.backends.local
+    everywhere, here = port.backends.cluster, port.backends.local if node_port else port.backends.near
     _watch_flows(out, port, address, number, key, {*everywhere, *(here if port.external_local else ())})
     if not (everywhere or (here if port.external_local else ())):
         refuse, lose = (REFUSE_PORT, LOSE_PORT) if node_port else (REFUSE, LOSE)

@@ -29,6 +29,7 @@ from knarr.client.events import EventRecorder
 from knarr.client.informer import Informers
 from knarr.client.rest import Client
 from knarr.network.direct.services import NOTHING, DirectServices
+from knarr.network.machine import Machine, internal_addresses
 from knarr.network.nftables import NftError, StateMismatch
 from knarr.network.objects import object_key, slice_service
 from knarr.network.plainhttp import NOT_FOUND, Answer, PlainServer, plain, prometheus
@@ -61,6 +62,7 @@ class ServiceProxy:
       netns: Path of the node's network namespace; None is the process's.
       health_address, health_port: Where /healthz answers; port 0 opens none.
       metrics_address, metrics_port: Where /metrics and /proxyMode answer; port 0 opens none.
+      machine: The machine with several nodes: when this node is the machine itself, it serves external addresses for all of them.
       direct: Leads sockets to endpoints before the table has to, where the kernel can; it is closed with the proxy.
     """
 
@@ -78,12 +80,16 @@ class ServiceProxy:
         health_port: int = 0,
         metrics_address: str = "127.0.0.1",
         metrics_port: int = 0,
+        machine: Machine | None = None,
         direct: DirectServices | None = None,
     ) -> None:
         self._informers = informers
         self._services = informers.get(SERVICES)
         self._slices = informers.get(ENDPOINT_SLICES)
         self._node = informers.get(NODES, field_selector=f"metadata.name={node_name}")
+        self._machine = machine
+        self._nodes = informers.get(NODES) if machine is not None and machine.node == node_name else None
+        self._siblings: frozenset[str] = frozenset()
         self._slices.add_index("service", slice_service)
         self._recorder = EventRecorder(client, "kube-proxy", node_name, api="events.k8s.io/v1")
         self._view = NodeView(node_name)
@@ -137,7 +143,7 @@ class ServiceProxy:
         """Keep the table true until cancelled."""
         self._subscribe()
         await self._informers.start()
-        for informer in (self._services, self._slices, self._node):
+        for informer in (self._services, self._slices, self._node, *([self._nodes] if self._nodes is not None else ())):
             await informer.wait_synced()
         self._read_node()
         for (host, port), listen in ((self._health_place, self._health.listen_own), (self._status_place, self._status.listen)):
@@ -165,6 +171,8 @@ class ServiceProxy:
         self._services.add_handler(self._service_seen, lambda _old, new: self._service_seen(new), self._service_seen)
         self._slices.add_handler(self._slice_seen, self._slice_changed, self._slice_seen)
         self._node.add_handler(lambda _obj: self._node_changed(), lambda _old, _new: self._node_changed())
+        if self._nodes is not None:
+            self._nodes.add_handler(self._neighbour_seen, self._neighbour_changed, self._neighbour_gone)
 
     def _table_lost(self) -> None:
         self._lost = True
@@ -201,9 +209,27 @@ class ServiceProxy:
     def _read_node(self) -> None:
         node = self._node.get(None, self._view.name)
         labels = (node["metadata"].get("labels") or {}) if node else {}
-        self._view = NodeView(self._view.name, labels.get(_ZONE, ""))
-        listed = ((node.get("status") or {}).get("addresses") or ()) if node else ()
-        self._addresses = tuple(item["address"] for item in listed if item.get("type") == "InternalIP")
+        self._view = NodeView(self._view.name, labels.get(_ZONE, ""), self._siblings)
+        self._addresses = internal_addresses(node) if node else ()
+
+    def _neighbour_seen(self, node: Object) -> None:
+        assert self._machine is not None
+        self._count_sibling(node, self._machine.holds(node))
+
+    def _neighbour_changed(self, old: Object, new: Object) -> None:
+        # Heartbeats change a node's status all the time.
+        if internal_addresses(old) != internal_addresses(new):
+            self._neighbour_seen(new)
+
+    def _neighbour_gone(self, node: Object) -> None:
+        self._count_sibling(node, held=False)
+
+    def _count_sibling(self, node: Object, held: bool) -> None:
+        name = {node["metadata"]["name"]}
+        siblings = self._siblings | name if held else self._siblings - name
+        if siblings != self._siblings:
+            self._siblings = siblings
+            self._node_changed()
 
     def _node_eligible(self) -> bool:
         """Whether load balancers may send this node new connections: it is not about to be removed."""

@@ -22,6 +22,8 @@ class Endpoint(NamedTuple):
     serving: bool
     terminating: bool
     local: bool
+    near: bool
+    """On this node or on another of its machine."""
     zones: frozenset[str]
     nodes: frozenset[str]
 
@@ -32,6 +34,8 @@ class NodeView:
 
     name: str
     zone: str = ""
+    siblings: frozenset[str] = frozenset()
+    """On the node that is the machine itself: further nodes in namespaces of the machine, for which it stands towards the outside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +43,12 @@ class Backends:
     """Result for one Service port.
 
     any_endpoints tells whether the cluster has usable ones anywhere (then an empty local list means drop, not refuse).
+    near are those that serve the machine's external addresses under the Local policy; without sibling nodes the local ones.
     """
 
     cluster: tuple[Endpoint, ...] = ()
     local: tuple[Endpoint, ...] = ()
+    near: tuple[Endpoint, ...] = ()
     any_endpoints: bool = False
 
 
@@ -90,8 +96,10 @@ def _endpoint(item: dict[str, Any], port: int, node: NodeView, publish_not_ready
     if hints:
         zones = frozenset(hint["name"] for hint in hints.get("forZones") or ())
         nodes = frozenset(hint["name"] for hint in hints.get("forNodes") or ())
-    local = item.get("nodeName") == node.name
-    return Endpoint(addresses[0], port, ready or publish_not_ready, serving, bool(conditions.get("terminating")), local, zones, nodes)
+    place = item.get("nodeName")
+    local = place == node.name
+    near = local or place in node.siblings
+    return Endpoint(addresses[0], port, ready or publish_not_ready, serving, bool(conditions.get("terminating")), local, near, zones, nodes)
 
 
 def _topology(endpoints: Sequence[Endpoint], node: NodeView) -> str:
@@ -112,7 +120,8 @@ def categorise(endpoints: Sequence[Endpoint], node: NodeView, *, uses_cluster: b
     Ready ones are used; where there are none at all, those that terminate but still serve.
     """
     cluster: list[Endpoint] = []
-    local: list[Endpoint] = []
+    local: tuple[Endpoint, ...] = ()
+    near: tuple[Endpoint, ...] = ()
     any_endpoints = False
     if uses_cluster:
         mode = _topology(endpoints, node)
@@ -124,7 +133,11 @@ def categorise(endpoints: Sequence[Endpoint], node: NodeView, *, uses_cluster: b
         any_endpoints = bool(cluster)
     if uses_local:
         any_endpoints = any_endpoints or any(e.ready or (e.serving and e.terminating) for e in endpoints)
-        local = [endpoint for endpoint in endpoints if endpoint.local and endpoint.ready]
-        if not local:
-            local = [endpoint for endpoint in endpoints if endpoint.local and endpoint.serving and endpoint.terminating]
-    return Backends(tuple(cluster), tuple(local), any_endpoints)
+        local = _usable(endpoint for endpoint in endpoints if endpoint.local)
+        near = _usable(endpoint for endpoint in endpoints if endpoint.near) if node.siblings else local
+    return Backends(tuple(cluster), local, near, any_endpoints)
+
+
+def _usable(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
+    held = tuple(endpoints)
+    return tuple(e for e in held if e.ready) or tuple(e for e in held if e.serving and e.terminating)
