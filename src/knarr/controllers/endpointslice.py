@@ -2,6 +2,7 @@
 
 Slices are grouped by the ports that pods resolve to; endpoints stay in their slice as long as
 they live, so that one change writes one slice.
+Hints come from `trafficDistribution` with each endpoint, or from topologyhints for all of a Service where the annotation asks for them.
 Source: endpointslice/reconciler.go, utils.go, pkg/controller/endpointslice/endpointslice_controller.go.
 """
 
@@ -22,6 +23,7 @@ from knarr.controllers import podutil
 from knarr.controllers.context import Context, object_key
 from knarr.controllers.ownwrites import OwnWrites
 from knarr.controllers.podservices import PodServices, TriggerTimes, belongs_in_endpoints, find_port, is_headless, needs_hostname
+from knarr.controllers.topologyhints import ZONE, Slices, ZoneHints, node_share, wants_hints
 
 MANAGED_BY = "endpointslice.kubernetes.io/managed-by"
 SERVICE_NAME = "kubernetes.io/service-name"
@@ -29,8 +31,9 @@ HEADLESS = "service.kubernetes.io/headless"
 TRIGGER_TIME = "endpoints.kubernetes.io/last-change-trigger-time"
 _MANAGER = "endpointslice-controller.k8s.io"
 _RESERVED = (MANAGED_BY, SERVICE_NAME, HEADLESS)
-_ZONE = "topology.kubernetes.io/zone"
 _DISTRIBUTIONS = ("PreferClose", "PreferSameZone", "PreferSameNode")
+_ALL_NODES = "nodes"
+"""Key of the queue that stands for a change of the nodes; no Service has one without a slash."""
 
 
 class EndpointSliceController:
@@ -48,11 +51,13 @@ class EndpointSliceController:
         self._members = PodServices(self._services, ctx.pods)
         self._triggers = TriggerTimes()
         self._writes = OwnWrites(self._slices)
+        self._zones = ZoneHints()
+        self._zones_stale = True
         self.controller = Controller("endpointslice-controller", self._reconcile, workers=10, max_retries=15)
         self._services.add_handler(self._service_changed, lambda old, new: self._service_changed(new), self._service_deleted)
         ctx.pods.add_handler(self._pod_changed, self._pod_updated, self._pod_changed)
         self._slices.add_handler(self._slice_changed, self._slice_updated, self._slice_deleted)
-        self._nodes.add_handler(self._node_added)
+        self._nodes.add_handler(self._node_added, self._node_updated, lambda node: self._nodes_changed())
         self._missing_nodes: dict[str, set[str]] = {}
 
     async def run(self) -> None:
@@ -96,14 +101,34 @@ class EndpointSliceController:
     def _node_added(self, node: Object) -> None:
         for key in self._missing_nodes.pop(node["metadata"]["name"], ()):
             self.controller.queue.add(key)
+        self._nodes_changed()
+
+    def _node_updated(self, old: Object, new: Object) -> None:
+        if node_share(old) != node_share(new):
+            self._nodes_changed()
+
+    def _nodes_changed(self) -> None:
+        self._zones_stale = True
+        self.controller.queue.add(_ALL_NODES)
+
+    def _read_zones(self) -> None:
+        """Take the nodes as they are now, before the next Service is looked at."""
+        if self._zones_stale:
+            self._zones_stale = False
+            for key in self._zones.set_nodes(self._nodes.list()):
+                self.controller.queue.add(key)
 
     # Reconcile
 
     async def _reconcile(self, key: str) -> Result | None:
+        self._read_zones()
+        if key == _ALL_NODES:
+            return None
         service = self._services.get_key(key)
         if service is None:
             self._triggers.forget(key)
             self._writes.forget(key)
+            self._zones.forget(key)
             return None
         if not service["spec"].get("selector") or service["spec"].get("type") == "ExternalName":
             return None
@@ -114,6 +139,8 @@ class EndpointSliceController:
         existing = [obj for obj in self._slices.by_index("service", key) if _is_ours(obj) and not podutil.is_deleting(obj)]
         families = _address_types(service)
         trigger = self._triggers.compute(key, service, pods)
+        for gone in {obj["addressType"] for obj in existing}.difference(families):
+            self._zones.forget(key, gone)
         try:
             for family in families:
                 current = [obj for obj in existing if obj.get("addressType") == family]
@@ -157,7 +184,16 @@ class EndpointSliceController:
         for leftover in mine.values():
             plan.delete += leftover
         plan.ensure_one(existing)
-        await self._apply(key, service, plan, trigger)
+        if plan.by_annotation:
+            slices = Slices(plan.create, plan.update, plan.unchanged)
+            events = self._zones.add(key, family, slices)
+        else:
+            events = self._zones.disable(key, family)
+        try:
+            await self._apply(key, service, plan, trigger)
+        finally:
+            for event in events:
+                self._recorder.event(service, *event)
 
     def _endpoint(self, key: str, pod: Object, service: Object, family: str) -> Object | None:
         addresses = [address for address in pod_ips(pod) if (":" in address) == (family == "IPv6")]
@@ -181,11 +217,11 @@ class EndpointSliceController:
             endpoint["hostname"] = pod["spec"]["hostname"]
         if node_name:
             endpoint["nodeName"] = node_name
-        zone = meta.labels(node).get(_ZONE) if node is not None else None
+        zone = meta.labels(node).get(ZONE) if node is not None else None
         if zone:
             endpoint["zone"] = zone
         distribution = service["spec"].get("trafficDistribution")
-        if distribution in _DISTRIBUTIONS and ready:
+        if distribution in _DISTRIBUTIONS and ready and not wants_hints(service):
             hints: Object = {}
             if zone:
                 hints["forZones"] = [{"name": zone}]
@@ -223,9 +259,12 @@ class _Plan:
         self.service = service
         self.family = family
         self.most = most
+        self.by_annotation = wants_hints(service)
+        """Hints are given afterwards, to all slices together: they are no part of what an endpoint should be."""
         self.create: list[Object] = []
         self.update: list[Object] = []
         self.delete: list[Object] = []
+        self.unchanged: list[Object] = []
 
     def fill(self, existing: list[Object], wanted: dict[tuple[Any, ...], Object], ports: list[Object]) -> None:
         """Place the endpoints of one port group; `wanted` is used up."""
@@ -238,7 +277,7 @@ class _Plan:
                 new = wanted.pop(_identity(endpoint), None)
                 if new is not None:
                     kept.append(new)
-                    differs = differs or new != endpoint
+                    differs = differs or new != (_without_hints(endpoint) if self.by_annotation else endpoint)
             labels, relabelled = _labels(obj, self.service)
             if differs or len(kept) != len(obj.get("endpoints") or ()):
                 if not kept:
@@ -261,12 +300,13 @@ class _Plan:
                 self.create.append(target)
             else:
                 unchanged.remove(target)
-                target = _with(target, list(target.get("endpoints") or ()), _labels(target, self.service)[0])
+                target = _with(target, [dict(endpoint) for endpoint in target.get("endpoints") or ()], _labels(target, self.service)[0])
                 changed.append(target)
             room = self.most - len(target["endpoints"])
             target["endpoints"] += rest[:room]
             del rest[:room]
         self.update += changed
+        self.unchanged += unchanged
 
     def _closest(self, slices: list[Object], count: int) -> Object | None:
         fitting = [obj for obj in slices if len(obj.get("endpoints") or ()) + count <= self.most]
@@ -348,6 +388,10 @@ def _pod_ports(service: Object, pod: Object) -> list[Object]:
 def _identity(endpoint: Object) -> tuple[Any, ...]:
     target = endpoint.get("targetRef") or {}
     return (*endpoint.get("addresses", ()), endpoint.get("hostname"), target.get("namespace"), target.get("name"), target.get("uid"))
+
+
+def _without_hints(endpoint: Object) -> Object:
+    return {name: value for name, value in endpoint.items() if name != "hints"}
 
 
 def _labels(obj: Object | None, service: Object) -> tuple[dict[str, str], bool]:
