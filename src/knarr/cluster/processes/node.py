@@ -175,15 +175,42 @@ class Node:
             )
         )
 
+    def make_proxy(
+        self, client: Client, informers: Informers, network: BridgeNetwork | PluginNetwork, machine: Machine | None
+    ) -> tuple[ServiceProxy, PolicyEngine]:
+        """Services and policies of this node, in the ways that its pod network leaves them."""
+        from knarr.network.direct import services
+        from knarr.network.podnet import BridgeNetwork
+        from knarr.network.policy import PolicyEngine
+        from knarr.network.proxy.service_proxy import ServiceProxy
+
+        direct = network.direct if isinstance(network, BridgeNetwork) else None
+        proxy = ServiceProxy(
+            client,
+            informers,
+            node_name=self.node.name,
+            table=f"knarr{self.config.suffix}",
+            pod_cidrs=self.config.pod_cidrs,
+            # Where load balancers and monitoring look for kube-proxy's health; other clusters of this machine keep out of its way.
+            health_port=10256 if self.node.netns else self.config.kubelet_port + 6,
+            metrics_port=10249 if self.node.netns else self.config.kubelet_port - 1,
+            machine=machine,
+            direct=services.available(direct, self.config.pod_cidrs) if direct is not None else None,
+        )
+        policy = PolicyEngine(
+            client, informers, node_name=self.node.name, table=f"knarr{self.config.suffix}-policy",
+            on_isolate=direct.isolate if direct is not None else None,
+        )  # fmt: skip
+        network.on_attach = policy.admit
+        proxy.further_metrics.append(policy.metrics.render)
+        return proxy, policy
+
     async def run(self) -> None:
         """Until cancelled; a part that fails ends the process, and the supervisor starts it again."""
         from knarr.cluster.localapi import LocalAPI, socket_path
         from knarr.cluster.nodeapi import image_verbs
         from knarr.kubelet.kubelet import Kubelet
-        from knarr.network.direct import services
         from knarr.network.podnet import BridgeNetwork
-        from knarr.network.policy import PolicyEngine
-        from knarr.network.proxy.service_proxy import ServiceProxy
 
         self.state.mkdir(parents=True, exist_ok=True)
         network = self.make_network()
@@ -200,24 +227,7 @@ class Node:
         direct = network.direct if isinstance(network, BridgeNetwork) else None
         # The ways between nodes of one machine are the built-in network's.
         machine = self.machine if isinstance(network, BridgeNetwork) else None
-        proxy = ServiceProxy(
-            network_client,
-            informers,
-            node_name=self.node.name,
-            table=f"knarr{self.config.suffix}",
-            pod_cidrs=self.config.pod_cidrs,
-            # Where load balancers and monitoring look for kube-proxy's health; other clusters of this machine keep out of its way.
-            health_port=10256 if self.node.netns else self.config.kubelet_port + 6,
-            metrics_port=10249 if self.node.netns else self.config.kubelet_port - 1,
-            machine=machine,
-            direct=services.available(direct, self.config.pod_cidrs) if direct is not None else None,
-        )
-        policy = PolicyEngine(
-            network_client, informers, node_name=self.node.name, table=f"knarr{self.config.suffix}-policy",
-            on_isolate=direct.isolate if direct is not None else None,
-        )  # fmt: skip
-        network.on_attach = policy.admit
-        proxy.further_metrics.append(policy.metrics.render)
+        proxy, policy = self.make_proxy(network_client, informers, network, machine)
         try:
             async with asyncio.TaskGroup() as group:
                 kubelet = Kubelet(kubelet_client, runtime, runtime, self.kubelet_config(self.serving()))
