@@ -158,10 +158,10 @@ def test_endpoints_move_between_zones_only_if_that_helps_enough(
     assert surplus({zone: Share(0, 0, number) for zone, number in desired.items()}, present) == (giving, receiving)
 
 
-def test_endpoints_are_lent_until_one_side_has_enough() -> None:
+def test_endpoints_are_lent_to_the_neediest_until_one_side_has_enough() -> None:
     slices = [_slice("!east", "east", "west", "east"), _slice("east", "", "east")]
     assert redistribute(slices, {"east": 3}, {"north": 1, "west": 2}) == {"east": -3, "north": 1, "west": 2}
-    assert _hints(*slices) == ["", "north", "", "west", "west", "", ""]
+    assert _hints(*slices) == ["", "west", "", "north", "west", "", ""]
 
 
 _SHARES = {"east": Share(1, 2, 1.5), "west": Share(1, 2, 1.5)}

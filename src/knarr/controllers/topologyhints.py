@@ -319,7 +319,8 @@ def redistribute(changing: Iterable[Object], giving: dict[str, int], receiving: 
             giver = endpoint.get("zone")
             if not giver or giver not in giving or not _is_ready(endpoint):
                 continue
-            receiver = next(iter(receiving))
+            # Upstream takes any; the neediest first keeps it fair where there are too few to lend.
+            receiver = max(receiving, key=receiving.__getitem__)
             endpoint["hints"] = _hint(receiver)
             for left, zone, step in ((giving, giver, -1), (receiving, receiver, 1)):
                 differences[zone] = differences.get(zone, 0) + step
