@@ -90,7 +90,7 @@ def _endpoint(item: dict[str, Any], port: int, node: NodeView, publish_not_ready
     ready = conditions.get("ready")
     ready = True if ready is None else bool(ready)
     serving = conditions.get("serving")
-    serving = ready if serving is None else bool(serving)
+    serving = True if serving is None else bool(serving)
     hints = item.get("hints")
     zones = nodes = _NOTHING
     if hints:
