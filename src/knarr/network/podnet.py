@@ -291,6 +291,7 @@ class BridgeNetwork:
     def _adopt_links(self, direct: DirectPath) -> None:
         """Let pods that are there already take this process's direct path instead of a former one's."""
         assert self._addresses is not None
+        direct.add_node(self.gateways)
         indexes = {link.name: link.index for link in rtnl.links(self._socket())}
         for lease in self._addresses.leases.values():
             if (index := indexes.get(lease.link)) is not None:

@@ -13,11 +13,11 @@ R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, FRAME = range(11)
 """Registers: result, five arguments (lost in calls), four that calls keep, and the end of the stack."""
 BYTE, HALF, WORD, DOUBLE = 0x10, 0x08, 0x00, 0x18
 """Sizes of 1, 2, 4 and 8 bytes."""
-LOOKUP, UPDATE, RANDOM, REDIRECT, SOCKET_COOKIE, SETSOCKOPT, GETSOCKOPT, NETNS_COOKIE, REDIRECT_PEER = 1, 2, 7, 23, 46, 49, 57, 122, 155
+LOOKUP, RANDOM, REDIRECT, SOCKET_COOKIE, SETSOCKOPT, NETNS_COOKIE, REDIRECT_PEER = 1, 7, 23, 46, 49, 122, 155
 """Helper functions of the kernel."""
 EQUAL, NOT_EQUAL, GREATER = 0x10, 0x50, 0x20
 """Conditions, unsigned."""
-ADD, AND, SHIFT_RIGHT, MOD = 0x00, 0x50, 0x70, 0x90
+ADD, AND, SHIFT_LEFT, SHIFT_RIGHT, MOD = 0x00, 0x50, 0x60, 0x70, 0x90
 _LOAD, _STORE_NUMBER, _STORE, _JUMP, _ALU, _NARROW = 0x61, 0x62, 0x63, 0x05, 0x07, 0x04
 _REGISTER = 0x08
 _IMMEDIATE64, _MAP_FD, _MAP_VALUE = 0x18, 1, 2

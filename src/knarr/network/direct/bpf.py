@@ -17,7 +17,7 @@ import platform
 import struct
 from collections.abc import Iterable, Sequence
 
-HASH, ARRAY, LRU_HASH, LPM_TRIE = 1, 2, 9, 11
+HASH, ARRAY, LPM_TRIE = 1, 2, 11
 CLASSIFIER, SOCKET_ADDRESS = 3, 18
 CONNECT4, CONNECT6, PEERNAME4, PEERNAME6 = 10, 11, 29, 30
 NO_PREALLOCATION, MAPPABLE = 1, 1 << 10

@@ -136,6 +136,11 @@ class DirectPath:
                     del self._by_address[address]
             self._free.insert(0, pod.place)
 
+    def add_node(self, addresses: Iterable[str]) -> None:
+        """The node's own addresses in the pod network: asked for often enough to be known; idempotent."""
+        with self._lock:
+            self._addresses.set_all([(programs.packed(address), programs.PODS_VALUE.pack(0, 0, bytes(6))) for address in addresses])
+
     # Pods of other nodes
 
     def watch_tunnel(self, netlink: NetlinkSocket, index: int) -> None:

@@ -3,14 +3,14 @@
 Role: `path` and `services` own the maps and attach what is assembled here. Addresses are 16 bytes everywhere, those of
 IPv4 mapped (::ffff:a.b.c.d), so one map serves both families.
 
-    pods      address -> link, place in `state`, hardware address           pods of this node
+    pods      address -> link, place in `state`, hardware address           pods of this node; without link, the node itself
     peers     longest prefix -> link (0: leave it to the IP stack), hardware addresses, MTU   pods of other nodes
     plain     address . port -> 1            destinations outside of the pod network that nobody translates
     state     one byte array: switches of pods and of the host at 0 and 1; from a pod's place on: translated, held
     members   cookie of a network namespace -> POD or HOST
     services  address . port -> number, count of endpoints, whether only for the host
     endpoints number . index -> address . port
-    former    cookie of a socket -> what it was asked to connect to, where it went
+    former    one byte array: for the latest sockets, what they were asked to connect to, where they went, their cookie
 
 `from_pod` runs for every packet that a pod sends, before the node's IP stack sees it. TCP segments between two pods of
 which neither needs tracking go straight into the other's namespace, or into the tunnel to its node. A connection
@@ -36,7 +36,6 @@ from knarr.network.direct.assembler import (
     DOUBLE,
     EQUAL,
     FRAME,
-    GETSOCKOPT,
     GREATER,
     HALF,
     NETNS_COOKIE,
@@ -55,9 +54,9 @@ from knarr.network.direct.assembler import (
     REDIRECT,
     REDIRECT_PEER,
     SETSOCKOPT,
+    SHIFT_LEFT,
     SHIFT_RIGHT,
     SOCKET_COOKIE,
-    UPDATE,
     WORD,
     Code,
 )
@@ -74,11 +73,11 @@ TRANSLATED, HELD = 0, 1
 PODS_VALUE, PEERS_VALUE, ADDRESS_PORT, SERVICE, ENDPOINT_KEY = (
     struct.Struct("=II6s2x"), struct.Struct("=I6s6sI"), struct.Struct("=16s2s2x"), struct.Struct("=III"), struct.Struct("=II"),
 )  # fmt: skip
-FORMER_BYTES = 40
+FORMER_BYTES, _FORMER_PLACE = 1 << 20, 64
 
 _PASS = -1
 _LENGTH, _LINK, _PACKET, _END, _SEGMENT = 0, 40, 76, 80, 176
-_USER4, _USER6, _PORT, _PROTOCOL = 4, 8, 24, 36
+_USER4, _USER6, _PORT, _PROTOCOL, _SOCKET, _SOCKET_MARK = 4, 8, 24, 36, 64, 16
 _TCP = 6
 _MAPPED = -0x10000 if struct.pack("=H", 1) == b"\x01\x00" else 0xFFFF
 """::ffff: as the word that it is in memory."""
@@ -154,7 +153,7 @@ def from_pod(pods: Map, peers: Map, plain: Map, state: Map) -> bytes:
     code.load(WORD, R1, R0, 0).load(WORD, R2, R6, _LINK).jump_if_register(R1, NOT_EQUAL, R2, "pass")
     code.load(WORD, R2, R0, 4).compute(AND, R2, STATE_BYTES - PLACE_BYTES).memory(R9, state.fd).copy(R8, R9).add(R8, R2)
     code.lookup(pods.fd, _DESTINATION, "elsewhere")
-    code.load(HALF, R1, R8, 0).jump_if(R1, NOT_EQUAL, 0, "pass")
+    code.load(WORD, R1, R0, 0).jump_if(R1, EQUAL, 0, "outside").load(HALF, R1, R8, 0).jump_if(R1, NOT_EQUAL, 0, "pass")
     _into_pod(code)
     code.label("elsewhere").store_number(WORD, FRAME, _PREFIX, 128).lookup(peers.fd, _PREFIX, "outside")
     code.load(BYTE, R1, R9, 0).jump_if(R1, EQUAL, 0, "pass").load(HALF, R1, R8, 0).jump_if(R1, NOT_EQUAL, 0, "pass")
@@ -176,13 +175,13 @@ def from_tunnel(pods: Map, state: Map) -> bytes:
     """Classifier at the tunnel's device."""
     code = Code()
     _parse(code)
-    code.lookup(pods.fd, _DESTINATION, "pass").memory(R9, state.fd)
+    code.lookup(pods.fd, _DESTINATION, "pass").load(WORD, R1, R0, 0).jump_if(R1, EQUAL, 0, "pass").memory(R9, state.fd)
     _into_pod(code)
     return _end(code)
 
 
-# Places on the stack of `connect`: a cookie, what is asked for, an endpoint's key, a value of `former`.
-_COOKIE, _ASKED, _CHOSEN, _FORMER, _KIND, _MARK = -8, -32, -40, -80, -88, -92
+# Places on the stack of `connect`: a cookie, what is asked for, an endpoint's key, who asks, the mark.
+_COOKIE, _ASKED, _CHOSEN, _KIND, _MARK = -8, -32, -40, -48, -52
 
 
 def _asked(code: Code, version: int, place: int) -> None:
@@ -206,6 +205,16 @@ def _answer(code: Code, version: int, source: int, offset: int) -> None:
     code.load(HALF, R3, source, offset + 16).store(WORD, R6, _PORT, R3)
 
 
+def _place(code: Code, former: Map) -> None:
+    """R0 the socket's cookie, R1 its place in `former`.
+
+    Cookies are numbers in sequence, so a place is used again after that many sockets. A map by cookie that forgets the least used costs ten
+    times as much, 3 % of a whole connection.
+    """
+    code.copy(R1, R6).call(SOCKET_COOKIE).copy(R2, R0).compute(AND, R2, FORMER_BYTES // _FORMER_PLACE - 1)
+    code.compute(SHIFT_LEFT, R2, _FORMER_PLACE.bit_length() - 1).memory(R1, former.fd).add(R1, R2)
+
+
 def connect(version: int, members: Map, services: Map, endpoints: Map, former: Map, state: Map) -> bytes:
     """Hook of connect() in sockets of a family; those of IPv6 may name mapped addresses."""
     code = Code()
@@ -217,29 +226,28 @@ def connect(version: int, members: Map, services: Map, endpoints: Map, former: M
     code.load(WORD, R1, R0, 8).jump_if(R1, EQUAL, 0, "ours").jump_if(R7, NOT_EQUAL, HOST, "pass").label("ours")
     code.call(RANDOM).remainder(R0, R9).store(WORD, FRAME, _CHOSEN, R8).store(WORD, FRAME, _CHOSEN + 4, R0)
     code.lookup(endpoints.fd, _CHOSEN, "pass").copy(R7, R0)
+    _place(code, former)
     for word in range(0, 20, 4):
-        code.load(WORD, R3, FRAME, _ASKED + word).store(WORD, FRAME, _FORMER + word, R3)
-        code.load(WORD, R3, R7, word).store(WORD, FRAME, _FORMER + 20 + word, R3)
-    code.copy(R1, R6).call(SOCKET_COOKIE).store(DOUBLE, FRAME, _COOKIE, R0)
-    code.map(R1, former.fd).copy(R2, FRAME).compute(ADD, R2, _COOKIE).copy(R3, FRAME).compute(ADD, R3, _FORMER).set(R4, 0).call(UPDATE)
+        code.load(WORD, R3, FRAME, _ASKED + word).store(WORD, R1, word, R3)
+        code.load(WORD, R3, R7, word).store(WORD, R1, 20 + word, R3)
+    code.store(DOUBLE, R1, 40, R0)
     _answer(code, version, R7, 0)
     code.load(DOUBLE, R1, FRAME, _KIND).jump_if(R1, NOT_EQUAL, HOST, "pass")
     code.memory(R1, state.fd).load(BYTE, R1, R1, HOST_SWITCH).jump_if(R1, EQUAL, 0, "pass")
     # A mark of somebody else's is left as it is.
-    for helper in (GETSOCKOPT, SETSOCKOPT):
-        code.store_number(WORD, FRAME, _MARK, LED_MARK if helper == SETSOCKOPT else 0)
-        code.copy(R1, R6).set(R2, _SOL_SOCKET).set(R3, _SO_MARK).copy(R4, FRAME).compute(ADD, R4, _MARK).set(R5, 4).call(helper)
-        if helper == GETSOCKOPT:
-            code.jump_if(R0, NOT_EQUAL, 0, "pass").load(WORD, R1, FRAME, _MARK).jump_if(R1, NOT_EQUAL, 0, "pass")
+    code.load(DOUBLE, R1, R6, _SOCKET).load(WORD, R1, R1, _SOCKET_MARK).jump_if(R1, NOT_EQUAL, 0, "pass")
+    code.store_number(WORD, FRAME, _MARK, LED_MARK).copy(R1, R6).set(R2, _SOL_SOCKET).set(R3, _SO_MARK)
+    code.copy(R4, FRAME).compute(ADD, R4, _MARK).set(R5, 4).call(SETSOCKOPT)
     return code.label("pass").set(R0, 1).exit().assemble()
 
 
 def peer_name(version: int, former: Map) -> bytes:
     """Hook of getpeername(): the Service, where `connect` has led the socket to an endpoint."""
     code = Code()
-    code.copy(R6, R1).call(SOCKET_COOKIE).store(DOUBLE, FRAME, _COOKIE, R0)
+    code.copy(R6, R1)
     _asked(code, version, _ASKED)
-    code.lookup(former.fd, _COOKIE, "pass").copy(R7, R0)
+    _place(code, former)
+    code.copy(R7, R1).load(DOUBLE, R1, R7, 40).jump_if_register(R1, NOT_EQUAL, R0, "pass")
     for word in range(0, 20, 4):
         code.load(WORD, R1, R7, 20 + word).load(WORD, R2, FRAME, _ASKED + word).jump_if_register(R1, NOT_EQUAL, R2, "pass")
     _answer(code, version, R7, 0)

@@ -21,7 +21,7 @@ from ipaddress import ip_network
 
 from knarr.aiokits.log import get_logger
 from knarr.network.direct import bpf, programs
-from knarr.network.direct.bpf import HASH, LRU_HASH, NO_PREALLOCATION, Link, Map, Program
+from knarr.network.direct.bpf import ARRAY, HASH, NO_PREALLOCATION, Link, Map, Program
 from knarr.network.direct.path import DirectPath
 
 log = get_logger(__name__)
@@ -30,7 +30,7 @@ Frontend = tuple[str, int]
 """Address ("" for a port of the node) and port."""
 Endpoints = tuple[tuple[str, int], ...]
 
-_MAX_FRONTENDS, _MAX_ENDPOINTS, _SOCKETS = 65536, 262144, 16384
+_MAX_FRONTENDS, _MAX_ENDPOINTS = 65536, 262144
 
 
 @dataclass(slots=True)
@@ -70,7 +70,7 @@ class DirectServices:
         try:
             self._services = self._map("services", HASH, programs.ADDRESS_PORT.size, programs.SERVICE.size, _MAX_FRONTENDS)
             self._endpoints = self._map("endpoints", HASH, programs.ENDPOINT_KEY.size, programs.ADDRESS_PORT.size, _MAX_ENDPOINTS)
-            former = self._map("former", LRU_HASH, 8, programs.FORMER_BYTES, _SOCKETS, 0)
+            former = self._map("former", ARRAY, 4, programs.FORMER_BYTES, 1, 0)
             for version, connect, name in ((4, bpf.CONNECT4, bpf.PEERNAME4), (6, bpf.CONNECT6, bpf.PEERNAME6)):
                 code = programs.connect(version, path.members, self._services, self._endpoints, former, path.state)
                 self._parts.append(Program("connect", bpf.SOCKET_ADDRESS, code, connect))
