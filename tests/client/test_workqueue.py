@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import uvloop
 
 from knarr.aiokits.backoff import ItemBackoff
 from knarr.api import errors
@@ -161,3 +162,15 @@ async def test_one_key_is_never_worked_on_twice_at_once_and_workers_are_bounded(
     assert most == 3
     assert controller.errors_total == 0
     await controller.stop()
+
+
+def test_delays_of_less_than_a_millisecond_may_meet() -> None:
+    """uvloop gives a handle without a time for them, which killed who asked for the next."""
+
+    async def twice() -> str | None:
+        queue = WorkQueue()
+        for seconds in (0.0001, 0.00005, 0.0001):
+            queue.add_after("a", seconds)
+        return await asyncio.wait_for(queue.get(), 5)
+
+    assert uvloop.run(twice()) == "a"

@@ -30,7 +30,7 @@ class WorkQueue:
         self._heap: list[tuple[int, int, str]] = []
         self._processing: set[str] = set()
         self._dirty: dict[str, int] = {}
-        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._timers: dict[str, tuple[float, asyncio.TimerHandle]] = {}
         self._waiters: list[asyncio.Future[None]] = []
         self._sequence = 0
         self._shut = False
@@ -74,12 +74,13 @@ class WorkQueue:
             self.add(key)
             return
         loop = asyncio.get_running_loop()
-        timer = self._timers.get(key)
-        if timer is not None:
-            if timer.when() <= loop.time() + seconds:
+        due = loop.time() + seconds
+        # When it ends is kept beside: for less than a millisecond the loop gives a handle that knows no time.
+        if (known := self._timers.get(key)) is not None:
+            if known[0] <= due:
                 return
-            timer.cancel()
-        self._timers[key] = loop.call_later(seconds, self._fire, key)
+            known[1].cancel()
+        self._timers[key] = due, loop.call_later(seconds, self._fire, key)
 
     def _fire(self, key: str) -> None:
         self._timers.pop(key, None)
@@ -139,7 +140,7 @@ class WorkQueue:
     def shutdown(self) -> None:
         """Take nothing more, drop delayed keys, let waiting getters drain and end."""
         self._shut = True
-        for timer in self._timers.values():
+        for _due, timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
         for waiter in self._waiters:

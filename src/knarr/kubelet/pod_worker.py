@@ -83,6 +83,7 @@ class PodWorker:
         self._ending = asyncio.Event()
         self._sooner = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
         self._refresh: asyncio.TimerHandle | None = None
 
     # --- requests from outside: plain functions, never waiting ---
@@ -131,11 +132,12 @@ class PodWorker:
         """Look at the pod again after this time, unless an earlier time was asked for."""
         loop = asyncio.get_running_loop()
         when = loop.time() + max(0.0, seconds)
-        if self._timer is not None and not self._timer.cancelled() and loop.time() < self._timer.when() <= when:
+        # Asked of ourselves: for less than a millisecond the loop gives a handle that knows no time.
+        if self._timer is not None and not self._timer.cancelled() and loop.time() < self._timer_due <= when:
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = loop.call_at(when, self.wake)
+        self._timer, self._timer_due = loop.call_at(when, self.wake), when
 
     def refresh_after(self, seconds: float) -> None:
         """Write the volumes anew after this time, instead of when it was asked for before: a token will be old then."""
