@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import struct
 import subprocess
@@ -19,7 +20,7 @@ from knarr.network import conntrack, netns
 from knarr.network.direct.path import DirectPath
 from knarr.network.direct.services import DirectServices, Offer
 from knarr.network.firewalls import look
-from knarr.network.netlink import NETLINK_NETFILTER
+from knarr.network.netlink import NETLINK_NETFILTER, NetlinkError
 from knarr.network.podnet import BridgeNetwork
 from knarr.network.policy.model import compile_policy, read_pod
 from knarr.network.policy.state import PolicyState
@@ -382,3 +383,24 @@ async def test_endpoints_outside_of_the_pod_network_make_nobody_slow_unless_they
     led.load({"x/api": Offer({("10.96.0.1", 443): ((world.node.ip, 6443),)})})
     assert (await ask(pods[2], "10.96.0.1", 443))[0] == "node"
     assert world.network.direct.is_direct(pods[2].ip)
+
+
+async def test_a_kernel_that_takes_no_programs_at_links_costs_only_the_direct_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise NetlinkError(errno.EOPNOTSUPP, "placing a program")
+
+    monkeypatch.setattr(DirectPath, "watch", refuse)
+    monkeypatch.setattr(DirectPath, "watch_tunnel", refuse)
+    async with World() as world:
+        direct, a, b = world.network.direct, await world.pod("a"), await world.pod("b")
+        assert world.network.direct is None
+        b.serve("b", 80)
+        assert await ask(a, b.ip, 80) == ("b", a.ip)
+        # Policies and firewalls go on telling what they know.
+        direct.isolate([a.ip])
+        direct.hold("a firewall"), direct.release("a firewall"), direct.hold_host("a firewall"), direct.release_host("a firewall")
+        assert not direct.is_direct(b.ip)
+        await world.network.start()
+    async with wired_pair(tmp_path, "vxlan") as (one, two):
+        two.pod_place.serve("two", 80)
+        assert await ask(one.pod_place, two.pod_place.ip, 80) == ("two", one.pod_place.ip)

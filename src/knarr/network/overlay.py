@@ -288,7 +288,11 @@ class NodeRoutes:
 
     def _watched(self, netlink: NetlinkSocket, index: int) -> int:
         if (direct := self._network.direct) is not None:
-            direct.watch_tunnel(netlink, index)
+            try:
+                direct.watch_tunnel(netlink, index)
+            except NetlinkError as error:
+                # What comes by the tunnel takes the IP stack then.
+                log.warning("the kernel takes no program at the tunnel", device=self._device, error=str(error))
         return index
 
     def _leave_untracked(self) -> None:

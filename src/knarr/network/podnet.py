@@ -236,10 +236,10 @@ class BridgeNetwork:
             held: list[Port] = [port for lease in self._addresses.leases.values() for port in lease.ports]
             self._host_ports.install(self.cluster_cidrs, self.pod_cidrs, held)
             run_inside(self.netns, self._sysctls.ensure_tracking)
-            if self.direct is not None:
-                self._adopt_links(self.direct)
+            if (direct := self.direct) is not None:
+                self._adopt_links(direct)
                 if self._host_ports.leave_led_untracked(self.gateways):
-                    self.direct.release_host("rules")
+                    direct.release_host("rules")
         except Exception as error:
             self._why_not = str(error)
             raise

@@ -88,11 +88,10 @@ class DirectPath:
         return made
 
     def close(self) -> None:
-        """Let go of programs and maps; those at links go on with what they know."""
+        """Let go of programs and maps; those at links go on with what they know, and may still be held and released."""
         with self._lock:
             for part in (*self._maps, self._from_pod, self._from_tunnel):
                 part.close()
-            self._state.close()
             self._maps = []
 
     # Pods of this node
