@@ -22,7 +22,7 @@ CLASSIFIER, SOCKET_ADDRESS = 3, 18
 CONNECT4, CONNECT6, PEERNAME4, PEERNAME6 = 10, 11, 29, 30
 NO_PREALLOCATION, MAPPABLE = 1, 1 << 10
 
-_MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _LOAD, _UPDATE_BATCH, _LINK_CREATE = 0, 1, 2, 3, 5, 26, 28
+_MAP_CREATE, _UPDATE, _DELETE, _LOAD, _UPDATE_BATCH, _LINK_CREATE = 0, 2, 3, 5, 26, 28
 _BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
 _FSCONFIG_CREATE = 6
@@ -98,17 +98,6 @@ class Map(_Descriptor):
         keep = ctypes.create_string_buffer(keys, len(keys)), ctypes.create_string_buffer(values, len(values))
         request = struct.pack("=QQQQIIQQ", 0, 0, ctypes.addressof(keep[0]), ctypes.addressof(keep[1]), len(items), self.fd, 0, 0)
         _call(_UPDATE_BATCH, request, f"writing {len(items)} entries of map {self.name}")
-
-    def get(self, key: bytes) -> bytes | None:
-        """An entry's value, or None."""
-        self._put(key)
-        try:
-            _call(_LOOKUP, self._one, f"reading map {self.name}")
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                return None
-            raise
-        return self._value.raw
 
     def delete(self, key: bytes) -> None:
         """Remove an entry; one that is missing is fine."""
